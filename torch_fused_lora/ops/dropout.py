@@ -1,0 +1,111 @@
+"""Dropout that is remembered as a seed.
+
+Element ``i`` (row-major, of an M x K matrix) of adapter ``stream`` is kept where
+
+    Philox4x32-10(key = seed, counter = (i // 4, stream, 0))[i % 4]  >=  p * 2**32
+
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; `i // 4` fills two of the four
+counter words). The mask is a pure function of (seed, stream, i): forward and backward draw any block of it
+again, in any order and on any device, and nothing but the seed is saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import numpy as np
+import torch
+
+from .library import NAMESPACE, define, fake, kernel
+
+_MULTIPLIER = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint32)
+_BLOCK = 1 << 14  # counters at a time: the 0.5 MiB of state stays in a core's L2
+
+
+def draw_seed() -> torch.Tensor:
+    """A fresh seed from torch's default CPU generator, as a 0-dim int64 CPU tensor.
+
+    On every device the seed lives on the CPU: `torch.manual_seed` reaches it, checkpointing always saves and
+    restores the CPU generator, and reading it needs no device synchronisation.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def keep_mask(seed: int, stream: int, start: int, rows: int, columns: int, p: float, device: torch.device) -> torch.Tensor:
+    """Rows ``[start, start + rows)`` of the keep-mask, a (rows, columns) bool tensor on ``device``."""
+    first, count = start * columns, rows * columns
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    if device.type in ("cuda", "xpu") and _triton_mask() is not None:
+        return _triton_mask()(seed, stream, first, threshold, rows, columns, device)
+    if device.type != "cpu":
+        _warn_host_mask(device.type)
+    bits = philox(seed, stream, first // 4, (first + count + 3) // 4)[first % 4 : first % 4 + count]
+    return torch.from_numpy(bits >= np.uint32(threshold)).view(rows, columns).to(device)
+
+
+def philox(seed: int, stream: int, first: int, last: int) -> np.ndarray:
+    """The uint32 words of counters ``[first, last)``: 4 a counter, in order."""
+    words = np.empty((last - first, 4), np.uint32)
+    for block in range(0, last - first, _BLOCK):
+        out = words[block : block + _BLOCK]
+        index = np.arange(first + block, first + block + len(out), dtype=np.uint64)
+        # Counter words 0 and 2 are multiplied in a round, 1 and 3 only xored in.
+        even = np.empty((2, len(out)), np.uint32)
+        odd = np.empty_like(even)
+        even[0], even[1] = index, stream
+        odd[0], odd[1] = index >> np.uint64(32), 0
+        key = np.array([[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF]], dtype=np.uint32)
+        product = np.empty((2, len(out)), np.uint64)
+        halves = product.view(np.uint32).reshape(2, len(out), 2)  # [..., 0] low, [..., 1] high
+        for _ in range(10):
+            np.multiply(even, _MULTIPLIER, out=product, dtype=np.uint64)
+            odd ^= halves[::-1, :, 1]
+            odd ^= key
+            even, odd = odd, even
+            odd[...] = halves[::-1, :, 0]
+            key = key + _WEYL
+        out[:, 0::2], out[:, 1::2] = even.T, odd.T
+    return words.reshape(-1)
+
+
+@functools.cache
+def _triton_mask():
+    """The same mask by one Triton kernel (CUDA, ROCm, XPU), or None where Triton is not installed."""
+    try:
+        from .dropout_triton import mask
+    except ImportError:
+        return None
+    return mask
+
+
+@functools.cache
+def _warn_host_mask(device_type: str) -> None:
+    warnings.warn(
+        f"torch_fused_lora: dropout masks for device '{device_type}' are generated on the CPU and copied, which is "
+        "slow; install triton, or train with dropout_p=0",
+        stacklevel=2,
+    )
+
+
+define("dropout_mask", "(Tensor seed, int stream, SymInt rows, SymInt columns, float p, Device device) -> Tensor")
+
+
+@kernel("dropout_mask", "CompositeExplicitAutograd")
+def _dropout_mask(seed, stream, rows, columns, p, device):
+    return keep_mask(int(seed), stream, 0, rows, columns, p, device)
+
+
+@fake("dropout_mask")
+def _dropout_mask_fake(seed, stream, rows, columns, p, device):
+    return torch.empty(rows, columns, dtype=torch.bool, device=device)
+
+
+def _dropout_mask_vmap(info, in_dims, seed, stream, rows, columns, p, device):
+    seeds = seed.movedim(in_dims[0], 0).unbind()
+    mask = getattr(torch.ops, NAMESPACE).dropout_mask
+    return torch.stack([mask(s, stream, rows, columns, p, device) for s in seeds]), 0
+
+
+torch.library.register_vmap(f"{NAMESPACE}::dropout_mask", _dropout_mask_vmap)
