@@ -1,5 +1,23 @@
 """A LoRA layer as one PyTorch operator, and one line that puts it under any PEFT model."""
 
-from .ops import lora_linear
+from __future__ import annotations
 
-__all__ = ["lora_linear"]
+from typing import TYPE_CHECKING
+
+from .nn import LoRALinear
+from .ops.lora_linear import lora_linear
+
+if TYPE_CHECKING:
+    from .peft import patch_peft, unpatch_peft
+
+__version__ = "0.1.0"
+__all__ = ["LoRALinear", "lora_linear", "patch_peft", "unpatch_peft"]
+
+
+def __getattr__(name: str):
+    # PEFT is optional and slow to import: it is imported by whoever patches a model.
+    if name in ("patch_peft", "unpatch_peft"):
+        from . import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

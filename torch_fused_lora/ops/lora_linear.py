@@ -22,6 +22,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Sequence
+from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -129,14 +130,14 @@ def _as_scaling(scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(scaling, Tensor):
         return scaling if scaling.dtype == wanted or not scaling.is_floating_point() else scaling.to(wanted)
-    if not isinstance(scaling, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scaling, (float, int, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scaling: expected a number or a 0-dim Tensor, got {type(scaling).__name__}")
     if torch.compiler.is_compiling():
         # A product keeps a float that changes from call to call symbolic; torch.tensor(scaling) recompiles.
         return _ONE.to(wanted) * scaling
     if torch._C._len_torch_dispatch_stack() > 0:  # a mode may wrap new tensors: keep them out of the cache
         return torch.tensor(scaling, dtype=wanted, device="cpu")
-    return _cached_scalar(float(scaling), wanted)
+    return _cached_scalar(scaling, wanted)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -145,7 +146,7 @@ def _cached_scalar(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-@kernel("lora_linear", "CompositeImplicitAutograd")
+@kernel("lora_linear", "CompositeImplicitAutograd", "FuncTorchBatched")
 def _public(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
     if dropout_p > 0 and seed is None:
         raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-dim int64 CPU tensor, got None")
@@ -160,45 +161,187 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks) -> None:
-    """Raise ValueError, naming the argument, unless the operands fit together."""
+    """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
 
-    def expect(fits: bool, name: str, value: Tensor, expected: str) -> None:
-        if not fits:
-            got = f"{tuple(value.shape)} {value.dtype} on {value.device}"
-            raise ValueError(f"lora_linear: {name}: expected {expected}, got {got}")
+    def refuse(name: str, value: Tensor, expected: str) -> None:
+        got = f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+        raise ValueError(f"lora_linear: {name}: expected {expected}; got {got}")
 
-    expect(weight.dim() == 2, "weight", weight, "shape (N, K)")
+    dtype, device, adapter_dtype = x.dtype, x.device, lora_A.dtype
+    if dtype not in _DTYPES:
+        refuse("x", x, "float16, bfloat16, float32 or float64")
+    if weight.dim() != 2:
+        refuse("weight", weight, "shape (N, K)")
     N, K = weight.shape
-    expect(x.dtype in _DTYPES, "x", x, "a floating dtype (float16, bfloat16, float32, float64)")
-    expect(x.dim() >= 1 and x.shape[-1] == K, "x", x, f"shape (..., {K}), since weight is ({N}, {K})")
-    expect(weight.dtype == x.dtype, "weight", weight, f"x's dtype {x.dtype}")
-    expect(lora_A.dim() == 2 and lora_A.shape[1] == K, "lora_A", lora_A, f"shape (r, {K})")
+    if x.shape[-1:] != (K,):
+        refuse("x", x, f"shape (..., {K}), since weight is ({N}, {K})")
+    if lora_A.shape[1:] != (K,):
+        refuse("lora_A", lora_A, f"shape (r, {K}), since weight is ({N}, {K})")
     r = lora_A.shape[0]
-    expect(r >= 1, "lora_A", lora_A, "a rank of at least 1")
-    expect(lora_B.dim() == 2 and lora_B.shape[0] == N and lora_B.shape[1] == r, "lora_B", lora_B, f"shape ({N}, {r})")
-    adapter_dtypes = f"{x.dtype}" + (" or torch.float32" if x.dtype in _HALF else "")
-    adapter_fits = lora_A.dtype == x.dtype or (lora_A.dtype == torch.float32 and x.dtype in _HALF)
-    expect(adapter_fits, "lora_A", lora_A, f"dtype {adapter_dtypes}, since x is {x.dtype}")
-    expect(lora_B.dtype == lora_A.dtype, "lora_B", lora_B, f"lora_A's dtype {lora_A.dtype}")
-    if bias is not None:
-        expect(bias.dim() == 1 and bias.shape[0] == N, "bias", bias, f"shape ({N},)")
-        expect(bias.dtype == x.dtype, "bias", bias, f"x's dtype {x.dtype}")
-        expect(bias.device == x.device, "bias", bias, f"x's device {x.device}")
-    for name, operand in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        expect(operand.device == x.device, name, operand, f"x's device {x.device}")
-    expect(scaling.dim() == 0, "scaling", scaling, "a 0-dim tensor")
-    expect(scaling.dtype in (torch.float32, torch.float64), "scaling", scaling, "dtype float32 or float64")
-    expect(scaling.device.type == "cpu" or scaling.device == x.device, "scaling", scaling, f"the CPU or {x.device}")
-    if seed is not None:
-        expect(seed.dim() == 0 and seed.dtype == torch.int64, "seed", seed, "a 0-dim int64 tensor")
-        expect(seed.device.type == "cpu", "seed", seed, "a tensor on the CPU")
+    if r < 1:
+        refuse("lora_A", lora_A, f"shape (r, {K}) with a rank r of at least 1")
+    if lora_B.shape != (N, r):
+        refuse("lora_B", lora_B, f"shape ({N}, {r}), since weight is ({N}, {K}) and lora_A ({r}, {K})")
+    if weight.dtype != dtype:
+        refuse("weight", weight, f"x's dtype {dtype}")
+    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in _HALF):
+        refuse("lora_A", lora_A, f"x's dtype {dtype}" + (" or torch.float32" if dtype in _HALF else ""))
+    if lora_B.dtype != adapter_dtype:
+        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype}")
+    if not device == weight.device == lora_A.device == lora_B.device:
+        for name, operand in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+            if operand.device != device:
+                refuse(name, operand, f"x's device {device}")
+    if bias is not None and (bias.shape != (N,) or bias.dtype != dtype or bias.device != device):
+        refuse("bias", bias, f"shape ({N},), x's dtype {dtype} and x's device {device}")
+    if scaling.shape != () or not scaling.is_floating_point():
+        refuse("scaling", scaling, "a 0-dim floating tensor")
+    if not scaling.is_cpu and scaling.device != device:
+        refuse("scaling", scaling, f"a tensor on the CPU or on x's device {device}")
+    if seed is None:
+        return
+    if seed.shape != () or seed.dtype != torch.int64 or not seed.is_cpu:
+        refuse("seed", seed, "a 0-dim int64 tensor on the CPU")
     if not all(0.0 <= p < 1.0 for p in dropout_p):
-        raise ValueError(f"lora_linear: dropout_p: expected probabilities in [0, 1), got {list(dropout_p)}")
-    if ranks and (sum(ranks) != r or len(ranks) != len(dropout_p)):
-        raise ValueError(f"lora_linear: ranks: expected {len(dropout_p)} ranks that add up to {r}, got {list(ranks)}")
+        raise ValueError(f"lora_linear: dropout_p: expected probabilities in [0, 1); got {list(dropout_p)}")
+    got_ranks = list(ranks) or [r]
+    if sum(got_ranks) != r or len(got_ranks) != len(dropout_p):
+        expected = f"one rank for each of the {len(dropout_p)} dropout_p, {r} in all"
+        raise ValueError(f"lora_linear: ranks: expected {expected}; got {got_ranks}")
 
 
 # ---------------------------------------------------------------------------------------------- portable kernels
+
+
+@kernel("_lora_linear", "CompositeExplicitAutograd")
+def _portable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+    """The base product, then y += s h Bᵀ in place with h = x̃ Aᵀ: the full-width output is touched once more."""
+    _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+    x_rows = _flat(x)
+    y = F.linear(x_rows, weight, bias)
+    # A number where reading it does not synchronise with the device.
+    scale = scaling.item() if scaling.is_cpu else scaling
+    dtype = _accumulation_dtype(x, lora_A, seed)
+    if seed is None and _in_one_piece(x_rows, lora_A, lora_B, dtype):
+        h = F.linear(_cast(x_rows, dtype), _cast(lora_A, dtype))
+        _add_product_(y, h, _cast(lora_B, dtype).t(), scale)
+        h = _cast(h, lora_A.dtype)
+    else:
+        h = _add_delta_by_blocks_(y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h)
+    return _unflat(y, x), h if save_h else lora_A.new_empty(0)
+
+
+@kernel("lora_linear_backward", "CompositeExplicitAutograd")
+def _portable_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+    """z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h; ds = Σ (dYᵀ h) ⊙ B."""
+    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
+    grad_rows = _flat(grad)
+    x_rows = _flat(x) if x is not None else None
+    grad_x = grad_rows @ weight if need_x else None
+    grad_A = grad_h = None  # grad_h: dYᵀ h, what dB and ds are made of
+    dtype = _accumulation_dtype(grad, lora_A, seed)
+    if seed is None and _in_one_piece(grad_rows, lora_A, lora_B, dtype):
+        wide = _cast(grad_rows, dtype)
+        if need_x or need_A:
+            z = (wide @ _cast(lora_B, dtype)).mul_(scaling)
+        if need_x:
+            _add_product_(grad_x, z, _cast(lora_A, dtype))
+        if need_A:
+            grad_A = z.t() @ _cast(x_rows, dtype)
+        if need_B or need_scaling:
+            grad_h = wide.t() @ _cast(h, dtype)
+    elif need_x or need_A or need_B or need_scaling:
+        x_side = x_rows if need_A else None
+        grad_A, grad_h = _backward_by_blocks(
+            grad_rows, grad_x, x_side, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype
+        )
+    grads = []
+    if need_x:
+        grads.append(_unflat(grad_x, grad))
+    if need_weight:
+        grads.append(grad_rows.t() @ x_rows)
+    if need_bias:
+        grads.append(grad_rows.sum(0))
+    if need_A:
+        grads.append(_cast(grad_A, lora_A.dtype))
+    grad_scaling = (grad_h * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None
+    if need_B:
+        grads.append(_cast(grad_h.mul_(scaling), lora_B.dtype))
+    if need_scaling:
+        grads.append(grad_scaling)
+    return grads
+
+
+def _add_delta_by_blocks_(
+    y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h
+) -> Tensor | None:
+    """``y += s h Bᵀ`` over blocks of rows, converted and masked while they are in cache; returns h if asked."""
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    adapters = _adapters(seed, dropout_p, ranks, A.shape[0])
+    size = _block_rows(A, B)
+    saved = []
+    for start in range(0, max(y.shape[0], 1), size):
+        rows = slice(start, start + size)
+        x_block = x_rows[rows].to(dtype)
+        masks = _masks(adapters, seed, start, x_block.shape[0], A)
+        parts = [F.linear(_dropped(x_block, mask), A[rank]) for (rank, _), mask in zip(adapters, masks, strict=True)]
+        h = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        _add_product_(y[rows], h, B.t(), scale)
+        if save_h:
+            saved.append(h.to(lora_A.dtype))
+    return torch.cat(saved) if save_h else None
+
+
+def _backward_by_blocks(grad_rows, grad_x, x_rows, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype):
+    """Over blocks of rows: ``grad_x += mask ⊙ (z A)`` in place; returns zᵀ x̃ and dYᵀ h, None where not asked for."""
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    grad_A = A.new_zeros(A.shape) if x_rows is not None else None
+    grad_h = B.new_zeros(B.shape) if h is not None else None
+    adapters = _adapters(seed, dropout_p, ranks, A.shape[0])
+    size = _block_rows(A, B)
+    for start in range(0, grad_rows.shape[0], size):
+        rows = slice(start, start + size)
+        grad_block = grad_rows[rows].to(dtype)
+        if grad_h is not None:
+            grad_h.addmm_(grad_block.t(), h[rows].to(dtype))
+        if grad_A is None and grad_x is None:
+            continue
+        z = (grad_block @ B).mul_(scaling)
+        masks = _masks(adapters, seed, start, z.shape[0], A)
+        if grad_A is not None:
+            x_block = x_rows[rows].to(dtype)
+            for (rank, _), mask in zip(adapters, masks, strict=True):
+                grad_A[rank].addmm_(z[:, rank].t(), _dropped(x_block, mask))
+        if grad_x is None:
+            continue
+        if seed is None:
+            _add_product_(grad_x[rows], z, A)
+        else:
+            parts = [_dropped(z[:, rank] @ A[rank], mask) for (rank, _), mask in zip(adapters, masks, strict=True)]
+            grad_x[rows] += functools.reduce(torch.add, parts)
+    return grad_A, grad_h
+
+
+def _accumulation_dtype(x: Tensor, lora_A: Tensor, seed: Tensor | None) -> torch.dtype:
+    """In which dtype the low-rank products are formed: x's, or float32 for a half x.
+
+    Half operands are multiplied as they are where the device does that with float32 sums in hardware. A CPU that
+    lacks it is two to four times faster through float32.
+    """
+    if x.dtype not in _HALF or (lora_A.dtype == x.dtype and seed is None and x.device.type != "cpu"):
+        return x.dtype
+    return torch.float32
+
+
+def _in_one_piece(rows: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all rows fit a block, or need no block since nothing is converted."""
+    return rows.dtype == dtype or rows.shape[0] <= _block_rows(lora_A, lora_B)
+
+
+def _block_rows(A: Tensor, B: Tensor) -> int:
+    """Rows that are converted or masked at a time: 1 MiB of float32 on a CPU (its L2), 64 MiB elsewhere."""
+    elements = 1 << (18 if A.device.type == "cpu" else 24)
+    return max(elements // max(A.shape[1], B.shape[0], 1), 16)
 
 
 def _adapters(seed: Tensor | None, dropout_p: Sequence[float], ranks: Sequence[int], r: int) -> list[tuple[slice, float]]:
@@ -210,129 +353,41 @@ def _adapters(seed: Tensor | None, dropout_p: Sequence[float], ranks: Sequence[i
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 
 
-def _accumulation_dtype(x: Tensor, lora_A: Tensor, seed: Tensor | None) -> torch.dtype:
-    """In which dtype the low-rank products are formed: x's, or float32 for a half x.
-
-    A GPU multiplies half by half with float32 sums in hardware, so there half adapters without dropout stay as
-    they are. A CPU without half arithmetic is two to four times faster through float32 blocks.
-    """
-    native = lora_A.dtype == x.dtype and seed is None and x.device.type != "cpu"
-    return torch.float32 if x.dtype in _HALF and not native else x.dtype
-
-
-def _block_rows(M: int, weight_shape: Sequence[int], device: torch.device, whole: bool) -> int:
-    """Rows that are converted or masked at a time: 1 MiB of float32 on a CPU (its L2), 64 MiB elsewhere."""
-    if whole:
-        return max(M, 1)
-    elements = 1 << (18 if device.type == "cpu" else 24)
-    return max(elements // max(*weight_shape, 1), 16)
-
-
-def _block(tensor: Tensor, start: int, size: int) -> Tensor:
-    return tensor if size >= tensor.shape[0] else tensor[start : start + size]
-
-
-def _flat(x: Tensor) -> Tensor:
-    """x as a matrix (M, last dimension): a view wherever one exists."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _dropped(block: Tensor, mask: Tensor | None) -> Tensor:
-    return block if mask is None else block * mask
-
-
-def _masks(adapters, seed, start: int, rows: int, K: int, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+def _masks(adapters, seed, start: int, rows: int, A: Tensor) -> list[Tensor | None]:
     """What each adapter's dropout multiplies rows ``start`` onwards of x with: 0 or 1 / (1 - p)."""
     return [
-        keep_mask(int(seed), stream, start, rows, K, p, device).to(dtype).mul_(1.0 / (1.0 - p)) if p else None
+        keep_mask(int(seed), stream, start, rows, A.shape[1], p, A.device).to(A.dtype).mul_(1.0 / (1.0 - p)) if p else None
         for stream, (_, p) in enumerate(adapters)
     ]
 
 
-def _add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """``out += alpha · a b``, summed in a's dtype and rounded once to out's."""
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> None:
+    """``out += scale · a b``, summed in a's dtype and rounded once to out's."""
+    if isinstance(scale, Tensor):
+        a, scale = a * scale, 1.0
     if out.dtype == a.dtype:
-        out.addmm_(a, b, alpha=alpha)
+        out.addmm_(a, b, alpha=scale)
     else:
-        out.copy_(torch.addmm(out.to(a.dtype), a, b, alpha=alpha))
+        out.add_(a @ b, alpha=scale)
 
 
-@kernel("_lora_linear", "CompositeExplicitAutograd")
-def _portable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    """The base product, then block by block of rows h = x̃ Aᵀ and y += s h Bᵀ in place."""
-    _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
-    x_rows = _flat(x)
-    (M, K), N = x_rows.shape, weight.shape[0]
-    y = F.linear(x_rows, weight, bias)
-    dtype = _accumulation_dtype(x, lora_A, seed)
-    A, B = lora_A.to(dtype).t(), lora_B.to(dtype).t()
-    if scaling.device.type == "cpu":
-        alpha = scaling.item()
-    else:  # reading it would synchronise with the device
-        alpha, B = 1.0, B * scaling
-    adapters = _adapters(seed, dropout_p, ranks, lora_A.shape[0])
-    size = _block_rows(M, weight.shape, x.device, whole=dtype == x.dtype and seed is None)
-    saved = []
-    for start in range(0, max(M, 1), size):
-        x_block = _block(x_rows, start, size).to(dtype)
-        masks = _masks(adapters, seed, start, x_block.shape[0], K, dtype, x.device)
-        parts = [_dropped(x_block, mask) @ A[:, rank] for (rank, _), mask in zip(adapters, masks, strict=True)]
-        h = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        _add_product_(_block(y, start, size), h, B, alpha)
-        if save_h:
-            saved.append(h.to(lora_A.dtype))
-    if save_h:
-        h = saved[0] if len(saved) == 1 else torch.cat(saved)
-    else:
-        h = lora_A.new_empty(0)
-    return y.view(*x.shape[:-1], N), h
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still takes a microsecond
 
 
-@kernel("lora_linear_backward", "CompositeExplicitAutograd")
-def _portable_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
-    """z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h; ds = Σ (dYᵀ h) ⊙ B."""
-    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = _flat(grad)
-    (M, N), (r, K) = grad_rows.shape, lora_A.shape
-    x_rows = _flat(x) if x is not None else None
-    dtype = _accumulation_dtype(grad, lora_A, seed)
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    factor = scaling.to(grad.device, dtype)
+def _flat(x: Tensor) -> Tensor:
+    """x as a matrix (M, last dimension): a view wherever one exists."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
-    grad_x = grad_rows @ weight if need_x else None
-    grad_A = grad.new_zeros(r, K, dtype=dtype) if need_A else None
-    grad_B = grad.new_zeros(N, r, dtype=dtype) if need_B or need_scaling else None  # dYᵀ h, s still to come
-    adapters = _adapters(seed, dropout_p, ranks, r)
-    size = _block_rows(M, (N, K), grad.device, whole=dtype == grad.dtype and seed is None)
-    for start in range(0, M if need_x or need_A or grad_B is not None else 0, size):
-        grad_block = _block(grad_rows, start, size).to(dtype)
-        if grad_B is not None:
-            grad_B.addmm_(grad_block.t(), _block(h, start, size).to(dtype))
-        if not (need_x or need_A):
-            continue
-        z = (grad_block @ B).mul_(factor)
-        masks = _masks(adapters, seed, start, z.shape[0], K, dtype, grad.device)
-        if grad_A is not None:
-            x_block = _block(x_rows, start, size).to(dtype)
-            for (rank, _), mask in zip(adapters, masks, strict=True):
-                grad_A[rank].addmm_(z[:, rank].t(), _dropped(x_block, mask))
-        if grad_x is not None:
-            out = _block(grad_x, start, size)
-            if seed is None:
-                _add_product_(out, z, A)
-            else:
-                delta = [_dropped(z[:, rank] @ A[rank], mask) for (rank, _), mask in zip(adapters, masks, strict=True)]
-                out.copy_(functools.reduce(torch.add, delta, out))
 
-    grads = (
-        grad_x.view(*grad.shape[:-1], K) if grad_x is not None else None,
-        grad_rows.t() @ x_rows if need_weight else None,
-        grad_rows.sum(0) if need_bias else None,
-        grad_A.to(lora_A.dtype) if grad_A is not None else None,
-        (grad_B * factor).to(lora_B.dtype) if need_B else None,
-        (grad_B * B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
-    )
-    return [g for g in grads if g is not None]
+def _unflat(rows: Tensor, like: Tensor) -> Tensor:
+    """The fresh matrix (M, C) in the leading shape of ``like``, not as a view: autograd forbids in-place use of an
+    operator's output that is one."""
+    return rows if like.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------------------- shapes
@@ -371,8 +426,9 @@ def _aten_masks(x, lora_A, seed, dropout_p, ranks) -> list[tuple[slice, Tensor |
     ]
 
 
+@kernel("_lora_linear", "FuncTorchBatched")
 def _aten_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    """The forward in differentiable aten calls, for functorch transforms and forward-mode AD."""
+    """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
     _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     x_rows = _flat(x)
     wide = x_rows.to(lora_A.dtype)
@@ -412,6 +468,25 @@ def _aten_backward(grad, grad_h, x, weight, lora_A, lora_B, scaling, h, seed, dr
     return grads
 
 
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, NoneType))
+
+
+def _below_autograd(operator, portable, *arguments):
+    """Run an operator's kernel. On a device whose kernel is the portable one, a call that nothing watches goes
+    straight to it: the dispatcher's way from Python to Python takes a tenth of a 1 x 512 x 512 layer."""
+    device_type = arguments[0].device.type
+    with torch._C._AutoDispatchBelowAutograd():
+        if (
+            device_type in ("cpu", "cuda", "xpu")
+            and torch._C._len_torch_dispatch_stack() == 0
+            and not torch.is_autocast_enabled(device_type)
+            and not torch.autograd._profiler_enabled()
+            and _PLAIN_TYPES.issuperset(map(type, arguments[:6]))
+        ):
+            return portable(*arguments)
+        return operator(*arguments)
+
+
 def _transformed() -> bool:
     """Inside torch.func (vmap, grad, jvp, ...) or forward-mode AD, which need differentiable aten calls."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -424,8 +499,9 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
         need_x, need_weight, _, need_A, need_B, need_scaling = ctx.needs_input_grad[:6]
         save_h = need_B or need_scaling
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h = _forward_op(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+        y, h = _below_autograd(
+            _forward_op, _portable_forward, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h
+        )
         ctx.set_materialize_grads(False)
         if not save_h:
             ctx.mark_non_differentiable(h)
@@ -454,8 +530,7 @@ class _LoRALinear(torch.autograd.Function):
             with below_autocast():
                 grads = _aten_backward(grad, grad_h, *saved)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                grads = _backward_op(grad, *saved)
+            grads = _below_autograd(_backward_op, _portable_backward, grad, *saved)
         found = iter(grads)
         return (*(next(found) if need else None for need in needs), None, None, None)
 
@@ -473,38 +548,18 @@ def _autograd(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(),
         or scaling.requires_grad
     ):
         return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+    return _below_autograd(
+        _forward_op, _portable_forward, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h
+    )
 
 
-@kernel("lora_linear_backward", "Autograd")
+@kernel("lora_linear_backward", "Autograd", "FuncTorchBatched")
 def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
     arguments = (x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
     if _transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _aten_backward(grad, None, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(grad, *arguments)
-
-
-def _vmap(info, in_dims, x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    """One vmap level of the differentiable form; only the tensors carry a batch dimension."""
-
-    def one(*tensors):
-        return _aten_forward(*tensors, dropout_p, ranks, save_h)
-
-    dims = (*in_dims, None)[:7]
-    return torch.vmap(one, dims, randomness=info.randomness)(x, weight, bias, lora_A, lora_B, scaling, seed), (0, 0)
-
-
-def _vmap_public(info, in_dims, x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
-    tensor_dims = (*in_dims[:6], in_dims[7] if len(in_dims) > 7 else None)
-    (y, _), _ = _vmap(info, tensor_dims, x, weight, bias, lora_A, lora_B, scaling, seed, (dropout_p,) if seed is not None else ())
-    return y, 0
-
-
-torch.library.register_vmap(_forward_op, _vmap)
-torch.library.register_vmap(_ops.lora_linear.default, _vmap_public)
+    return _below_autograd(_backward_op, _portable_backward, grad, *arguments)
 
 
 def _register_autocast(key: str) -> None:

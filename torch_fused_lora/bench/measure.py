@@ -1,0 +1,193 @@
+"""The LoRA tax: how much longer a linear layer takes once it carries an adapter.
+
+Three layers over the same base are timed in one process, interleaved: in every round each of them runs once, in
+a new random order, so that what slows the machine for a while slows all three. What is reported is the median of
+the rounds' ratios, with the quartiles as its spread; times of different rounds are never compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torch_fused_lora.peft import patch_peft
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """M tokens through a (N, K) layer with a rank-r adapter, base and adapters in the dtypes given."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    base: str = "float32"
+    adapters: str = "float32"
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {self.base}"
+        text += f" + {self.adapters} adapters" if self.adapters != self.base else ""
+        return text + (f", dropout {self.dropout}" if self.dropout else "")
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.M * self.K * self.N
+
+
+SMALL = ((1, 512, 512, 8), (64, 2048, 2048, 16), (512, 1024, 1024, 16))
+MEDIUM = ((1, 4096, 4096, 16), (64, 4096, 4096, 16), (512, 4096, 4096, 16))
+LARGE = ((4096, 4096, 4096, 16), (8192, 4096, 14336, 16), (8192, 4096, 4096, 64))
+
+
+def cases(shapes: Sequence[tuple[int, int, int, int]]) -> list[Case]:
+    """PEFT's default adapters (float32) over a float32 and a bfloat16 base, at every shape."""
+    return [Case(*shape, base=base) for base in ("float32", "bfloat16") for shape in shapes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Median, lower and upper quartile over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Ratio:
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return Ratio(median, low, high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One case in one direction: "forward" (no_grad) or "forward+backward" (gradients of x, A and B)."""
+
+    case: Case
+    direction: str
+    rounds: int
+    linear_ms: float
+    peft_tax: Ratio
+    patched_tax: Ratio
+    patched_over_peft: Ratio
+    saved_bytes: dict[str, int]
+
+
+def layers(case: Case, device: torch.device) -> dict[str, nn.Module]:
+    """The plain frozen layer, stock PEFT's and the patched one, all over the same base weight."""
+    from peft import LoraConfig, get_peft_model
+
+    base = nn.Linear(case.K, case.N, device=device, dtype=getattr(torch, case.base)).requires_grad_(False)
+    config = LoraConfig(
+        r=case.r,
+        lora_alpha=2 * case.r,
+        lora_dropout=case.dropout,
+        target_modules=["0"],
+        init_lora_weights=False,
+    )
+    found = {"linear": base}
+    for name in ("peft", "patched"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=case.adapters == "float32")
+        if name == "patched":
+            report = patch_peft(model)
+            assert len(report.patched) == 1, report
+        found[name] = model.base_model.model[0]
+    return found
+
+
+def run(case: Case, direction: str, device: torch.device, seconds: float, min_rounds: int = 7) -> Result:
+    """Time one case: rounds until ``seconds`` are spent, ``min_rounds`` at least."""
+    x = torch.randn(case.M, case.K, device=device, dtype=getattr(torch, case.base))
+    steps = {name: _step(layer, x, direction) for name, layer in layers(case, device).items()}
+    saved = {name: saved_bytes(step) for name, step in steps.items()} if direction != "forward" else {}
+    for step in steps.values():  # warm up
+        step()
+        step()
+    _synchronize(device)
+    started = time.perf_counter()
+    steps["linear"]()
+    _synchronize(device)
+    once = max(time.perf_counter() - started, 1e-7)
+    repeats = max(1, min(int(2e-3 / once), 200))  # a sample is 2 ms or one call
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    deadline = time.perf_counter() + seconds
+    gc.disable()
+    try:
+        while len(times["linear"]) < min_rounds or time.perf_counter() < deadline:
+            random.shuffle(order)
+            for name in order:
+                step = steps[name]
+                _synchronize(device)
+                started = time.perf_counter()
+                for _ in range(repeats):
+                    step()
+                _synchronize(device)
+                times[name].append((time.perf_counter() - started) / repeats)
+    finally:
+        gc.enable()
+
+    def ratio(over: str, under: str) -> Ratio:
+        return Ratio.of([a / b for a, b in zip(times[over], times[under], strict=True)])
+
+    return Result(
+        case,
+        direction,
+        len(times["linear"]),
+        statistics.median(times["linear"]) * 1e3,
+        ratio("peft", "linear"),
+        ratio("patched", "linear"),
+        ratio("patched", "peft"),
+        saved,
+    )
+
+
+def _step(layer: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return layer(x)
+
+        return forward
+    x = x.detach().requires_grad_()
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    grad = torch.randn_like(layer(x))
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x), wanted, grad)
+
+    return forward_backward
+
+
+def saved_bytes(step: Callable[[], object]) -> int:
+    """Bytes that a forward keeps for its backward, a storage once, leaves that are parameters not counted."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not (tensor._base is not None and isinstance(tensor._base, nn.Parameter)):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(storages.values())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return statistics.geometric_mean(values)

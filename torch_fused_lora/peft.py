@@ -1,0 +1,217 @@
+"""Put the operator under the LoRA layers of a PEFT model, in place, and take it away again.
+
+PEFT has no hook for a layer of a model that is already built, so a layer's class is swapped: `Linear` below is
+`peft.tuners.lora.Linear` with another `forward` and no state of its own. Everything else (state_dict, merging,
+adding, switching and deleting adapters, pickling) stays PEFT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+try:
+    from peft.tuners import lora
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(
+        "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
+    ) from error
+
+from .ops.lora_linear import lora_linear_stacked
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Linear(lora.Linear):
+    """`peft.tuners.lora.Linear` whose plain LoRA forward is one operator. The name is PEFT's: it shows in repr."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapters = [] if args or kwargs else _fused_adapters(self, x)
+        if not adapters:
+            return super().forward(x, *args, **kwargs)
+        base = self._modules["base_layer"]
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if type(base) is Conv1D:
+            weight = weight.t()
+        for adapter in adapters:
+            if adapter.bias is not None:  # over a half base it joins the base product's rounding
+                lora_bias = adapter.bias * adapter.scaling
+                bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
+        if len(adapters) == 1:
+            lora_A, lora_B, _, scaling, dropout_p = adapters[0]
+            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, (dropout_p,))
+        stacked_A = torch.cat([adapter.lora_A for adapter in adapters])
+        stacked_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
+        ranks = [adapter.lora_A.shape[0] for adapter in adapters]
+        dropouts = [adapter.dropout_p for adapter in adapters]
+        return lora_linear_stacked(x, weight, bias, stacked_A, stacked_B, 1.0, dropouts, ranks)
+
+
+class _Adapter(NamedTuple):
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    dropout_p: float
+
+
+# What follows runs on every call of every layer. It reads modules and parameters from their dicts, since
+# nn.Module.__getattr__ takes a microsecond a name, and tests nothing twice.
+
+
+def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
+    """The active adapters if one call of the operator covers them; empty if PEFT's own forward has to run."""
+    if layer._disable_adapters or layer.merged_adapters or not layer.cast_input_dtype_enabled:
+        return []
+    modules = layer._modules
+    base = modules["base_layer"]
+    if _why_not_base(base) or nn_module._has_any_global_hook() or not isinstance(x, Tensor):
+        return []
+    dtype = x.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if dtype == torch.float64 if autocast else base._parameters["weight"].dtype != dtype:
+        return []
+    all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    all_dropouts = modules["lora_dropout"]._modules
+    adapters: list[_Adapter] = []
+    for name in layer.active_adapters:
+        if name not in all_A:
+            continue
+        A, B, dropout = all_A[name], all_B[name], all_dropouts[name]
+        if _why_not_adapter(layer, name, A, B, dropout):
+            return []
+        lora_A, lora_B = A._parameters["weight"], B._parameters["weight"]
+        adapter_dtype = adapters[0].lora_A.dtype if adapters else lora_A.dtype
+        if not autocast and (
+            not lora_A.dtype == lora_B.dtype == adapter_dtype
+            or (adapter_dtype != dtype and (adapter_dtype != torch.float32 or dtype not in _HALF))
+        ):
+            return []
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        adapters.append(_Adapter(lora_A, lora_B, B._parameters["bias"], layer.scaling[name], p))
+    return adapters
+
+
+def _why_not_base(base: nn.Module) -> str | None:
+    """Why no call of a layer over this base can be fused, or None."""
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"base layer is a {type(base).__module__}.{type(base).__qualname__}, not exactly nn.Linear or Conv1D"
+    return _why_not_module(base, "base layer")
+
+
+def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module) -> str | None:
+    """Why this adapter cannot be fused, or None."""
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+        return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
+        return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
+    reason = _why_not_module(A, "lora_A") or _why_not_module(B, "lora_B")
+    if reason:
+        return f"adapter {name!r}: {reason}"
+    return f"adapter {name!r} has hooks on its dropout" if _is_hooked(dropout) else None
+
+
+_PLAIN_TYPES = (nn.Parameter, Tensor)
+
+
+def _why_not_module(module: nn.Module, name: str) -> str | None:
+    """Why reading the module's weight and bias would not do what calling it does, or None."""
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) not in _PLAIN_TYPES:
+        return f"{name} has a weight that is a {type(weight).__qualname__}, not an nn.Parameter"
+    if bias is None and "bias" not in parameters or bias is not None and type(bias) not in _PLAIN_TYPES:
+        return f"{name} has a bias that is a {type(bias).__qualname__}, not an nn.Parameter"
+    return f"{name} has hooks or a replaced forward" if _is_hooked(module) else None
+
+
+def _why_not_all_adapters(layer: lora.Linear) -> str | None:
+    """Why none of the layer's adapters can be fused, or None."""
+    parts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
+    reasons = [_why_not_adapter(layer, name, *(part[name] for part in parts)) for name in layer.lora_A.keys()]
+    return "; ".join(filter(None, reasons)) if reasons and all(reasons) else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module is more than its class's forward: hooks, or a forward set on the instance."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchReport:
+    """What `patch_peft` did to each LoRA layer of a model; ``print(report)`` shows it as a table."""
+
+    patched: list[str]
+    declined: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.patched)} LoRA layers use torch_fused_lora, {len(self.declined)} stay with PEFT"]
+        rows = [(_pattern(name), "fused") for name in self.patched]
+        rows += [(_pattern(name), f"PEFT: {reason}") for name, reason in self.declined.items()]
+        counts = Counter(rows)
+        width = max((len(name) for name, _ in counts), default=0)
+        lines += [f"  {count:>4} x {name:<{width}}  {what}" for (name, what), count in counts.items()]
+        return "\n".join(lines)
+
+
+def _pattern(name: str) -> str:
+    """A module's name with its layer numbers as ``*``, so that a table has a row a kind of layer."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def patch_peft(model: nn.Module) -> PatchReport:
+    """Let every plain LoRA layer of ``model`` compute with `torch_fused_lora.lora_linear`.
+
+    In place and idempotent: a layer that is patched already is reported as patched. Adapters added, switched,
+    merged or deleted afterwards are followed, since a patched layer decides anew at each call; a call that the
+    operator does not cover (merged or disabled adapters, mixed batches, variants such as DoRA) runs PEFT's own
+    forward. A declined layer is left exactly as it was.
+
+    Args:
+        model: a PeftModel, or any module that contains `peft.tuners.lora` layers.
+
+    Returns:
+        A `PatchReport`: the names of patched modules, and a reason for each LoRA layer left to PEFT.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    report = PatchReport([], {})
+    for name, layer in _lora_layers(model):
+        if type(layer) not in (lora.Linear, Linear):
+            report.declined[name] = f"a {type(layer).__module__}.{type(layer).__qualname__}"
+            continue
+        reason = _why_not_base(layer.base_layer) or _why_not_all_adapters(layer)
+        layer.__class__ = Linear if reason is None else lora.Linear
+        if reason is None:
+            report.patched.append(name)
+        else:
+            report.declined[name] = reason
+    return report
+
+
+def unpatch_peft(model: nn.Module) -> None:
+    """Undo `patch_peft`: give every patched layer of ``model`` PEFT's own class back."""
+    for _, module in _lora_layers(model):
+        if type(module) is Linear:
+            module.__class__ = lora.Linear
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]
