@@ -110,16 +110,39 @@ def lora_linear_stacked(
 ) -> Tensor:
     """`lora_linear` for adapters stacked along the rank: adapter i owns ``ranks[i]`` rows of lora_A, columns of
     lora_B and drops x with ``dropout_p[i]``. Empty ``ranks`` means one adapter; empty ``dropout_p`` no dropout."""
-    scale = _as_scaling(scaling, x.dtype)
+    scaling = _as_scaling(scaling, x.dtype)
     seed = None
     if any(dropout_p):
         seed = draw_seed()
     else:
         dropout_p = ranks = ()
-    arguments = (x, weight, bias, lora_A, lora_B, scale, seed, dropout_p, ranks)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    arguments = (x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+    device_type = x.device.type
+    if not _unwatched(device_type) or not _PLAIN_TYPES.issuperset(map(type, arguments[:5])):
         return _forward_op(*arguments)[0]
-    return _autograd(*arguments)[0]  # the dispatcher would call it from C++, for 3 us more
+    # Where nothing is there to intercept the operator, what the dispatcher would call is called from here: its way
+    # from Python through C++ to Python and back takes a tenth of a 1 x 512 x 512 layer.
+    return _with_autograd(_portable_forward if device_type in _PORTABLE else _forward_op, *arguments)[0]
+
+
+_PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, NoneType))
+
+
+def _unwatched(device_type: str) -> bool:
+    """No compiler, dispatch mode, autocast, profiler, functorch transform or forward-mode AD wants to see calls."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled(device_type)
+        or torch.autograd._profiler_enabled()
+        or _transformed()
+    )
+
+
+def _transformed() -> bool:
+    """Inside torch.func (vmap, grad, jvp, ...) or forward-mode AD, which need differentiable aten calls."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
@@ -130,7 +153,7 @@ def _as_scaling(scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(scaling, Tensor):
         return scaling if scaling.dtype == wanted or not scaling.is_floating_point() else scaling.to(wanted)
-    if not isinstance(scaling, (float, int, numbers.Real, torch.SymFloat, torch.SymInt)):
+    if type(scaling) is not float and not isinstance(scaling, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scaling: expected a number or a 0-dim Tensor, got {type(scaling).__name__}")
     if torch.compiler.is_compiling():
         # A product keeps a float that changes from call to call symbolic; torch.tensor(scaling) recompiles.
@@ -168,33 +191,30 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks) -> 
         raise ValueError(f"lora_linear: {name}: expected {expected}; got {got}")
 
     dtype, device, adapter_dtype = x.dtype, x.device, lora_A.dtype
+    x_shape, W_shape, A_shape = x.shape, weight.shape, lora_A.shape
     if dtype not in _DTYPES:
         refuse("x", x, "float16, bfloat16, float32 or float64")
-    if weight.dim() != 2:
+    if len(W_shape) != 2:
         refuse("weight", weight, "shape (N, K)")
-    N, K = weight.shape
-    if x.shape[-1:] != (K,):
+    N, K = W_shape
+    if not x_shape or x_shape[-1] != K:
         refuse("x", x, f"shape (..., {K}), since weight is ({N}, {K})")
-    if lora_A.shape[1:] != (K,):
-        refuse("lora_A", lora_A, f"shape (r, {K}), since weight is ({N}, {K})")
-    r = lora_A.shape[0]
-    if r < 1:
-        refuse("lora_A", lora_A, f"shape (r, {K}) with a rank r of at least 1")
+    if len(A_shape) != 2 or A_shape[1] != K or A_shape[0] < 1:
+        refuse("lora_A", lora_A, f"shape (r, {K}) with r >= 1, since weight is ({N}, {K})")
+    r = A_shape[0]
     if lora_B.shape != (N, r):
         refuse("lora_B", lora_B, f"shape ({N}, {r}), since weight is ({N}, {K}) and lora_A ({r}, {K})")
-    if weight.dtype != dtype:
-        refuse("weight", weight, f"x's dtype {dtype}")
+    if weight.dtype != dtype or weight.device != device:
+        refuse("weight", weight, f"x's dtype {dtype} and device {device}")
     if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in _HALF):
         refuse("lora_A", lora_A, f"x's dtype {dtype}" + (" or torch.float32" if dtype in _HALF else ""))
-    if lora_B.dtype != adapter_dtype:
-        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype}")
-    if not device == weight.device == lora_A.device == lora_B.device:
-        for name, operand in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-            if operand.device != device:
-                refuse(name, operand, f"x's device {device}")
+    if lora_A.device != device:
+        refuse("lora_A", lora_A, f"x's device {device}")
+    if lora_B.dtype != adapter_dtype or lora_B.device != device:
+        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype} and device {device}")
     if bias is not None and (bias.shape != (N,) or bias.dtype != dtype or bias.device != device):
-        refuse("bias", bias, f"shape ({N},), x's dtype {dtype} and x's device {device}")
-    if scaling.shape != () or not scaling.is_floating_point():
+        refuse("bias", bias, f"shape ({N},), x's dtype {dtype} and device {device}")
+    if scaling.dim() != 0 or not scaling.is_floating_point():
         refuse("scaling", scaling, "a 0-dim floating tensor")
     if not scaling.is_cpu and scaling.device != device:
         refuse("scaling", scaling, f"a tensor on the CPU or on x's device {device}")
@@ -237,38 +257,39 @@ def _portable_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
     grad_rows = _flat(grad)
     x_rows = _flat(x) if x is not None else None
-    grad_x = grad_rows @ weight if need_x else None
-    grad_A = grad_h = None  # grad_h: dYᵀ h, what dB and ds are made of
+    grad_x = grad_rows.mm(weight) if need_x else None
+    # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
+    grad_A = grad_h = None
     dtype = _accumulation_dtype(grad, lora_A, seed)
     if seed is None and _in_one_piece(grad_rows, lora_A, lora_B, dtype):
         wide = _cast(grad_rows, dtype)
         if need_x or need_A:
-            z = (wide @ _cast(lora_B, dtype)).mul_(scaling)
+            z = wide.mm(_cast(lora_B, dtype)).mul_(scaling)
         if need_x:
             _add_product_(grad_x, z, _cast(lora_A, dtype))
         if need_A:
-            grad_A = z.t() @ _cast(x_rows, dtype)
+            grad_A = z.t().mm(_cast(x_rows, dtype))
         if need_B or need_scaling:
-            grad_h = wide.t() @ _cast(h, dtype)
+            h = _cast(h, dtype)
+            grad_h = wide.t().mm(h if need_scaling else h * scaling)
     elif need_x or need_A or need_B or need_scaling:
         x_side = x_rows if need_A else None
         grad_A, grad_h = _backward_by_blocks(
-            grad_rows, grad_x, x_side, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype
+            grad_rows, grad_x, x_side, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype, need_scaling
         )
     grads = []
     if need_x:
         grads.append(_unflat(grad_x, grad))
     if need_weight:
-        grads.append(grad_rows.t() @ x_rows)
+        grads.append(grad_rows.t().mm(x_rows))
     if need_bias:
         grads.append(grad_rows.sum(0))
     if need_A:
         grads.append(_cast(grad_A, lora_A.dtype))
-    grad_scaling = (grad_h * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None
     if need_B:
-        grads.append(_cast(grad_h.mul_(scaling), lora_B.dtype))
+        grads.append(_cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype))
     if need_scaling:
-        grads.append(grad_scaling)
+        grads.append((grad_h * lora_B).sum().to(scaling.device, scaling.dtype))
     return grads
 
 
@@ -292,7 +313,9 @@ def _add_delta_by_blocks_(
     return torch.cat(saved) if save_h else None
 
 
-def _backward_by_blocks(grad_rows, grad_x, x_rows, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype):
+def _backward_by_blocks(
+    grad_rows, grad_x, x_rows, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype, need_scaling
+):
     """Over blocks of rows: ``grad_x += mask ⊙ (z A)`` in place; returns zᵀ x̃ and dYᵀ h, None where not asked for."""
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     grad_A = A.new_zeros(A.shape) if x_rows is not None else None
@@ -303,10 +326,11 @@ def _backward_by_blocks(grad_rows, grad_x, x_rows, lora_A, lora_B, scaling, h, s
         rows = slice(start, start + size)
         grad_block = grad_rows[rows].to(dtype)
         if grad_h is not None:
-            grad_h.addmm_(grad_block.t(), h[rows].to(dtype))
+            h_block = h[rows].to(dtype)
+            grad_h.addmm_(grad_block.t(), h_block if need_scaling else h_block * scaling)
         if grad_A is None and grad_x is None:
             continue
-        z = (grad_block @ B).mul_(scaling)
+        z = grad_block.mm(B).mul_(scaling)
         masks = _masks(adapters, seed, start, z.shape[0], A)
         if grad_A is not None:
             x_block = x_rows[rows].to(dtype)
@@ -340,7 +364,7 @@ def _in_one_piece(rows: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dty
 
 def _block_rows(A: Tensor, B: Tensor) -> int:
     """Rows that are converted or masked at a time: 1 MiB of float32 on a CPU (its L2), 64 MiB elsewhere."""
-    elements = 1 << (18 if A.device.type == "cpu" else 24)
+    elements = 1 << (18 if A.is_cpu else 24)
     return max(elements // max(A.shape[1], B.shape[0], 1), 16)
 
 
@@ -372,7 +396,7 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
     if out.dtype == a.dtype:
         out.addmm_(a, b, alpha=scale)
     else:
-        out.add_(a @ b, alpha=scale)
+        out.copy_(out.to(a.dtype).addmm_(a, b, alpha=scale))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -440,7 +464,7 @@ def _aten_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p
 
 
 def _aten_backward(grad, grad_h, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
-    """The backward in differentiable aten calls, for double backward; grad_h is what reaches the saved h."""
+    """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
     grad_rows = _flat(grad)
     wide_grad = grad_rows.to(lora_A.dtype)
@@ -468,40 +492,15 @@ def _aten_backward(grad, grad_h, x, weight, lora_A, lora_B, scaling, h, seed, dr
     return grads
 
 
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, NoneType))
-
-
-def _below_autograd(operator, portable, *arguments):
-    """Run an operator's kernel. On a device whose kernel is the portable one, a call that nothing watches goes
-    straight to it: the dispatcher's way from Python to Python takes a tenth of a 1 x 512 x 512 layer."""
-    device_type = arguments[0].device.type
-    with torch._C._AutoDispatchBelowAutograd():
-        if (
-            device_type in ("cpu", "cuda", "xpu")
-            and torch._C._len_torch_dispatch_stack() == 0
-            and not torch.is_autocast_enabled(device_type)
-            and not torch.autograd._profiler_enabled()
-            and _PLAIN_TYPES.issuperset(map(type, arguments[:6]))
-        ):
-            return portable(*arguments)
-        return operator(*arguments)
-
-
-def _transformed() -> bool:
-    """Inside torch.func (vmap, grad, jvp, ...) or forward-mode AD, which need differentiable aten calls."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 class _LoRALinear(torch.autograd.Function):
     # The classic form, forward(ctx, ...): with setup_context apart a call costs about twice as much.
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
-        need_x, need_weight, _, need_A, need_B, need_scaling = ctx.needs_input_grad[:6]
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, kernel):
+        need_x, need_weight, _, need_A, need_B, need_scaling, *_ = ctx.needs_input_grad
         save_h = need_B or need_scaling
-        y, h = _below_autograd(
-            _forward_op, _portable_forward, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h
-        )
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
         ctx.set_materialize_grads(False)
         if not save_h:
             ctx.mark_non_differentiable(h)
@@ -514,31 +513,34 @@ class _LoRALinear(torch.autograd.Function):
             h if save_h else None,
             seed,
         )
-        ctx.dropout_p, ctx.ranks = dropout_p, ranks
-        ctx.y_shape, ctx.y_dtype = y.shape, y.dtype
+        ctx.options = dropout_p, ranks, y.shape, y.dtype, kernel is _portable_forward
         return y, h
 
     @staticmethod
     def backward(ctx, grad, grad_h):
+        if grad is None and grad_h is None:
+            return (None,) * 10
         needs = ctx.needs_input_grad[:6]
-        saved = (*ctx.saved_tensors, ctx.dropout_p, ctx.ranks, needs)
-        if grad is None:  # only reached through a caller of _lora_linear that uses h alone
-            if grad_h is None:
-                return (None,) * 9
-            grad = grad_h.new_zeros(ctx.y_shape, dtype=ctx.y_dtype)
-        if torch.is_grad_enabled() or grad_h is not None or _transformed():
+        dropout_p, ranks, y_shape, y_dtype, portable = ctx.options
+        saved = ctx.saved_tensors
+        if grad_h is not None or torch.is_grad_enabled() or _transformed():
+            if grad is None:  # only h was used, which a double backward does
+                grad = grad_h.new_zeros(y_shape, dtype=y_dtype)
             with below_autocast():
-                grads = _aten_backward(grad, grad_h, *saved)
+                grads = _aten_backward(grad, grad_h, *saved, dropout_p, ranks, needs)
         else:
-            grads = _below_autograd(_backward_op, _portable_backward, grad, *saved)
+            portable = portable and type(grad) is Tensor and _unwatched(grad.device.type)
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = (_portable_backward if portable else _backward_op)(grad, *saved, dropout_p, ranks, needs)
         found = iter(grads)
-        return (*(next(found) if need else None for need in needs), None, None, None)
+        return *[next(found) if need else None for need in needs], None, None, None, None
 
 
-@kernel("_lora_linear", "Autograd")
-def _autograd(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    if _transformed():
-        return _aten_forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+# Function.apply without its functorch bookkeeping: `_with_autograd` runs under no transform.
+_apply = super(torch.autograd.Function, _LoRALinear).apply
+
+
+def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
     if torch.is_grad_enabled() and (
         lora_A.requires_grad
         or lora_B.requires_grad
@@ -547,10 +549,14 @@ def _autograd(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(),
         or (bias is not None and bias.requires_grad)
         or scaling.requires_grad
     ):
-        return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
-    return _below_autograd(
-        _forward_op, _portable_forward, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h
-    )
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, kernel)
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+
+
+@kernel("_lora_linear", "Autograd")
+def _autograd(*arguments):
+    return _aten_forward(*arguments) if _transformed() else _with_autograd(_forward_op, *arguments)
 
 
 @kernel("lora_linear_backward", "Autograd", "FuncTorchBatched")
@@ -559,7 +565,8 @@ def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
     tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
     if _transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _aten_backward(grad, None, *arguments)
-    return _below_autograd(_backward_op, _portable_backward, grad, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_op(grad, *arguments)
 
 
 def _register_autocast(key: str) -> None:
