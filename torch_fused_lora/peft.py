@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,8 @@ def _why_not_base(base: nn.Module) -> str | None:
     """Why no call of a layer over this base can be fused, or None."""
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"base layer is a {type(base).__module__}.{type(base).__qualname__}, not exactly nn.Linear or Conv1D"
-    return _why_not_module(base, "base layer")
+    reason = _why_not_modules(base)
+    return f"base layer has {reason}" if reason else None
 
 
 def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module) -> str | None:
@@ -113,24 +115,30 @@ def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, 
         return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
         return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
-    reason = _why_not_module(A, "lora_A") or _why_not_module(B, "lora_B")
-    if reason:
-        return f"adapter {name!r}: {reason}"
-    return f"adapter {name!r} has hooks on its dropout" if _is_hooked(dropout) else None
+    reason = _why_not_modules(A, B, dropout)
+    return f"adapter {name!r} has {reason}" if reason else None
 
 
-_PLAIN_TYPES = (nn.Parameter, Tensor)
+_PLAIN_TYPES = (nn.Parameter, Tensor, NoneType)
 
 
-def _why_not_module(module: nn.Module, name: str) -> str | None:
-    """Why reading the module's weight and bias would not do what calling it does, or None."""
-    parameters = module._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) not in _PLAIN_TYPES:
-        return f"{name} has a weight that is a {type(weight).__qualname__}, not an nn.Parameter"
-    if bias is None and "bias" not in parameters or bias is not None and type(bias) not in _PLAIN_TYPES:
-        return f"{name} has a bias that is a {type(bias).__qualname__}, not an nn.Parameter"
-    return f"{name} has hooks or a replaced forward" if _is_hooked(module) else None
+def _why_not_modules(*modules: nn.Module) -> str | None:
+    """Why reading these modules' parameters would not do what calling the modules does, or None."""
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if type(parameter) not in _PLAIN_TYPES:
+                return f"a {name} that is a {type(parameter).__qualname__}, a tensor subclass"
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return "hooks or a replaced forward"
+        if "weight" in module.__dict__:
+            return "a weight that is not a registered parameter"
+    return None
 
 
 def _why_not_all_adapters(layer: lora.Linear) -> str | None:
@@ -138,17 +146,6 @@ def _why_not_all_adapters(layer: lora.Linear) -> str | None:
     parts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
     reasons = [_why_not_adapter(layer, name, *(part[name] for part in parts)) for name in layer.lora_A.keys()]
     return "; ".join(filter(None, reasons)) if reasons and all(reasons) else None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module is more than its class's forward: hooks, or a forward set on the instance."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 @dataclasses.dataclass(frozen=True)
