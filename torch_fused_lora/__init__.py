@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["LoRALinear", "lora_linear", "patch_peft", "unpatch_peft"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # PEFT is optional and slow to import: it is imported by whoever patches a model.
     if name in ("patch_peft", "unpatch_peft"):
         from . import peft

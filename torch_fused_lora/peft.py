@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ except ImportError as error:
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
     ) from error
 
+from .ops.library import autocast_enabled
 from .ops.lora_linear import lora_linear_stacked
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -32,7 +33,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class Linear(lora.Linear):
     """`peft.tuners.lora.Linear` whose plain LoRA forward is one operator. The name is PEFT's: it shows in repr."""
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters = [] if args or kwargs else _fused_adapters(self, x)
         if not adapters:
             return super().forward(x, *args, **kwargs)
@@ -75,7 +76,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
     if _why_not_base(base) or nn_module._has_any_global_hook() or not isinstance(x, Tensor):
         return []
     dtype = x.dtype
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_enabled(x.device.type)
     if dtype == torch.float64 if autocast else base._parameters["weight"].dtype != dtype:
         return []
     all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -144,7 +145,7 @@ def _why_not_modules(*modules: nn.Module) -> str | None:
 def _why_not_all_adapters(layer: lora.Linear) -> str | None:
     """Why none of the layer's adapters can be fused, or None."""
     parts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
-    reasons = [_why_not_adapter(layer, name, *(part[name] for part in parts)) for name in layer.lora_A.keys()]
+    reasons = [_why_not_adapter(layer, name, *(part[name] for part in parts)) for name in layer.lora_A._modules]
     return "; ".join(filter(None, reasons)) if reasons and all(reasons) else None
 
 
@@ -156,6 +157,8 @@ class PatchReport:
     declined: dict[str, str]
 
     def __str__(self) -> str:
+        if not self.patched and not self.declined:
+            return "no LoRA layers found"
         lines = [f"{len(self.patched)} LoRA layers use torch_fused_lora, {len(self.declined)} stay with PEFT"]
         rows = [(_pattern(name), "fused") for name in self.patched]
         rows += [(_pattern(name), f"PEFT: {reason}") for name, reason in self.declined.items()]
@@ -208,7 +211,7 @@ def unpatch_peft(model: nn.Module) -> None:
             module.__class__ = lora.Linear
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [(name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]

@@ -93,7 +93,7 @@ def layers(case: Case, device: torch.device) -> dict[str, nn.Module]:
         target_modules=["0"],
         init_lora_weights=False,
     )
-    found = {"linear": base}
+    found: dict[str, nn.Module] = {"linear": base}
     for name in ("peft", "patched"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,7 +175,7 @@ def saved_bytes(step: Callable[[], object]) -> int:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not (tensor._base is not None and isinstance(tensor._base, nn.Parameter)):
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 

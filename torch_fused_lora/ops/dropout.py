@@ -33,7 +33,9 @@ def draw_seed() -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def keep_mask(seed: int, stream: int, start: int, rows: int, columns: int, p: float, device: torch.device) -> torch.Tensor:
+def keep_mask(
+    seed: int, stream: int, start: int, rows: int, columns: int, p: float, device: torch.device
+) -> torch.Tensor:
     """Rows ``[start, start + rows)`` of the keep-mask, a (rows, columns) bool tensor on ``device``."""
     first, count = start * columns, rows * columns
     threshold = min(round(p * 2**32), 2**32 - 1)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "first", "threshold"])
-def _mask_kernel(out, seed, stream, first, threshold, count, BLOCK: tl.constexpr):
+def _mask_kernel(out, seed, stream, first, threshold, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     # One Philox counter a lane, four mask bytes a counter: `count` bytes written, nothing read.
     counter = first // 4 + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
@@ -20,7 +20,9 @@ def _mask_kernel(out, seed, stream, first, threshold, count, BLOCK: tl.constexpr
         tl.store(out + index, words[lane].to(tl.int64) >= threshold, mask=(index >= 0) & (index < count))
 
 
-def mask(seed: int, stream: int, first: int, threshold: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def mask(
+    seed: int, stream: int, first: int, threshold: int, rows: int, columns: int, device: torch.device
+) -> torch.Tensor:
     """Mask elements ``[first, first + rows * columns)`` as a (rows, columns) bool tensor on ``device``."""
     out = torch.empty(rows, columns, dtype=torch.bool, device=device)
     block = 1024

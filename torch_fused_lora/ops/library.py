@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 NAMESPACE = "torch_fused_lora"
-AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU")
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
 _F = TypeVar("_F", bound=Callable)
 
@@ -44,11 +45,18 @@ def fake(name: str) -> Callable[[_F], _F]:
     return register
 
 
-_AUTOCAST_KEYSET = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, AUTOCAST_KEYS[0]))
-for _key in AUTOCAST_KEYS[1:]:
-    _AUTOCAST_KEYSET = _AUTOCAST_KEYSET.add(getattr(torch._C.DispatchKey, _key))
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type; False where torch knows no autocast (it raises for meta)."""
+    return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
+
+
+_autocast_keyset = functools.reduce(
+    lambda keys, name: keys.add(getattr(torch._C.DispatchKey, name)),
+    AUTOCAST_KEYS.values(),
+    torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined),
+)
 
 
 def below_autocast() -> torch._C._ExcludeDispatchKeyGuard:
     """A context in which autocast casts nothing: what an operator's own kernels run in."""
-    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYSET)
+    return torch._C._ExcludeDispatchKeyGuard(_autocast_keyset)

@@ -11,25 +11,24 @@ Three operators are registered:
 ``lora_linear_backward(...) -> Tensor[]``
     The gradients asked for, in the order of the forward's tensor arguments.
 
-This file holds their schemas, checks, autograd, autocast and the portable kernels; `portable` in a name means
-plain aten calls for any device that has no kernels of its own.
+This file holds their schemas, checks, shape functions, autograd and autocast; `portable.py` the kernels for every
+device that has none of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import numbers
 from collections.abc import Sequence
 from types import NoneType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_seed, keep_mask
-from .library import AUTOCAST_KEYS, NAMESPACE, below_autocast, define, fake, kernel
+from . import portable
+from .dropout import draw_seed
+from .library import AUTOCAST_KEYS, NAMESPACE, autocast_enabled, below_autocast, define, fake, kernel
 
 define(
     "lora_linear",
@@ -134,7 +133,7 @@ def _unwatched(device_type: str) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled(device_type)
+        or autocast_enabled(device_type)
         or torch.autograd._profiler_enabled()
         or _transformed()
     )
@@ -180,10 +179,9 @@ def _public(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
 # ------------------------------------------------------------------------------------------------------- checks
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HALF = (torch.float16, torch.bfloat16)
 
 
-def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks) -> None:
+def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
     """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
 
     def refuse(name: str, value: Tensor, expected: str) -> None:
@@ -206,8 +204,8 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks) -> 
         refuse("lora_B", lora_B, f"shape ({N}, {r}), since weight is ({N}, {K}) and lora_A ({r}, {K})")
     if weight.dtype != dtype or weight.device != device:
         refuse("weight", weight, f"x's dtype {dtype} and device {device}")
-    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in _HALF):
-        refuse("lora_A", lora_A, f"x's dtype {dtype}" + (" or torch.float32" if dtype in _HALF else ""))
+    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in portable.HALF):
+        refuse("lora_A", lora_A, f"x's dtype {dtype}" + (" or torch.float32" if dtype in portable.HALF else ""))
     if lora_A.device != device:
         refuse("lora_A", lora_A, f"x's device {device}")
     if lora_B.dtype != adapter_dtype or lora_B.device != device:
@@ -230,191 +228,42 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks) -> 
         raise ValueError(f"lora_linear: ranks: expected {expected}; got {got_ranks}")
 
 
-# ---------------------------------------------------------------------------------------------- portable kernels
+def _check_backward(grad, x, weight, lora_A, lora_B, h, needs):
+    if len(needs) != 6:
+        raise ValueError(f"lora_linear_backward: needs: expected 6 flags, got {len(needs)}")
+    need_x, need_weight, _, need_A, need_B, need_scaling = needs
+    (r, K), N, M = lora_A.shape, lora_B.shape[0], math.prod(grad.shape[:-1])
+    if grad.dim() < 1 or grad.shape[-1] != N:
+        raise ValueError(f"lora_linear_backward: grad: expected shape (..., {N}); got {tuple(grad.shape)}")
+    for name, value, needed, shape in (
+        ("x", x, need_A or need_weight, (*grad.shape[:-1], K)),
+        ("weight", weight, need_x, (N, K)),
+        ("h", h, need_B or need_scaling, (M, r)),
+    ):
+        if needed and (value is None or value.shape != shape):
+            got = None if value is None else tuple(value.shape)
+            raise ValueError(f"lora_linear_backward: {name}: expected shape {tuple(shape)}; got {got}")
+
+
+# ------------------------------------------------------------------------------------------ kernels and shapes
 
 
 @kernel("_lora_linear", "CompositeExplicitAutograd")
 def _portable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    """The base product, then y += s h Bᵀ in place with h = x̃ Aᵀ: the full-width output is touched once more."""
     _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
-    x_rows = _flat(x)
-    y = F.linear(x_rows, weight, bias)
-    # A number where reading it does not synchronise with the device.
-    scale = scaling.item() if scaling.is_cpu else scaling
-    dtype = _accumulation_dtype(x, lora_A, seed)
-    if seed is None and _in_one_piece(x_rows, lora_A, lora_B, dtype):
-        h = F.linear(_cast(x_rows, dtype), _cast(lora_A, dtype))
-        _add_product_(y, h, _cast(lora_B, dtype).t(), scale)
-        h = _cast(h, lora_A.dtype)
-    else:
-        h = _add_delta_by_blocks_(y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h)
-    return _unflat(y, x), h if save_h else lora_A.new_empty(0)
+    return portable.forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+
+
+@kernel("_lora_linear", "FuncTorchBatched")
+def _differentiable(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+    _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+    return portable.differentiable_forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 
 
 @kernel("lora_linear_backward", "CompositeExplicitAutograd")
 def _portable_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
-    """z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h; ds = Σ (dYᵀ h) ⊙ B."""
-    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = _flat(grad)
-    x_rows = _flat(x) if x is not None else None
-    grad_x = grad_rows.mm(weight) if need_x else None
-    # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
-    grad_A = grad_h = None
-    dtype = _accumulation_dtype(grad, lora_A, seed)
-    if seed is None and _in_one_piece(grad_rows, lora_A, lora_B, dtype):
-        wide = _cast(grad_rows, dtype)
-        if need_x or need_A:
-            z = wide.mm(_cast(lora_B, dtype)).mul_(scaling)
-        if need_x:
-            _add_product_(grad_x, z, _cast(lora_A, dtype))
-        if need_A:
-            grad_A = z.t().mm(_cast(x_rows, dtype))
-        if need_B or need_scaling:
-            h = _cast(h, dtype)
-            grad_h = wide.t().mm(h if need_scaling else h * scaling)
-    elif need_x or need_A or need_B or need_scaling:
-        x_side = x_rows if need_A else None
-        grad_A, grad_h = _backward_by_blocks(
-            grad_rows, grad_x, x_side, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype, need_scaling
-        )
-    grads = []
-    if need_x:
-        grads.append(_unflat(grad_x, grad))
-    if need_weight:
-        grads.append(grad_rows.t().mm(x_rows))
-    if need_bias:
-        grads.append(grad_rows.sum(0))
-    if need_A:
-        grads.append(_cast(grad_A, lora_A.dtype))
-    if need_B:
-        grads.append(_cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype))
-    if need_scaling:
-        grads.append((grad_h * lora_B).sum().to(scaling.device, scaling.dtype))
-    return grads
-
-
-def _add_delta_by_blocks_(
-    y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h
-) -> Tensor | None:
-    """``y += s h Bᵀ`` over blocks of rows, converted and masked while they are in cache; returns h if asked."""
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    adapters = _adapters(seed, dropout_p, ranks, A.shape[0])
-    size = _block_rows(A, B)
-    saved = []
-    for start in range(0, max(y.shape[0], 1), size):
-        rows = slice(start, start + size)
-        x_block = x_rows[rows].to(dtype)
-        masks = _masks(adapters, seed, start, x_block.shape[0], A)
-        parts = [F.linear(_dropped(x_block, mask), A[rank]) for (rank, _), mask in zip(adapters, masks, strict=True)]
-        h = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        _add_product_(y[rows], h, B.t(), scale)
-        if save_h:
-            saved.append(h.to(lora_A.dtype))
-    return torch.cat(saved) if save_h else None
-
-
-def _backward_by_blocks(
-    grad_rows, grad_x, x_rows, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype, need_scaling
-):
-    """Over blocks of rows: ``grad_x += mask ⊙ (z A)`` in place; returns zᵀ x̃ and dYᵀ h, None where not asked for."""
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    grad_A = A.new_zeros(A.shape) if x_rows is not None else None
-    grad_h = B.new_zeros(B.shape) if h is not None else None
-    adapters = _adapters(seed, dropout_p, ranks, A.shape[0])
-    size = _block_rows(A, B)
-    for start in range(0, grad_rows.shape[0], size):
-        rows = slice(start, start + size)
-        grad_block = grad_rows[rows].to(dtype)
-        if grad_h is not None:
-            h_block = h[rows].to(dtype)
-            grad_h.addmm_(grad_block.t(), h_block if need_scaling else h_block * scaling)
-        if grad_A is None and grad_x is None:
-            continue
-        z = grad_block.mm(B).mul_(scaling)
-        masks = _masks(adapters, seed, start, z.shape[0], A)
-        if grad_A is not None:
-            x_block = x_rows[rows].to(dtype)
-            for (rank, _), mask in zip(adapters, masks, strict=True):
-                grad_A[rank].addmm_(z[:, rank].t(), _dropped(x_block, mask))
-        if grad_x is None:
-            continue
-        if seed is None:
-            _add_product_(grad_x[rows], z, A)
-        else:
-            parts = [_dropped(z[:, rank] @ A[rank], mask) for (rank, _), mask in zip(adapters, masks, strict=True)]
-            grad_x[rows] += functools.reduce(torch.add, parts)
-    return grad_A, grad_h
-
-
-def _accumulation_dtype(x: Tensor, lora_A: Tensor, seed: Tensor | None) -> torch.dtype:
-    """In which dtype the low-rank products are formed: x's, or float32 for a half x.
-
-    Half operands are multiplied as they are where the device does that with float32 sums in hardware. A CPU that
-    lacks it is two to four times faster through float32.
-    """
-    if x.dtype not in _HALF or (lora_A.dtype == x.dtype and seed is None and x.device.type != "cpu"):
-        return x.dtype
-    return torch.float32
-
-
-def _in_one_piece(rows: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all rows fit a block, or need no block since nothing is converted."""
-    return rows.dtype == dtype or rows.shape[0] <= _block_rows(lora_A, lora_B)
-
-
-def _block_rows(A: Tensor, B: Tensor) -> int:
-    """Rows that are converted or masked at a time: 1 MiB of float32 on a CPU (its L2), 64 MiB elsewhere."""
-    elements = 1 << (18 if A.is_cpu else 24)
-    return max(elements // max(A.shape[1], B.shape[0], 1), 16)
-
-
-def _adapters(seed: Tensor | None, dropout_p: Sequence[float], ranks: Sequence[int], r: int) -> list[tuple[slice, float]]:
-    """(rank slice, drop probability) of each adapter; without dropout one slice serves them all."""
-    if seed is None:
-        return [(slice(None), 0.0)]
-    ranks = ranks or (r,)
-    ends = itertools.accumulate(ranks)
-    return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
-
-
-def _masks(adapters, seed, start: int, rows: int, A: Tensor) -> list[Tensor | None]:
-    """What each adapter's dropout multiplies rows ``start`` onwards of x with: 0 or 1 / (1 - p)."""
-    return [
-        keep_mask(int(seed), stream, start, rows, A.shape[1], p, A.device).to(A.dtype).mul_(1.0 / (1.0 - p)) if p else None
-        for stream, (_, p) in enumerate(adapters)
-    ]
-
-
-def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
-
-
-def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> None:
-    """``out += scale · a b``, summed in a's dtype and rounded once to out's."""
-    if isinstance(scale, Tensor):
-        a, scale = a * scale, 1.0
-    if out.dtype == a.dtype:
-        out.addmm_(a, b, alpha=scale)
-    else:
-        out.copy_(out.to(a.dtype).addmm_(a, b, alpha=scale))
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still takes a microsecond
-
-
-def _flat(x: Tensor) -> Tensor:
-    """x as a matrix (M, last dimension): a view wherever one exists."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _unflat(rows: Tensor, like: Tensor) -> Tensor:
-    """The fresh matrix (M, C) in the leading shape of ``like``, not as a view: autograd forbids in-place use of an
-    operator's output that is one."""
-    return rows if like.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
-
-
-# -------------------------------------------------------------------------------------------------------- shapes
+    _check_backward(grad, x, weight, lora_A, lora_B, h, needs)
+    return portable.backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
 
 
 @fake("_lora_linear")
@@ -426,6 +275,7 @@ def _fake_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p
 
 @fake("lora_linear_backward")
 def _fake_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+    _check_backward(grad, x, weight, lora_A, lora_B, h, needs)
     (r, K), N = lora_A.shape, lora_B.shape[0]
     grads = (
         (grad, (*grad.shape[:-1], K)),
@@ -439,57 +289,6 @@ def _fake_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p,
 
 
 # --------------------------------------------------------------------------------- autograd, functorch, autocast
-
-
-def _aten_masks(x, lora_A, seed, dropout_p, ranks) -> list[tuple[slice, Tensor | None]]:
-    """(rank slice, what its dropout multiplies all of x with) of each adapter."""
-    M, K = x.shape
-    return [
-        (rank, _ops.dropout_mask(seed, stream, M, K, p, x.device).to(lora_A.dtype) / (1.0 - p) if p else None)
-        for stream, (rank, p) in enumerate(_adapters(seed, dropout_p, ranks, lora_A.shape[0]))
-    ]
-
-
-@kernel("_lora_linear", "FuncTorchBatched")
-def _aten_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
-    _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
-    x_rows = _flat(x)
-    wide = x_rows.to(lora_A.dtype)
-    masks = _aten_masks(x_rows, lora_A, seed, dropout_p, ranks)
-    h = torch.cat([_dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
-    base = F.linear(x_rows, weight, bias)
-    y = (base + (h @ lora_B.t()) * scaling).to(base.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0]), h if save_h else lora_A.new_empty(0)
-
-
-def _aten_backward(grad, grad_h, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
-    """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
-    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = _flat(grad)
-    wide_grad = grad_rows.to(lora_A.dtype)
-    z = (wide_grad @ lora_B) * scaling
-    if grad_h is not None:
-        z = z + grad_h
-    x_rows = _flat(x) if x is not None else None
-    grads = []
-    if need_x or need_A:
-        masks = _aten_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
-    if need_x:
-        delta = functools.reduce(torch.add, [_dropped(z[:, rank] @ lora_A[rank], mask) for rank, mask in masks])
-        grads.append((grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], -1))
-    if need_weight:
-        grads.append(grad_rows.t() @ x_rows)
-    if need_bias:
-        grads.append(grad_rows.sum(0))
-    if need_A:
-        wide = x_rows.to(lora_A.dtype)
-        grads.append(torch.cat([z[:, rank].t() @ _dropped(wide, mask) for rank, mask in masks]))
-    if need_B:
-        grads.append((wide_grad.t() @ h) * scaling)
-    if need_scaling:
-        grads.append(((wide_grad.t() @ h) * lora_B).sum().to(scaling.device, scaling.dtype))
-    return grads
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -521,17 +320,17 @@ class _LoRALinear(torch.autograd.Function):
         if grad is None and grad_h is None:
             return (None,) * 10
         needs = ctx.needs_input_grad[:6]
-        dropout_p, ranks, y_shape, y_dtype, portable = ctx.options
+        dropout_p, ranks, y_shape, y_dtype, direct = ctx.options
         saved = ctx.saved_tensors
         if grad_h is not None or torch.is_grad_enabled() or _transformed():
             if grad is None:  # only h was used, which a double backward does
                 grad = grad_h.new_zeros(y_shape, dtype=y_dtype)
             with below_autocast():
-                grads = _aten_backward(grad, grad_h, *saved, dropout_p, ranks, needs)
+                grads = portable.differentiable_backward(grad, grad_h, *saved, dropout_p, ranks, needs)
         else:
-            portable = portable and type(grad) is Tensor and _unwatched(grad.device.type)
+            direct = direct and type(grad) is Tensor and _unwatched(grad.device.type)
             with torch._C._AutoDispatchBelowAutograd():
-                grads = (_portable_backward if portable else _backward_op)(grad, *saved, dropout_p, ranks, needs)
+                grads = (portable.backward if direct else _backward_op)(grad, *saved, dropout_p, ranks, needs)
         found = iter(grads)
         return *[next(found) if need else None for need in needs], None, None, None, None
 
@@ -556,7 +355,7 @@ def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, 
 
 @kernel("_lora_linear", "Autograd")
 def _autograd(*arguments):
-    return _aten_forward(*arguments) if _transformed() else _with_autograd(_forward_op, *arguments)
+    return _differentiable(*arguments) if _transformed() else _with_autograd(_forward_op, *arguments)
 
 
 @kernel("lora_linear_backward", "Autograd", "FuncTorchBatched")
@@ -564,27 +363,25 @@ def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
     arguments = (x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
     if _transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _aten_backward(grad, None, *arguments)
+        return portable.differentiable_backward(grad, None, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(grad, *arguments)
 
 
-def _register_autocast(key: str) -> None:
-    device_type = key.removeprefix("Autocast").lower()
-
-    def forward(x, weight, bias, lora_A, lora_B, scaling, *rest):
+def _register_autocast(device_type: str, key: str) -> None:
+    @kernel("_lora_linear", key)
+    def forward(x, weight, bias, lora_A, lora_B, scaling, *options):
         dtype = torch.get_autocast_dtype(device_type)
-        tensors = [t if t is None or t.dtype not in (*_HALF, torch.float32) else t.to(dtype) for t in (x, weight, bias, lora_A, lora_B)]
+        operands = (x, weight, bias, lora_A, lora_B)
+        cast = [t if t is None or t.dtype not in (*portable.HALF, torch.float32) else t.to(dtype) for t in operands]
         with below_autocast():
-            return _forward_op(*tensors, scaling, *rest)
+            return _forward_op(*cast, scaling, *options)
 
+    @kernel("lora_linear_backward", key)
     def backward(*arguments):
         with below_autocast():
             return _backward_op(*arguments)
 
-    kernel("_lora_linear", key)(forward)
-    kernel("lora_linear_backward", key)(backward)
 
-
-for _key in AUTOCAST_KEYS:
-    _register_autocast(_key)
+for _device_type, _key in AUTOCAST_KEYS.items():
+    _register_autocast(_device_type, _key)

@@ -1,0 +1,117 @@
+"""Bad input raises at once, naming the argument, what it is and what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_fused_lora as tfl
+
+op = torch.ops.torch_fused_lora.lora_linear
+
+
+def operands(**changes):
+    good = {
+        "x": torch.randn(2, 4),
+        "weight": torch.randn(3, 4),
+        "bias": torch.randn(3),
+        "lora_A": torch.randn(2, 4),
+        "lora_B": torch.randn(3, 2),
+        "scaling": torch.tensor(1.0),
+    }
+    assert not changes.keys() - good.keys()
+    return good | changes
+
+
+BAD_TENSORS = {
+    "x too narrow": ("x", torch.randn(2, 3), r"shape \(\.\.\., 4\)"),
+    "x 0-dim": ("x", torch.tensor(1.0), r"shape \(\.\.\., 4\)"),
+    "x integer": ("x", torch.ones(2, 4, dtype=torch.int64), "float16, bfloat16, float32 or float64"),
+    "x complex": ("x", torch.randn(2, 4, dtype=torch.complex64), "float16, bfloat16, float32 or float64"),
+    "x on another device": ("x", torch.randn(2, 4, device="meta"), "device"),
+    "weight 1-D": ("weight", torch.randn(4), r"shape \(N, K\)"),
+    "weight dtype": ("weight", torch.randn(3, 4).half(), "x's dtype torch.float32"),
+    "weight device": ("weight", torch.randn(3, 4, device="meta"), "device"),
+    "bias broadcasts": ("bias", torch.randn(1), r"shape \(3,\)"),
+    "bias dtype": ("bias", torch.randn(3).double(), "x's dtype torch.float32"),
+    "lora_A columns": ("lora_A", torch.randn(2, 3), r"shape \(r, 4\)"),
+    "lora_A rank 0": ("lora_A", torch.randn(0, 4), "r >= 1"),
+    "lora_A half over float": ("lora_A", torch.randn(2, 4).half(), "x's dtype torch.float32"),
+    "lora_A double": ("lora_A", torch.randn(2, 4).double(), "x's dtype torch.float32"),
+    "lora_A device": ("lora_A", torch.randn(2, 4, device="meta"), "device"),
+    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \(3, 2\)"),
+    "lora_B dtype": ("lora_B", torch.randn(3, 2).bfloat16(), "lora_A's dtype"),
+    "scaling 1-D": ("scaling", torch.ones(1), "0-dim"),
+    "scaling integer": ("scaling", torch.tensor(1), "floating"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+@pytest.mark.parametrize("call", [tfl.lora_linear, op], ids=["function", "operator"])
+def test_bad_tensors(call, case):
+    name, value, expected = BAD_TENSORS[case]
+    with pytest.raises(ValueError, match=expected) as caught:
+        call(*operands(**{name: value}).values())
+    assert f"{tuple(value.shape)}" in str(caught.value) or "device" in expected
+
+
+def test_mixed_devices_name_the_argument():
+    with pytest.raises(ValueError, match=r"lora_B: expected lora_A's dtype .* on meta"):
+        tfl.lora_linear(*operands(lora_B=torch.randn(3, 2, device="meta")).values())
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
+def test_dropout_outside_its_range(p):
+    with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\)"):
+        tfl.lora_linear(*operands().values(), dropout_p=p, training=True)
+    if p == p and p > 0:
+        with pytest.raises(ValueError, match=r"dropout_p: expected probabilities in \[0, 1\)"):
+            op(*operands().values(), p, torch.tensor(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x", [[1.0]]),
+        ("weight", None),
+        ("bias", 0.0),
+        ("lora_A", "A"),
+        ("lora_B", 3),
+        ("scaling", "2"),
+        ("scaling", None),
+    ],
+)
+def test_wrong_types(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected a"):
+        tfl.lora_linear(**operands(**{name: value}))
+
+
+def test_dropout_of_a_wrong_type():
+    with pytest.raises(TypeError, match="dropout_p: expected a number"):
+        tfl.lora_linear(**operands(), dropout_p="0.1")
+
+
+def test_the_operator_wants_a_seed_for_dropout():
+    with pytest.raises(ValueError, match="seed"):
+        op(*operands().values(), 0.5)
+    for seed in (torch.tensor(1, dtype=torch.int32), torch.tensor([1]), torch.tensor(1, device="meta")):
+        with pytest.raises(ValueError, match="seed: expected a 0-dim int64 tensor on the CPU"):
+            op(*operands().values(), 0.5, seed)
+
+
+def test_ranks_must_add_up():
+    forward = torch.ops.torch_fused_lora._lora_linear
+    with pytest.raises(ValueError, match="ranks"):
+        forward(*operands().values(), torch.tensor(1), [0.5, 0.5], [1, 2])
+    with pytest.raises(ValueError, match="ranks"):
+        forward(*operands().values(), torch.tensor(1), [0.5, 0.5], [2])
+
+
+@pytest.mark.parametrize("case", ["x too narrow", "lora_B transposed", "bias broadcasts"])
+def test_bad_tensors_raise_while_tracing_and_under_transforms(case):
+    name, value, expected = BAD_TENSORS[case]
+    arguments = list(operands(**{name: value}).values())
+    with pytest.raises(Exception, match=expected):
+        torch.compile(tfl.lora_linear, backend="aot_eager", fullgraph=True)(*arguments)
+    with pytest.raises(ValueError, match=expected):
+        torch.func.grad(lambda A: tfl.lora_linear(*arguments[:3], A, *arguments[4:]).sum())(arguments[3])

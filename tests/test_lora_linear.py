@@ -1,0 +1,222 @@
+"""Numbers: the operator's output and gradients against float64, over shapes, layouts, dtypes and subsets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Layer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torch_fused_lora as tfl
+from torch_fused_lora.ops import portable
+from torch_fused_lora.ops.dropout import draw_seed
+from torch_fused_lora.ops.lora_linear import lora_linear_stacked
+
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
+DTYPES = [  # x and base, adapters
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+]
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
+
+
+def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str, scale: float = 1.0) -> torch.Tensor:
+    """Random values of a shape, in memory as a user's views may be."""
+    if layout == "transposed" and len(shape) >= 2:
+        return (torch.randn(*shape[:-2], shape[-1], shape[-2]) * scale).to(dtype).transpose(-1, -2)
+    if layout == "strided" and shape:
+        return (torch.randn(*shape[:-1], 2 * shape[-1]) * scale).to(dtype)[..., ::2]
+    if layout == "offset" and shape:
+        return (torch.randn(*shape[:-1], shape[-1] + 3) * scale).to(dtype)[..., 3:]
+    if layout == "expanded" and len(shape) >= 2:
+        return (torch.randn(shape[-1]) * scale).to(dtype).expand(shape)
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def seeded_masks(seed: int, x: torch.Tensor, ranks: list[int], dropout_p: list[float]):
+    """Draw as the next call of the operator will after manual_seed(seed); returns `Layer.masks`."""
+    torch.manual_seed(seed)
+    drawn = draw_seed() if any(dropout_p) else None
+    torch.manual_seed(seed)
+    masks, start = [], 0
+    for stream, (rank, p) in enumerate(zip(ranks, dropout_p, strict=True)):
+        mask = None
+        if p:
+            rows, columns = x[..., 0].numel(), x.shape[-1]
+            keep = torch.ops.torch_fused_lora.dropout_mask(drawn, stream, rows, columns, p, torch.device("cpu"))
+            mask = keep.double() / (1 - p)
+        masks.append((slice(start, start + rank), mask))
+        start += rank
+    return masks
+
+
+@settings(max_examples=150)
+@given(
+    lead=st.sampled_from([(), (1,), (7,), (33,), (0,), (2, 3), (2, 0, 3), (2, 1, 2, 5)]),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 3, 8, 17])),
+    dtypes=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 4),
+    has_bias=st.booleans(),
+    scaling=st.sampled_from([0.0, 1.0, -0.37, 2.0]),
+    tensor_scaling=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+    needs=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_output_and_gradients(lead, sizes, dtypes, layouts, has_bias, scaling, tensor_scaling, dropout_p, needs):
+    K, N, r = sizes
+    dtype, adapter_dtype = dtypes
+    torch.manual_seed(K * 100 + N)
+    operands = {
+        "x": laid_out((*lead, K), dtype, layouts[0]),
+        "weight": laid_out((N, K), dtype, layouts[1], K**-0.5),
+        "bias": laid_out((N,), dtype, "offset") if has_bias else None,
+        "lora_A": laid_out((r, K), adapter_dtype, layouts[2], K**-0.5),
+        "lora_B": laid_out((N, r), adapter_dtype, layouts[3]),
+        "scaling": torch.tensor(scaling, dtype=torch.promote_types(dtype, torch.float32))
+        if tensor_scaling
+        else scaling,
+    }
+    wanted = [
+        name for name, need in zip(NAMES, needs, strict=True) if need and isinstance(operands[name], torch.Tensor)
+    ]
+    for name in wanted:
+        operands[name].requires_grad_()
+    masks = seeded_masks(5, operands["x"], [r], [dropout_p])
+    # float32 holds what the layer sees of a float scaling
+    exact_scaling = scaling if dtype == torch.float64 else float(torch.tensor(scaling))
+    layer = Layer(*[operands[name] for name in NAMES[:5]], exact_scaling, masks)
+
+    y = tfl.lora_linear(*operands.values(), dropout_p=dropout_p, training=True)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    layer.output().check(y.detach())
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        grad = laid_out(tuple(y.shape), dtype, layouts[0])
+        found = torch.autograd.grad(y, [operands[name] for name in wanted], grad)
+        exact = layer.gradients(grad)
+        for name, g in zip(wanted, found, strict=True):
+            assert g.dtype == operands[name].dtype
+            exact[name].check(g, name)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[1:])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_many_row_blocks(dtype, adapter_dtype, dropout_p):
+    """More rows than a block holds, and not a multiple of it: nothing is lost or doubled at a seam."""
+    K, N, r = 300, 200, 5
+    A, B = torch.randn(r, K, dtype=adapter_dtype), torch.randn(N, r, dtype=adapter_dtype)
+    rows = 2 * portable.block_rows(A, B) + 17
+    x = torch.randn(rows, K).to(dtype).requires_grad_()
+    W, b = (torch.randn(N, K) * K**-0.5).to(dtype), torch.randn(N).to(dtype)
+    A.requires_grad_(), B.requires_grad_()
+    layer = Layer(x, W, b, A, B, 0.5, seeded_masks(3, x, [r], [dropout_p]))
+    y = tfl.lora_linear(x, W, b, A, B, 0.5, dropout_p, training=True)
+    layer.output().check(y.detach())
+    grad = torch.randn(rows, N).to(dtype)
+    found = dict(zip(("x", "lora_A", "lora_B"), torch.autograd.grad(y, (x, A, B), grad), strict=True))
+    for name, exact in layer.gradients(grad).items():
+        if name in found:
+            exact.check(found[name], name)
+
+
+@pytest.mark.parametrize("dropout_p", [(), (0.3, 0.0, 0.6)])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[:4])
+def test_stacked_adapters(dtype, adapter_dtype, dropout_p):
+    """Several adapters in one call, each with its rank and its own dropout."""
+    ranks, K, N = [2, 1, 4], 24, 10
+    x = torch.randn(6, K).to(dtype).requires_grad_()
+    W = torch.randn(N, K).to(dtype)
+    A, B = (torch.randn(s, dtype=adapter_dtype, requires_grad=True) for s in ((7, K), (N, 7)))
+    masks = seeded_masks(1, x, ranks, list(dropout_p)) if dropout_p else [(slice(None), None)]
+    layer = Layer(x, W, None, A, B, 1.0, masks)
+    y = lora_linear_stacked(x, W, None, A, B, 1.0, dropout_p, ranks)
+    layer.output().check(y.detach())
+    grad = torch.randn(6, N).to(dtype)
+    exact = layer.gradients(grad)
+    for name, g in zip(("x", "lora_A", "lora_B"), torch.autograd.grad(y, (x, A, B), grad), strict=True):
+        exact[name].check(g, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_rounds_where_peft_rounds(dtype, rows):
+    """Over a half base, PEFT's two-rounding form element for element; one rounding would differ in many.
+
+    Only where the float32 sums before the second rounding differ in their last bit may the results: those are
+    ties of a 2**-13 neighbourhood, well under 1 % of elements, and then by one unit in the last place.
+    """
+    x, W, b = (torch.randn(s).to(dtype) for s in ((rows, 64), (48, 64), (48,)))
+    A, B = torch.randn(8, 64), torch.randn(48, 8)
+    base = F.linear(x, W, b)
+    two_roundings = (base + F.linear(F.linear(x.float(), A), B) * 0.3).to(dtype)
+    one_rounding = (F.linear(x.float(), W.float(), b.float()) + F.linear(F.linear(x.float(), A), B) * 0.3).to(dtype)
+    y = tfl.lora_linear(x, W, b, A, B, 0.3)
+    assert (y != two_roundings).float().mean() < 0.01
+    assert (y != one_rounding).float().mean() > 0.05
+
+
+def test_scaling_changes_live():
+    x, W, A, B = torch.randn(2, 4), torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 2)
+    base = F.linear(x, W)
+    delta = tfl.lora_linear(x, W, None, A, B, 1.0) - base
+    for scaling in (2.0, 2, torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64), torch.tensor(2.0).bfloat16()):
+        torch.testing.assert_close(tfl.lora_linear(x, W, None, A, B, scaling), base + 2 * delta)
+
+
+def test_float64_scaling_is_not_rounded_to_float32():
+    x, W, A, B = (torch.randn(s, dtype=torch.float64) for s in ((2, 4), (3, 4), (2, 4), (3, 2)))
+    Layer(x, W, None, A, B, 1 / 3).output().check(tfl.lora_linear(x, W, None, A, B, 1 / 3))
+
+
+@pytest.mark.parametrize(("K", "N"), [(0, 3), (4, 0)])
+def test_empty_dimensions(K, N):
+    x, W, b = torch.randn(2, K, requires_grad=True), torch.randn(N, K), torch.randn(N)
+    A, B = torch.randn(2, K, requires_grad=True), torch.randn(N, 2, requires_grad=True)
+    y = tfl.lora_linear(x, W, b, A, B)
+    torch.testing.assert_close(y.detach(), b.expand(2, N))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+class AllocationsOf(TorchDispatchMode):
+    """Collects the aten calls that return fresh memory of at least ``elements`` elements."""
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self.elements, self.found = elements, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storages = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in storages:
+            self.found += [str(func)] if out.numel() >= self.elements else []
+        return out
+
+
+def test_no_full_width_temporary():
+    """Beyond the output nothing of M x K or M x N is allocated: mixed dtypes and dropout go by blocks of rows."""
+    M, K, N, r = 20000, 64, 48, 4
+    x, W, A, B = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(r, K), torch.randn(N, r)
+    s, h, seed, grad = torch.tensor(1.0), torch.randn(M, r), torch.tensor(3), torch.randn(M, N).bfloat16()
+    with AllocationsOf(M * min(K, N)) as forward:
+        portable.forward(x, W, None, A, B, s, seed, (0.5,), (), True)
+    with AllocationsOf(M * min(K, N)) as backward:
+        portable.backward(grad, x, W, A, B, s, h, seed, (0.5,), (), (True, False, False, True, True, False))
+    assert len(forward.found) == 1, forward.found  # y
+    assert len(backward.found) == 1, backward.found  # dx
+
+
+def test_in_place_use_of_the_output():
+    x, W, A, B = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (5, 4), (2, 4), (5, 2)))
+    expected = torch.autograd.grad(tfl.lora_linear(x, W, None, A, B).relu().sum(), x)
+    y = tfl.lora_linear(x, W, None, A, B)
+    assert not y._is_view()
+    torch.testing.assert_close(torch.autograd.grad(y.relu_().sum(), x), expected)

@@ -1,0 +1,461 @@
+"""patch_peft: same numbers as stock PEFT, through everything that a PEFT model can do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners import lora
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import torch_fused_lora as tfl
+from torch_fused_lora import peft as tfl_peft
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.first = nn.Linear(8, 12, dtype=dtype)
+        self.middle = Conv1D(10, 12).to(dtype)
+        self.last = nn.Linear(10, 6, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x).tanh()).tanh())
+
+
+TARGETS = ["first", "middle", "last"]
+
+
+def config(**options):
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "init_lora_weights": False} | options)
+
+
+def build(dtype=torch.float32, autocast_adapter_dtype=True, **options):
+    return get_peft_model(Net(dtype), config(**options), autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def inputs(dtype=torch.float32, rows=5):
+    return torch.randn(3, rows, 8).to(dtype)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Counts the layer calls that go through the operator."""
+    calls = []
+
+    def counted(*arguments, _real=tfl_peft.lora_linear_stacked):
+        calls.append(arguments)
+        return _real(*arguments)
+
+    monkeypatch.setattr(tfl_peft, "lora_linear_stacked", counted)
+    return calls
+
+
+def step(model, x):
+    """Output, and the gradients of x and of every trainable parameter, by name."""
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().sin().sum().backward()
+    return {"y": y.detach(), "x": x.grad} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def assert_same_step(model, x, fused_calls, expected_calls=3):
+    """The patched model equals the stock one; tolerance: the float32 sums of a three-layer net, or the roundings
+    of its half activations."""
+    tfl.unpatch_peft(model)
+    fused_calls.clear()
+    stock = step(model, x)
+    assert not fused_calls
+    tfl.patch_peft(model)
+    patched = step(model, x)
+    assert len(fused_calls) == expected_calls
+    assert stock.keys() == patched.keys()
+    tolerance = 1e-5 if x.dtype == torch.float32 else 8 * torch.finfo(x.dtype).eps
+    for name, expected in stock.items():
+        scale = max(float(expected.abs().max()), 1e-6)
+        torch.testing.assert_close(
+            patched[name], expected, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+OPTIONS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "lora_bias": {"lora_bias": True, "target_modules": ["first", "middle"]},
+    "patterns": {"rank_pattern": {"first": 2}, "alpha_pattern": {"last": 32}},
+    "inactive dropout": {"lora_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_same_as_stock(options, dtype, fused_calls):
+    model = build(dtype, **options).eval()
+    assert_same_step(model, inputs(dtype), fused_calls, len(options.get("target_modules", TARGETS)))
+
+
+def test_half_adapters(fused_calls):
+    assert_same_step(build(torch.bfloat16, autocast_adapter_dtype=False), inputs(torch.bfloat16), fused_calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_active_adapters(dtype, fused_calls):
+    model = build(dtype)
+    model.add_adapter("second", config(r=2, lora_alpha=1, lora_bias=True, target_modules=["first", "middle"]))
+    model.add_adapter("third", config(r=3))
+    model.base_model.set_adapter(["default", "second", "third"])
+    assert_same_step(model, inputs(dtype), fused_calls)
+    model.base_model.set_adapter(["third", "second"])
+    assert_same_step(model, inputs(dtype), fused_calls)
+
+
+def test_frozen_parts_and_a_trainable_base(fused_calls):
+    model = build()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("first.base_layer" in name or "middle.lora_A" in name or "last.lora_B" in name)
+    assert_same_step(model, inputs(), fused_calls)
+
+
+def test_scaling_changed_live_as_number_and_as_tensor(fused_calls):
+    model = build()
+    layer = model.base_model.model.first
+    for scaling in (0.5, 3, torch.tensor(0.25), nn.Parameter(torch.tensor(0.75))):
+        layer.scaling["default"] = scaling
+        assert_same_step(model, inputs(), fused_calls)
+
+
+def test_tensor_scaling_gets_its_gradient():
+    model, x = build(), inputs()
+    scaling = nn.Parameter(torch.tensor(0.75))
+    model.base_model.model.first.scaling["default"] = scaling
+    (stock,) = torch.autograd.grad(model(x).sum(), scaling)
+    tfl.patch_peft(model)
+    (patched,) = torch.autograd.grad(model(x).sum(), scaling)
+    torch.testing.assert_close(patched, stock)
+
+
+def test_compiled_hotswap_pads_the_rank(fused_calls):
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    model = build()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert isinstance(model.base_model.model.first.scaling["default"], torch.Tensor)
+    assert_same_step(model, inputs(), fused_calls)
+
+
+@pytest.mark.parametrize("adapters", [["default"], ["default", "second"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout(adapters, dtype, fused_calls):
+    """Masks are our own: zeros at PEFT's rate, reproducible, and unbiased around the layer without dropout."""
+    model = build(dtype, lora_dropout=0.5)
+    model.add_adapter("second", config(r=2, lora_dropout=0.25))
+    model.base_model.set_adapter(adapters)
+    tfl.patch_peft(model)
+    layer, x = model.base_model.model.first, inputs(dtype)[0]
+    layer.train()
+    fused_calls.clear()
+    torch.manual_seed(5)
+    samples = torch.stack([layer(x) for _ in range(400)]).double()
+    assert len(fused_calls) == 400
+    torch.manual_seed(5)
+    assert torch.equal(layer(x).double(), samples[0])
+    assert not torch.equal(samples[0], samples[1])
+    exact = layer.eval()(x).double()
+    assert ((samples.mean(0) - exact).abs() < 5 * samples.std(0) / 20 + 0.01 * exact.abs().max()).all()
+
+
+def test_dropout_with_checkpointing():
+    model, x = build(lora_dropout=0.5), inputs()
+    tfl.patch_peft(model)
+    model.train()
+    torch.manual_seed(7)
+    model(x).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.manual_seed(7)
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    for name, grad in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, fused_calls):
+    model, x = build(), inputs()
+    with torch.autocast("cpu", dtype):
+        stock = model(x)
+        tfl.patch_peft(model)
+        patched = model(x)
+    assert len(fused_calls) == 3
+    assert patched.dtype == stock.dtype == dtype
+    torch.testing.assert_close(patched, stock, rtol=0, atol=16 * torch.finfo(dtype).eps * float(stock.abs().max()))
+
+
+def test_lifecycle(tmp_path, fused_calls):
+    """Merge, unmerge, disable, add, switch, delete, save, load, deepcopy, pickle, unload: as on a stock model."""
+    model, x = build().eval(), inputs()
+    stock = copy.deepcopy(model)
+    tfl.patch_peft(model)
+
+    def same():
+        torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5)
+
+    for target in (model, stock):
+        torch.manual_seed(1)
+        target.add_adapter("late", config(r=2))
+    same()
+    for act in (
+        lambda m: m.set_adapter("late"),
+        lambda m: m.merge_adapter(),
+        lambda m: m.unmerge_adapter(),
+        lambda m: m.base_model.disable_adapter_layers(),
+        lambda m: m.base_model.enable_adapter_layers(),
+        lambda m: m.set_adapter("default"),
+        lambda m: m.delete_adapter("late"),
+    ):
+        act(model), act(stock)
+        same()
+    with model.disable_adapter(), stock.disable_adapter():
+        same()
+    fused_calls.clear()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(x), model(x))
+    assert len(fused_calls) == 4 * 3  # the twins stay patched
+
+    assert list(model.state_dict()) == list(stock.state_dict())
+    model.save_pretrained(tmp_path)
+    base = Net()
+    base.load_state_dict(
+        {k.replace(".base_layer", ""): v for k, v in stock.get_base_model().state_dict().items() if "lora" not in k}
+    )
+    reloaded = PeftModel.from_pretrained(base, tmp_path)
+    assert type(reloaded.base_model.model.first) is lora.Linear
+    torch.testing.assert_close(reloaded(x), model(x), rtol=1e-5, atol=1e-5)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_batches_run_pefts_own_forward(fused_calls):
+    model = build().eval()
+    torch.manual_seed(2)
+    model.add_adapter("second", config(r=2))
+    x, names = inputs(), ["default", "__base__", "second"]
+    expected = model(x, adapter_names=names)
+    tfl.patch_peft(model)
+    assert torch.equal(model(x, adapter_names=names), expected)
+    assert not fused_calls
+
+
+def decline_dora():
+    return build(use_dora=True, target_modules=["first", "last"]), "DoraLinearVariant, not plain LoRA"
+
+
+def decline_base_hook():
+    model = build(target_modules=["first"])
+    model.base_model.model.first.base_layer.register_forward_hook(lambda *_: None)
+    return model, "base layer has hooks"
+
+
+def decline_adapter_hook():
+    model = build(target_modules=["first"])
+    model.base_model.model.first.lora_A["default"].register_forward_pre_hook(lambda *_: None)
+    return model, "adapter 'default' has hooks"
+
+
+def decline_replaced_forward():
+    model = build(target_modules=["first"])
+    base = model.base_model.model.first.base_layer
+    base.forward = base.forward
+    return model, "replaced forward"
+
+
+class Quantised(nn.Linear):
+    pass
+
+
+def decline_linear_subclass():
+    net = Net()
+    net.first = Quantised(8, 12)
+    return get_peft_model(net, config(target_modules=["first"])), "Quantised, not exactly nn.Linear or Conv1D"
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def decline_tensor_subclass():
+    model = build(target_modules=["first"])
+    base = model.base_model.model.first.base_layer
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Wrapped))
+    base._parameters["weight"] = base.weight.as_subclass(Wrapped)
+    return model, "a weight that is a Wrapped"
+
+
+def decline_other_layers():
+    return get_peft_model(nn.Sequential(nn.Embedding(5, 4)), config(target_modules=["0"])), "Embedding"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        decline_dora,
+        decline_base_hook,
+        decline_adapter_hook,
+        decline_replaced_forward,
+        decline_linear_subclass,
+        decline_tensor_subclass,
+        decline_other_layers,
+    ],
+)
+def test_declined_with_a_reason_and_left_alone(case, fused_calls):
+    model, reason = case()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    report = tfl.patch_peft(model)
+    assert not report.patched
+    assert report.declined
+    assert all(reason in declined for declined in report.declined.values()), report.declined
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    model(torch.randint(0, 4, (2, 3)) if case is decline_other_layers else inputs())
+    assert not fused_calls
+
+
+def add_hook(model):
+    model.base_model.model.first.lora_B["default"].register_forward_hook(lambda *_: None)
+
+
+def add_variant(model):
+    model.add_adapter("dora", config(use_dora=True, target_modules=["first"]))
+    model.base_model.set_adapter(["default", "dora"])
+
+
+def add_other_dropout(model):
+    model.base_model.model.first.lora_dropout["default"] = nn.Dropout1d(0.5)
+
+
+@pytest.mark.parametrize("change", [add_hook, add_variant, add_other_dropout])
+def test_what_is_unsupported_after_the_patch_runs_pefts_own_forward(change, fused_calls):
+    model, x = build(target_modules=["first"]).eval(), inputs()
+    tfl.patch_peft(model)
+    change(model)
+    model.eval()
+    fused_calls.clear()
+    patched = model(x)
+    assert not fused_calls
+    tfl.unpatch_peft(model)
+    assert torch.equal(patched, model(x))
+
+
+def test_input_dtype_casting_can_be_disabled(fused_calls):
+    model = build().eval()
+    tfl.patch_peft(model)
+    with disable_input_dtype_casting(model):
+        model(inputs())
+    assert not fused_calls
+
+
+def test_dtypes_the_operator_does_not_take_run_pefts_own_forward(fused_calls):
+    model = build().eval()
+    tfl.patch_peft(model)
+    layer, x = model.base_model.model.first, inputs()
+    layer.lora_A.to(torch.bfloat16), layer.lora_B.to(torch.bfloat16)
+    patched = layer(x)
+    assert not fused_calls
+    tfl.unpatch_peft(model)
+    assert torch.equal(patched, layer(x))
+
+
+def test_forward_hooks_of_the_layer_itself_still_run(fused_calls):
+    model = build(target_modules=["first"])
+    tfl.patch_peft(model)
+    seen = []
+    model.base_model.model.first.register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    model(inputs())
+    assert seen == [(3, 5, 12)]
+    assert len(fused_calls) == 1
+
+
+def test_global_module_hooks_see_every_module(fused_calls):
+    model, seen = build(target_modules=["first"]), []
+    tfl.patch_peft(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        model(inputs())
+    finally:
+        handle.remove()
+    assert not fused_calls
+    assert seen.count(nn.Linear) == 4  # base, lora_A, lora_B and the untargeted layer
+
+
+def test_patch_is_idempotent_and_unpatch_exact():
+    model = build()
+    before = {name: (type(m), dict(vars(m))) for name, m in model.named_modules()}
+    first = tfl.patch_peft(model)
+    assert first.patched == [f"base_model.model.{name}" for name in TARGETS]
+    assert not first.declined
+    assert tfl.patch_peft(model) == first
+    assert isinstance(model.base_model.model.first, lora.Linear)
+    assert repr(model.base_model.model.first).startswith("lora.Linear(")
+    tfl.unpatch_peft(model)
+    tfl.unpatch_peft(model)
+    after = {name: (type(m), dict(vars(m))) for name, m in model.named_modules()}
+    assert before.keys() == after.keys()
+    assert all(before[n][0] is after[n][0] and before[n][1].keys() == after[n][1].keys() for n in before)
+
+
+def test_the_report_is_a_readable_table():
+    net = nn.Module()
+    net.layers = nn.ModuleList(Net() for _ in range(3))
+    net.embed = nn.Embedding(5, 4)
+    model = get_peft_model(net, config(target_modules=["first", "last", "embed"]))
+    text = str(tfl.patch_peft(model))
+    assert "6 LoRA layers use torch_fused_lora, 1 stay" in text
+    assert "   3 x base_model.model.layers.*.first  fused" in text
+    assert "Embedding" in text
+
+
+def test_models_without_lora():
+    report = tfl.patch_peft(nn.Linear(2, 2))
+    assert report.patched == []
+    assert report.declined == {}
+    assert "no LoRA layers" in str(report)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        tfl.patch_peft("model")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_without_a_graph_break(backend):
+    model, x = build(lora_dropout=0.1).eval(), inputs()
+    tfl.patch_peft(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    model.train()
+    compiled(x).sum().backward()
+    assert model.base_model.model.first.lora_A["default"].weight.grad.abs().sum() > 0
+
+
+def test_importing_the_package_imports_neither_peft_nor_transformers():
+    code = (
+        "import sys, torch_fused_lora as tfl; tfl.lora_linear, tfl.LoRALinear; "
+        "assert not {'peft', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_peft_the_error_says_what_to_install():
+    code = (
+        "import sys; sys.modules['peft'] = None; import torch_fused_lora as tfl\n"
+        "try: tfl.patch_peft\n"
+        "except ImportError as e: assert 'torch-fused-lora[peft]' in str(e), e\n"
+        "else: raise SystemExit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

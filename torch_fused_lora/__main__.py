@@ -1,0 +1,41 @@
+"""``python -m torch_fused_lora doctor`` and ``python -m torch_fused_lora bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m torch_fused_lora", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="what is installed, which backend each device gets, a numeric self-test")
+    bench = commands.add_parser("bench", help="the LoRA tax of stock PEFT and of the patched model, on this machine")
+    bench.add_argument("--device", default=None, help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
+    bench.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=("small", "medium", "large"),
+        default=["small", "medium"],
+        help="small and medium by default; large (up to 8192 x 4096 x 14336) takes half an hour on two CPU cores",
+    )
+    bench.add_argument("--seconds", type=float, default=3.0, help="time for each row (at least 7 rounds are run)")
+    bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png")
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        from .doctor import doctor
+
+        return doctor()
+    try:
+        from .bench.report import bench as run_bench
+    except ImportError as error:
+        print(f"bench needs more packages ({error}): pip install 'torch-fused-lora[bench]'", file=sys.stderr)
+        return 1
+    run_bench(options.device, options.shapes, options.seconds, options.threads, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Runs the bench and shows it: a table while it runs, then JSON and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+
+import matplotlib
+import peft
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from . import measure
+from .measure import Ratio, Result
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DIRECTIONS = ("forward", "forward+backward")
+
+
+def bench(device: str | None, shapes: list[str], seconds: float, threads: int | None, out: Path) -> list[Result]:
+    """Measure every case of the chosen shape sets in both directions; print the table, write JSON and plot.
+
+    Args:
+        device: torch device; None for the accelerator if there is one, else the CPU.
+        shapes: of "small", "medium", "large".
+        seconds: for each case and direction.
+        threads: CPU threads, None for torch's default.
+        out: folder that gets bench.json and bench.png.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = torch.device(device) if device else _default_device()
+    console = Console(width=max(Console().width, 132))
+    cases = measure.cases([shape for name in shapes for shape in getattr(measure, name.upper())])
+    jobs = [(case, direction) for case in cases for direction in DIRECTIONS]
+    results = [
+        measure.run(case, direction, chosen, seconds) for case, direction in track(jobs, "measuring", console=console)
+    ]
+    environment = _environment(chosen)
+    console.print(" ".join(f"{key} {value}," for key, value in environment.items()).rstrip(","))
+    console.print(_table(results))
+    for direction in DIRECTIONS:
+        rows = [r for r in results if r.direction == direction]
+        stock = measure.geometric_mean([r.peft_tax.median for r in rows])
+        patched = measure.geometric_mean([r.patched_tax.median for r in rows])
+        console.print(f"geometric mean of the {direction} tax: stock PEFT {stock:.3f}, patched {patched:.3f}")
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"environment": environment, "results": [dataclasses.asdict(result) for result in results]}
+    (out / "bench.json").write_text(json.dumps(document, indent=1))
+    _plot(results, out / "bench.png")
+    console.print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")
+    return results
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table(title="LoRA tax: time over the plain linear's, median of the rounds (quartiles)")
+    table.add_column("tokens x K x N, rank, dtype", no_wrap=True)
+    table.add_column("direction", no_wrap=True)
+    for heading in ("linear ms", "stock PEFT", "patched", "patched / PEFT", "saved KiB: PEFT", "patched"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        saved = [
+            f"{result.saved_bytes[name] / 1024:,.0f}" if result.saved_bytes else "" for name in ("peft", "patched")
+        ]
+        ratios = [_show(r) for r in (result.peft_tax, result.patched_tax, result.patched_over_peft)]
+        table.add_row(str(result.case), result.direction, f"{result.linear_ms:,.3f}", *ratios, *saved)
+    return table
+
+
+def _show(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+
+
+def _plot(results: list[Result], path: Path) -> None:
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(11, 1 + 0.3 * len(results) / 2), layout="constrained")
+    for panel, direction in zip(panels, DIRECTIONS, strict=True):
+        rows = [result for result in results if result.direction == direction]
+        for offset, (name, color) in enumerate((("peft", "tab:gray"), ("patched", "tab:blue"))):
+            taxes = [getattr(result, f"{name}_tax") for result in rows]
+            spread = [[t.median - t.low for t in taxes], [t.high - t.median for t in taxes]]
+            panel.barh(
+                [i + 0.4 * offset for i in range(len(rows))],
+                [t.median for t in taxes],
+                height=0.38,
+                xerr=spread,
+                color=color,
+                label="stock PEFT" if name == "peft" else "patched",
+            )
+        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.set_yticks([i + 0.2 for i in range(len(rows))], [str(result.case) for result in rows], fontsize=7)
+        panel.set_xlabel("time / plain linear's")
+        panel.set_title(direction)
+    panels[0].invert_yaxis()
+    panels[0].legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _default_device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")  # type: ignore[return-value]
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{device} ({name})",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+    }

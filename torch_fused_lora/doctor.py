@@ -1,0 +1,109 @@
+"""``python -m torch_fused_lora doctor``: what is installed, who computes on each device, and does it compute right."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from .ops.library import NAMESPACE
+from .ops.lora_linear import lora_linear
+
+
+def doctor() -> int:
+    """Print the report; 0 if every device that is here computes right, else 1."""
+    print(f"torch-fused-lora {_version('torch-fused-lora')}")
+    print(f"  python {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "peft", "transformers", "numpy"):
+        print(f"  {package} {_version(package)}")
+    healthy = True
+    for device in devices():
+        print(f"\n{device}: {_device_name(device)}")
+        backend, why = lora_linear_backend(device.type)
+        print(f"  lora_linear  {backend}: {why}")
+        print(f"  dropout      {_dropout_backend(device.type)}")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            healthy &= _report_self_test(device, dtype)
+    print("\nall is well" if healthy else "\nsomething is wrong: see FAILED above")
+    return 0 if healthy else 1
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the accelerator that torch finds."""
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        found.append(torch.device(torch.accelerator.current_accelerator().type))  # type: ignore[union-attr]
+    return found
+
+
+def lora_linear_backend(device_type: str) -> tuple[str, str]:
+    """(who computes lora_linear on a device type, why)."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::_lora_linear", device_type.upper()):
+        return f"{device_type} kernels", "the extension is built and loaded"
+    if device_type == "mps":
+        return "none", "this version has no Metal kernels yet; calls on mps raise"
+    return "portable", "aten calls in the order that touches the full-width output least; no compiler needed"
+
+
+def _dropout_backend(device_type: str) -> str:
+    if device_type == "cpu":
+        return "Philox 4x32-10 in NumPy"
+    if device_type in ("cuda", "xpu") and _version("triton") != "not installed":
+        return "Philox 4x32-10 in one Triton kernel"
+    return "Philox 4x32-10 on the CPU, masks copied over (slow)"
+
+
+def _report_self_test(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        error, allowed = self_test(device, dtype)
+    except Exception as exception:
+        print(f"  {str(dtype).removeprefix('torch.'):<12} FAILED: {type(exception).__name__}: {exception}")
+        return False
+    passed = error <= allowed
+    verdict = "ok" if passed else "FAILED"
+    print(f"  {str(dtype).removeprefix('torch.'):<12} {verdict}: error {error:.1e}, {allowed:.1e} allowed")
+    return passed
+
+
+def self_test(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The worst error of a layer's output and gradients against float64, and what is allowed.
+
+    Both are relative to the largest sum of magnitudes that a result is made of. Allowed are the worst case of the
+    longest float32 sum, and for a half dtype three roundings (base, low-rank product, sum).
+    """
+    generator = torch.Generator().manual_seed(0)
+    M, K, N, r = 33, 65, 47, 5
+    shapes = ((M, K), (N, K), (N,), (r, K), (N, r))
+    exact = [torch.randn(s, generator=generator).to(dtype).double().requires_grad_() for s in shapes]
+    ours = [t.detach().to(device, dtype).requires_grad_() for t in exact]
+    grad = torch.randn(M, N, generator=generator).to(dtype)
+
+    x, W, b, A, B = exact
+    expected = x @ W.T + b + 0.5 * (x @ A.T) @ B.T
+    results = [expected.detach(), *torch.autograd.grad(expected, exact, grad.double())]
+    magnitudes = [t.detach().abs().requires_grad_() for t in exact]
+    x, W, b, A, B = magnitudes
+    bound = x @ W.T + b + 0.5 * (x @ A.T) @ B.T
+    bounds = [bound.detach(), *torch.autograd.grad(bound, magnitudes, grad.abs().double())]
+
+    y = lora_linear(*ours, scaling=0.5)  # type: ignore[misc]
+    found = [y.detach(), *torch.autograd.grad(y, ours, grad.to(device))]
+    error = max(float(((f.cpu().double() - e).abs() / m).max()) for f, e, m in zip(found, results, bounds, strict=True))
+    rounding = 0.0 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps / 2
+    return error, (M + K + N + r) * 2.0**-24 + rounding
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{torch.backends.mps.get_name()}, {torch.backends.mps.get_core_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
