@@ -87,7 +87,8 @@ def self_test(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     bound = x @ W.T + b + 0.5 * (x @ A.T) @ B.T
     bounds = [bound.detach(), *torch.autograd.grad(bound, magnitudes, grad.abs().double())]
 
-    y = lora_linear(*ours, scaling=0.5)  # type: ignore[misc]
+    x, W, b, A, B = ours
+    y = lora_linear(x, W, b, A, B, 0.5)
     found = [y.detach(), *torch.autograd.grad(y, ours, grad.to(device))]
     error = max(float(((f.cpu().double() - e).abs() / m).max()) for f, e, m in zip(found, results, bounds, strict=True))
     rounding = 0.0 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps / 2

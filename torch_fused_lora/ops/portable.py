@@ -31,10 +31,11 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), r
     y = F.linear(x_rows, weight, bias)
     # A number where reading it does not synchronise with the device.
     scale = scaling.item() if scaling.is_cpu else scaling
-    dtype = _accumulation_dtype(x, lora_A, seed)
+    dtype = _operand_dtype(x_rows, lora_A, seed)
     if seed is None and _in_one_piece(x_rows, lora_A, lora_B, dtype):
-        h = F.linear(_cast(x_rows, dtype), _cast(lora_A, dtype))
-        _add_product_(y, h, _cast(lora_B, dtype).t(), scale)
+        A, B = _narrow(lora_A, dtype), _narrow(lora_B, dtype)
+        h = _matmul(_cast(x_rows, dtype), A.t())
+        _add_product_(y, h, B.t(), scale)
         h = _cast(h, lora_A.dtype)
     else:
         h = _add_delta_by_blocks_(y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h)
@@ -49,18 +50,18 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
     grad_x = grad_rows.mm(weight) if need_x else None
     # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
     grad_A = grad_h = None
-    dtype = _accumulation_dtype(grad, lora_A, seed)
+    dtype = _operand_dtype(grad_rows, lora_A, seed)
     if seed is None and _in_one_piece(grad_rows, lora_A, lora_B, dtype):
         wide = _cast(grad_rows, dtype)
         if need_x or need_A:
-            z = wide.mm(_cast(lora_B, dtype)).mul_(scaling)
+            z = _matmul(wide, _narrow(lora_B, dtype)).mul_(scaling)
         if need_x:
-            _add_product_(grad_x, z, _cast(lora_A, dtype))
+            _add_product_(grad_x, z, _narrow(lora_A, dtype))
         if need_A:
-            grad_A = z.t().mm(_cast(x_rows, dtype))
+            grad_A = _matmul(z.t(), _cast(x_rows, dtype))
         if need_B or need_scaling:
-            h = _cast(h, dtype)
-            grad_h = wide.t().mm(h if need_scaling else h * scaling)
+            h = _narrow(h, dtype)
+            grad_h = _matmul(wide.t(), h if need_scaling else h * scaling)
     elif need_x or need_A or need_B or need_scaling:
         x_side = x_rows if need_A else None
         grad_A, grad_h = _backward_by_blocks(
@@ -133,15 +134,52 @@ def _backward_by_blocks(
     return grad_A, grad_h
 
 
-def _accumulation_dtype(x: Tensor, lora_A: Tensor, seed: Tensor | None) -> torch.dtype:
-    """In which dtype the low-rank products are formed: x's, or float32 for a half x.
+def _operand_dtype(rows: Tensor, lora_A: Tensor, seed: Tensor | None) -> torch.dtype:
+    """In which dtype the rows of a full-width operand are multiplied: their own, or float32 for half rows.
 
-    Half operands are multiplied as they are where the device does that with float32 sums in hardware. A CPU that
-    lacks it is two to four times faster through float32.
+    Half rows stay as they are where the device multiplies them with float32 sums in hardware, and the adapters are
+    half too or can be split (`_matmul`). A CPU without such hardware is two to four times faster through float32.
     """
-    if x.dtype not in HALF or (lora_A.dtype == x.dtype and seed is None and x.device.type != "cpu"):
-        return x.dtype
-    return torch.float32
+    if rows.dtype not in HALF:
+        return rows.dtype
+    native = not rows.is_cpu and seed is None and (lora_A.dtype == rows.dtype or _splits(rows))
+    return rows.dtype if native else torch.float32
+
+
+def _splits(rows: Tensor) -> bool:
+    """Whether float32 adapters meet these rows as two bfloat16 halves. Few rows are not worth the extra launches."""
+    return rows.dtype == torch.bfloat16 and rows.is_cuda and rows.shape[0] > 512 and torch.version.hip is None
+
+
+def _narrow(lora: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter, h or z as it meets rows of ``dtype``: float32 stays float32."""
+    return lora if lora.dtype == torch.float32 else _cast(lora, dtype)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the wider of the two dtypes.
+
+    Where one is bfloat16 and the other float32, the float32 one is split into a high and a low bfloat16 half: two
+    products with float32 sums on the matrix units instead of a float32 copy of the full-width operand. The halves
+    hold 16 bits, so the result is within 2**-17 of its magnitude, a hundredth of a bfloat16 rounding.
+    """
+    if a.dtype == b.dtype:
+        return a.mm(b)
+    if b.dtype == torch.float32:
+        high, low = _halves(b)
+        return _mm_float32(a, torch.cat([high, low], 1)).view(a.shape[0], 2, b.shape[1]).sum(1)
+    high, low = _halves(a)
+    return _mm_float32(torch.cat([high, low]), b).view(2, a.shape[0], b.shape[1]).sum(0)
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two bfloat16 matrices as float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float().mm(b.float())
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()
 
 
 def _in_one_piece(rows: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> bool:
@@ -180,11 +218,14 @@ def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> None:
-    """``out += scale · a b``, summed in a's dtype and rounded once to out's."""
+    """``out += scale · a b``, summed in float32 (float64 for float64) and rounded once to out's dtype."""
     if isinstance(scale, Tensor):
         a, scale = a * scale, 1.0
     if out.dtype == a.dtype:
         out.addmm_(a, b, alpha=scale)
+    elif _splits(out):  # as in `_matmul`; the product of the two low halves is below the rounding of float32
+        (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+        out.addmm_(torch.cat([a_high, a_low, a_high], 1), torch.cat([b_high, b_high, b_low]), alpha=scale)
     else:
         out.copy_(out.to(a.dtype).addmm_(a, b, alpha=scale))
 

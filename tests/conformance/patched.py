@@ -1,0 +1,103 @@
+"""Pytest plugin: patch every LoRA Linear from the moment it is built, and write ``--calls FILE``: the forward calls
+of LoRA Linears, each with its kind, whether the operator ran in it, and its test."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from peft.tuners import lora
+from torch import nn
+
+import torch_fused_lora.peft as fused
+
+calls: Counter[tuple[str, bool, str]] = Counter()  # (kind, operator ran, test)
+operator_runs = 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--calls", type=Path, required=True)
+
+
+def pytest_configure() -> None:
+    _patch_layers_as_they_are_built()
+    _count_operator_runs()
+    for cls in (lora.Linear, fused.Linear):
+        _count_calls(cls)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    rows = list(calls.items())
+    if hasattr(session.config, "workeroutput"):  # a process of xdist hands its counts to the controller
+        session.config.workeroutput["calls"] = rows
+    else:
+        session.config.getoption("--calls").write_text(json.dumps(rows))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    calls.update(dict(node.workeroutput["calls"]))
+
+
+def _patch_layers_as_they_are_built() -> None:
+    """`patch_peft` a layer whenever it gets an adapter: every way in which PEFT builds or loads one comes by there."""
+    update_layer = lora.Linear.update_layer
+
+    @functools.wraps(update_layer)
+    def update_and_patch(layer: lora.Linear, *args, **kwargs) -> None:
+        update_layer(layer, *args, **kwargs)
+        fused.patch_peft(layer)
+
+    lora.Linear.update_layer = update_and_patch
+
+
+def _count_operator_runs() -> None:
+    operator = fused.lora_linear_stacked
+
+    @functools.wraps(operator)
+    def counted(*args, **kwargs):
+        global operator_runs
+        operator_runs += 1
+        return operator(*args, **kwargs)
+
+    fused.lora_linear_stacked = counted
+
+
+def _count_calls(cls: type[lora.Linear]) -> None:
+    """Count the forward calls of layers of exactly this class; hooks have had their say when forward is entered."""
+    forward = cls.forward
+
+    @functools.wraps(forward)
+    def counted(layer: lora.Linear, *args, **kwargs):
+        if type(layer) is not cls:  # a subclass that calls super().forward()
+            return forward(layer, *args, **kwargs)
+        kind, runs_before = _kind(layer, *args, **kwargs), operator_runs
+        result = forward(layer, *args, **kwargs)
+        test = os.environ["PYTEST_CURRENT_TEST"].split("[")[0].split("::")[-1]
+        calls[kind, operator_runs > runs_before, test] += 1
+        return result
+
+    cls.forward = counted
+
+
+def _kind(layer: lora.Linear, x: object, *args: object, **kwargs: object) -> str:
+    """What PEFT's own forward would do, read from PEFT's state: the code under test is not asked."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    variants = {type(layer.lora_variant[name]).__name__ for name in active if name in layer.lora_variant}
+    if args or kwargs:
+        return f"extra arguments: {', '.join(sorted(kwargs))}"
+    if layer.disable_adapters:
+        return "disabled"
+    if layer.merged:
+        return "merged"
+    if not active:
+        return "no active adapter"
+    if variants:
+        return f"variant: {', '.join(sorted(variants))}"
+    if type(layer.base_layer) is not nn.Linear:
+        return f"plain over {type(layer.base_layer).__name__}"
+    return "plain"

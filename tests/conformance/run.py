@@ -1,0 +1,110 @@
+"""Run PEFT's own LoRA tests twice, with PEFT's layers and with patched ones, and compare; see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MIN_PASSED = 2000  # fewer, and the selection or the installation is broken
+MIN_FUSED_SHARE = 0.95  # of the plain calls
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-n", dest="workers", default="auto", help="processes of pytest-xdist (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="for PEFT's sdist (default: %(default)s)")
+    options = parser.parse_args()
+
+    root = unpacked_sdist(options.cache.resolve())
+    calls_file = root / "calls.json"
+    stock = run_tests(root, options.workers, root / "stock.json")
+    patched = run_tests(root, options.workers, root / "patched.json", "-p", "patched", "--calls", calls_file)
+    calls = [(kind, fused, test, count) for (kind, fused, test), count in json.loads(calls_file.read_text())]
+
+    problems = compare(stock, patched) + check_share(calls)
+    print(f"\n{root.name}, {len(stock)} tests")
+    print(f"  stock    {describe(stock)}\n  patched  {describe(patched)}\n{table(calls)}")
+    print(*problems or ["OK"], sep="\n")
+    return 1 if problems else 0
+
+
+def default_cache() -> Path:
+    if ours := os.environ.get("TORCH_FUSED_LORA_CACHE"):
+        return Path(ours)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch-fused-lora"
+
+
+def unpacked_sdist(cache: Path) -> Path:
+    """The source tree of the installed PEFT, whose wheel has no tests: downloaded once, unpacked afresh each time."""
+    version = importlib.metadata.version("peft")
+    root, archive = cache / f"peft-{version}", cache / f"peft-{version}.tar.gz"
+    if not archive.exists():
+        # pip builds an sdist's metadata to check its name. Only peft has to be an sdist, not what builds it.
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "peft", "--dest", cache]
+        subprocess.run([*pip, f"peft=={version}"], check=True)
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.unpack_archive(archive, cache, filter="data")
+    (root / "tests" / "__init__.py").touch()  # left out of the sdist, though the tests import from their package
+    return root
+
+
+def run_tests(root: Path, workers: str, outcomes: Path, *options: str | Path) -> dict[str, str]:
+    """Test id to outcome of one pytest run in PEFT's tree. A failing test is an outcome; a run that breaks off is not."""
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--disable-warnings", "-n", workers]
+    pytest += ["-p", "outcomes", "--outcomes", outcomes]
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # the models are tiny
+    code = subprocess.run([*pytest, *options, "tests/test_custom_models.py"], cwd=root, env=env).returncode
+    if code not in (0, 1):  # 1: some test failed
+        raise SystemExit(f"pytest broke off with exit status {code}")
+    return json.loads(outcomes.read_text())
+
+
+def compare(stock: dict[str, str], patched: dict[str, str]) -> list[str]:
+    """A line for each test that did not come to the same, and one if too little was tested."""
+    problems = [
+        f"DIFFERENT: {test}: stock {stock.get(test, 'not run')}, patched {patched.get(test, 'not run')}"
+        for test in sorted(stock.keys() | patched.keys())
+        if stock.get(test) != patched.get(test)
+    ]
+    passed = list(patched.values()).count("passed")
+    return problems + ([f"VACUOUS: {passed} tests passed, expected {MIN_PASSED}"] if passed < MIN_PASSED else [])
+
+
+def check_share(calls: list[tuple[str, bool, str, int]]) -> list[str]:
+    """Whether the operator was under test at all: it has to have run in nearly every plain call."""
+    plain = sum(count for kind, _, _, count in calls if kind == "plain")
+    left = Counter({test: count for kind, fused, test, count in calls if kind == "plain" and not fused})
+    share = 1 - left.total() / plain if plain else 0.0
+    if share >= MIN_FUSED_SHARE:
+        return []
+    tests = ", ".join(f"{test} ({count})" for test, count in left.most_common())
+    return [f"VACUOUS: {share:.1%} of the plain calls were fused, expected {MIN_FUSED_SHARE:.0%}; not those of {tests}"]
+
+
+def describe(outcomes: dict[str, str]) -> str:
+    counts = Counter(outcomes.values())
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
+
+
+def table(calls: list[tuple[str, bool, str, int]]) -> str:
+    total: Counter[str] = Counter()
+    fused: Counter[str] = Counter()
+    for kind, ran, _, count in calls:
+        total[kind] += count
+        fused[kind] += count * ran
+    width = max(map(len, total), default=0)
+    header = f"  {'forward calls of LoRA Linears':<{width}}  {'calls':>6}  {'fused':>6}"
+    return "\n".join([header, *(f"  {kind:<{width}}  {total[kind]:>6}  {fused[kind]:>6}" for kind in sorted(total))])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

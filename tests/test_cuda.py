@@ -1,0 +1,85 @@
+"""The portable kernels on an NVIDIA GPU: same bounds, same masks as on the CPU. CI has no GPU and skips this."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import Layer
+from test_lora_linear import DTYPES, seeded_masks
+
+import torch_fused_lora as tfl
+from torch_fused_lora.doctor import self_test
+from torch_fused_lora.ops.dropout import keep_mask
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [1, 77, 1500])
+def test_against_float64(dtype, adapter_dtype, dropout_p, rows):
+    K, N, r = 130, 96, 5
+    x, W, b = ((torch.randn(s) * K**-0.25).to(dtype) for s in ((rows, K), (N, K), (N,)))
+    A, B = ((torch.randn(s) * K**-0.25).to(adapter_dtype) for s in ((r, K), (N, r)))
+    layer = Layer(x, W, b, A, B, 0.5, seeded_masks(3, x, [r], [dropout_p]))
+    leaves = [t.to(CUDA).requires_grad_() for t in (x, W, b, A, B)]
+    y = tfl.lora_linear(*leaves, 0.5, dropout_p, training=True)
+    grad = torch.randn(rows, N).to(dtype)
+    found = {"y": y.detach()} | dict(
+        zip(("x", "weight", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, leaves, grad.to(CUDA)), strict=True)
+    )
+    for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
+        if name in found:
+            if dtype == torch.bfloat16 and adapter_dtype == torch.float32:  # adapters split in two halves
+                exact.terms += 2 * 2**7  # each split: 2**-17 = 2**7 units of float32
+            exact.check(found[name].cpu(), name)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1000, 129), (0, 7)])
+def test_masks_are_those_of_the_cpu(shape):
+    for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):
+        host = keep_mask(seed, stream, start, *shape, p, torch.device("cpu"))
+        assert torch.equal(keep_mask(seed, stream, start, *shape, p, CUDA).cpu(), host)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_doctor(dtype):
+    error, allowed = self_test(CUDA, dtype)
+    assert error <= allowed
+
+
+def test_scaling_on_the_device_does_not_synchronise():
+    a = [torch.randn(s, device=CUDA, requires_grad=True) for s in ((700, 8), (6, 8), (6,), (2, 8), (6, 2))]
+    expected = tfl.lora_linear(*a, 0.5)
+    scaling = torch.tensor(0.5, device=CUDA, requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = tfl.lora_linear(*a, scaling)
+        y.sum().backward()
+        tfl.lora_linear(*a, scaling, 0.5, training=True).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(y, expected)
+    assert scaling.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile(mode):
+    """Also where inductor would capture CUDA graphs: a scaling that changes must not be replayed."""
+    a = [torch.randn(s, device=CUDA) for s in ((64, 8), (6, 8), (6,), (2, 8), (6, 2))]
+    compiled = torch.compile(lambda x, s: tfl.lora_linear(x.sin(), *a[1:], s).cos(), mode=mode, fullgraph=True)
+    for i in range(6):
+        scaling = torch.tensor(float(i))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(a[0], scaling), tfl.lora_linear(a[0].sin(), *a[1:], scaling).cos())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    a = [torch.randn(s, device=CUDA, requires_grad=True) for s in ((64, 8), (6, 8), (6,), (2, 8), (6, 2))]
+    with torch.autocast("cuda", dtype):
+        y = tfl.lora_linear(*a, 0.5)
+    Layer(*[t.detach().cpu().to(dtype) for t in a], 0.5).output().check(y.detach().cpu())
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in a)
