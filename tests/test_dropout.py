@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -169,3 +172,19 @@ def test_a_frozen_adapter_input_side_saves_no_x():
 def test_philox_words_are_uniform_bits():
     bits = np.unpackbits(philox(3, 0, 0, 50000).view(np.uint8))
     assert abs(bits.mean() - 0.5) < 5 * 0.5 / len(bits) ** 0.5
+
+
+def test_the_triton_kernel_draws_the_same_mask():
+    """Bit for bit, executed by Triton's interpreter on the CPU (tests/test_cuda.py does it on a GPU)."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = """
+import contextlib, types, torch
+from torch_fused_lora.ops import dropout, dropout_triton
+torch.get_device_module = lambda device: types.SimpleNamespace(device=lambda d: contextlib.nullcontext())
+cpu = torch.device("cpu")
+for shape in ((1, 1), (3, 5), (1000, 129), (0, 7)):
+    for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):
+        ours = dropout_triton.mask(seed, stream, start * shape[1], round(p * 2**32), *shape, cpu)
+        assert torch.equal(ours, dropout.keep_mask(seed, stream, start, *shape, p, cpu)), (shape, start)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})

@@ -99,6 +99,36 @@ def test_the_operator_wants_a_seed_for_dropout():
             op(*operands().values(), 0.5, seed)
 
 
+def test_mps_without_kernels_is_an_error_not_a_slow_path():
+    from torch._subclasses import FakeTensorMode
+
+    from torch_fused_lora.ops.lora_linear import _portable_forward
+
+    with FakeTensorMode():
+        on_mps = [torch.empty(t.shape, device="mps") for t in operands().values()]
+        with pytest.raises(NotImplementedError, match="no Metal kernels are installed for device 'mps'"):
+            _portable_forward(*on_mps)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.randn(2, 4)}, r"grad: expected shape \(\.\.\., 3\)"),
+        ({"x": None}, r"x: expected shape \(2, 4\); got None"),
+        ({"weight": torch.randn(4, 3)}, r"weight: expected shape \(3, 4\)"),
+        ({"h": None}, r"h: expected shape \(2, 2\); got None"),
+        ({"needs": [True]}, "needs: expected 6 flags"),
+    ],
+)
+def test_bad_arguments_of_the_backward_operator(change, message):
+    a = operands()
+    arguments = {"grad": torch.randn(2, 3), "x": a["x"], "weight": a["weight"], "lora_A": a["lora_A"]}
+    arguments |= {"lora_B": a["lora_B"], "scaling": a["scaling"], "h": torch.randn(2, 2), "seed": None}
+    arguments |= {"dropout_p": [], "ranks": [], "needs": [True] * 6}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.torch_fused_lora.lora_linear_backward(**arguments | change)
+
+
 def test_ranks_must_add_up():
     forward = torch.ops.torch_fused_lora._lora_linear
     with pytest.raises(ValueError, match="ranks"):

@@ -57,7 +57,7 @@ def unpacked_sdist(cache: Path) -> Path:
 
 
 def run_tests(root: Path, workers: str, outcomes: Path, *options: str | Path) -> dict[str, str]:
-    """Test id to outcome of one pytest run in PEFT's tree. A failing test is an outcome; a run that breaks off is not."""
+    """The outcome of each test of one pytest run. A failed test is an outcome, a run that breaks off is none."""
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--disable-warnings", "-n", workers]
     pytest += ["-p", "outcomes", "--outcomes", outcomes]
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))

@@ -34,8 +34,9 @@ class Case:
     dropout: float = 0.0
 
     def __str__(self) -> str:
-        text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {self.base}"
-        text += f" + {self.adapters} adapters" if self.adapters != self.base else ""
+        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+        text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {short[self.base]}"
+        text += f" + {short[self.adapters]}" if self.adapters != self.base else ""
         return text + (f", dropout {self.dropout}" if self.dropout else "")
 
     @property
@@ -105,20 +106,20 @@ def layers(case: Case, device: torch.device) -> dict[str, nn.Module]:
     return found
 
 
-def run(case: Case, direction: str, device: torch.device, seconds: float, min_rounds: int = 7) -> Result:
+def run(case: Case, direction: str, device: torch.device, seconds: float, min_rounds: int = 5) -> Result:
     """Time one case: rounds until ``seconds`` are spent, ``min_rounds`` at least."""
     x = torch.randn(case.M, case.K, device=device, dtype=getattr(torch, case.base))
     steps = {name: _step(layer, x, direction) for name, layer in layers(case, device).items()}
     saved = {name: saved_bytes(step) for name, step in steps.items()} if direction != "forward" else {}
+    once = 0.0
     for step in steps.values():  # warm up
         step()
+        _synchronize(device)
+        started = time.perf_counter()
         step()
-    _synchronize(device)
-    started = time.perf_counter()
-    steps["linear"]()
-    _synchronize(device)
-    once = max(time.perf_counter() - started, 1e-7)
-    repeats = max(1, min(int(2e-3 / once), 200))  # a sample is 2 ms or one call
+        _synchronize(device)
+        once = time.perf_counter() - started
+    repeats = max(1, min(int(5e-3 / once), 500))  # a sample is 5 ms or one call
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     deadline = time.perf_counter() + seconds
@@ -187,7 +188,3 @@ def saved_bytes(step: Callable[[], object]) -> int:
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return statistics.geometric_mean(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -44,12 +45,12 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
     ]
     environment = _environment(chosen)
     console.print(" ".join(f"{key} {value}," for key, value in environment.items()).rstrip(","))
-    console.print(_table(results))
     for direction in DIRECTIONS:
-        rows = [r for r in results if r.direction == direction]
-        stock = measure.geometric_mean([r.peft_tax.median for r in rows])
-        patched = measure.geometric_mean([r.patched_tax.median for r in rows])
-        console.print(f"geometric mean of the {direction} tax: stock PEFT {stock:.3f}, patched {patched:.3f}")
+        rows = [result for result in results if result.direction == direction]
+        console.print(_table(direction, rows))
+        stock = statistics.geometric_mean([result.peft_tax.median for result in rows])
+        patched = statistics.geometric_mean([result.patched_tax.median for result in rows])
+        console.print(f"geometric mean of the {direction} tax: stock PEFT {stock:.3f}, patched {patched:.3f}\n")
     out.mkdir(parents=True, exist_ok=True)
     document = {"environment": environment, "results": [dataclasses.asdict(result) for result in results]}
     (out / "bench.json").write_text(json.dumps(document, indent=1))
@@ -58,18 +59,15 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
     return results
 
 
-def _table(results: list[Result]) -> Table:
-    table = Table(title="LoRA tax: time over the plain linear's, median of the rounds (quartiles)")
-    table.add_column("tokens x K x N, rank, dtype", no_wrap=True)
-    table.add_column("direction", no_wrap=True)
-    for heading in ("linear ms", "stock PEFT", "patched", "patched / PEFT", "saved KiB: PEFT", "patched"):
+def _table(direction: str, results: list[Result]) -> Table:
+    table = Table(title=f"LoRA tax, {direction}: time over the plain linear's, median of the rounds (quartiles)")
+    table.add_column("tokens x K x N, rank, base + adapters", no_wrap=True)
+    for heading in ("linear ms", "stock PEFT", "patched", "patched / PEFT", "PEFT keeps", "patched keeps"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
-        saved = [
-            f"{result.saved_bytes[name] / 1024:,.0f}" if result.saved_bytes else "" for name in ("peft", "patched")
-        ]
+        saved = [f"{result.saved_bytes[name] / 1024:,.0f} K" for name in ("peft", "patched") if result.saved_bytes]
         ratios = [_show(r) for r in (result.peft_tax, result.patched_tax, result.patched_over_peft)]
-        table.add_row(str(result.case), result.direction, f"{result.linear_ms:,.3f}", *ratios, *saved)
+        table.add_row(str(result.case), f"{result.linear_ms:,.3f}", *ratios, *saved)
     return table
 
 

@@ -250,6 +250,11 @@ def _check_backward(grad, x, weight, lora_A, lora_B, h, needs):
 
 @kernel("_lora_linear", "CompositeExplicitAutograd")
 def _portable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
+        raise NotImplementedError(
+            "lora_linear: no Metal kernels are installed for device 'mps', and this version of torch-fused-lora "
+            "ships none; run on the CPU, or leave the model unpatched (torch_fused_lora.unpatch_peft)"
+        )
     _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     return portable.forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 
