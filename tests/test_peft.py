@@ -384,6 +384,21 @@ def test_forward_hooks_of_the_layer_itself_still_run(fused_calls):
     assert len(fused_calls) == 1
 
 
+def test_parameters_replaced_by_plain_views(fused_calls):
+    """What FSDP1 does for the time of a forward: the weights are attributes, not parameters."""
+    model, x = build(target_modules=["first"]), inputs()
+    tfl.patch_peft(model)
+    expected = model(x)
+    layer = model.base_model.model.first
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        for name in [name for name, p in module._parameters.items() if p is not None]:
+            tensor = module._parameters.pop(name)
+            setattr(module, name, tensor.view_as(tensor))
+    fused_calls.clear()
+    assert torch.equal(model(x), expected)
+    assert len(fused_calls) == 1
+
+
 def test_global_module_hooks_see_every_module(fused_calls):
     model, seen = build(target_modules=["first"]), []
     tfl.patch_peft(model)

@@ -38,7 +38,7 @@ class Linear(lora.Linear):
         if not adapters:
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
         if type(base) is Conv1D:
             weight = weight.t()
         for adapter in adapters:
@@ -77,7 +77,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         return []
     dtype = x.dtype
     autocast = autocast_enabled(x.device.type)
-    if dtype == torch.float64 if autocast else base._parameters["weight"].dtype != dtype:
+    if dtype == torch.float64 if autocast else _tensor(base, "weight").dtype != dtype:
         return []
     all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     all_dropouts = modules["lora_dropout"]._modules
@@ -88,7 +88,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         A, B, dropout = all_A[name], all_B[name], all_dropouts[name]
         if _why_not_adapter(layer, name, A, B, dropout):
             return []
-        lora_A, lora_B = A._parameters["weight"], B._parameters["weight"]
+        lora_A, lora_B = _tensor(A, "weight"), _tensor(B, "weight")
         adapter_dtype = adapters[0].lora_A.dtype if adapters else lora_A.dtype
         if not autocast and (
             not lora_A.dtype == lora_B.dtype == adapter_dtype
@@ -96,7 +96,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         ):
             return []
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        adapters.append(_Adapter(lora_A, lora_B, B._parameters["bias"], layer.scaling[name], p))
+        adapters.append(_Adapter(lora_A, lora_B, _tensor(B, "bias"), layer.scaling[name], p))
     return adapters
 
 
@@ -123,12 +123,18 @@ def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, 
 _PLAIN_TYPES = (nn.Parameter, Tensor, NoneType)
 
 
+def _tensor(module: nn.Module, name: str) -> Any:
+    """The module's weight or bias. FSDP1 puts plain views of its flat parameter in the parameters' place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else module.__dict__.get(name)
+
+
 def _why_not_modules(*modules: nn.Module) -> str | None:
-    """Why reading these modules' parameters would not do what calling the modules does, or None."""
+    """Why reading these modules' weights and biases would not do what calling the modules does, or None."""
     for module in modules:
-        for name, parameter in module._parameters.items():
-            if type(parameter) not in _PLAIN_TYPES:
-                return f"a {name} that is a {type(parameter).__qualname__}, a tensor subclass"
+        for name in ("weight", "bias"):
+            if type(_tensor(module, name)) not in _PLAIN_TYPES:
+                return f"a {name} that is a {type(_tensor(module, name)).__qualname__}, a tensor subclass"
         if (
             module._forward_hooks
             or module._forward_pre_hooks
@@ -137,8 +143,6 @@ def _why_not_modules(*modules: nn.Module) -> str | None:
             or "forward" in module.__dict__
         ):
             return "hooks or a replaced forward"
-        if "weight" in module.__dict__:
-            return "a weight that is not a registered parameter"
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import peft
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -60,14 +61,17 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
 
 
 def _table(direction: str, results: list[Result]) -> Table:
-    table = Table(title=f"LoRA tax, {direction}: time over the plain linear's, median of the rounds (quartiles)")
+    table = Table(
+        title=f"LoRA tax, {direction}: time over the plain linear's, median of the rounds (quartiles)", box=SIMPLE
+    )
     table.add_column("tokens x K x N, rank, base + adapters", no_wrap=True)
-    for heading in ("linear ms", "stock PEFT", "patched", "patched / PEFT", "PEFT keeps", "patched keeps"):
+    kept = "KiB kept: PEFT, patched" if direction != "forward" else ""
+    for heading in ("linear ms", "stock PEFT", "patched", "patched / PEFT", kept):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
-        saved = [f"{result.saved_bytes[name] / 1024:,.0f} K" for name in ("peft", "patched") if result.saved_bytes]
+        saved = ", ".join(f"{result.saved_bytes[name] / 1024:.0f}" for name in ("peft", "patched") if kept)
         ratios = [_show(r) for r in (result.peft_tax, result.patched_tax, result.patched_over_peft)]
-        table.add_row(str(result.case), f"{result.linear_ms:,.3f}", *ratios, *saved)
+        table.add_row(str(result.case), f"{result.linear_ms:.3f}", *ratios, saved)
     return table
 
 

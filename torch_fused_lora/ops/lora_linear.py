@@ -327,7 +327,7 @@ class _LoRALinear(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         dropout_p, ranks, y_shape, y_dtype, direct = ctx.options
         saved = ctx.saved_tensors
-        if grad_h is not None or torch.is_grad_enabled() or _transformed():
+        if grad_h is not None or torch.is_grad_enabled():
             if grad is None:  # only h was used, which a double backward does
                 grad = grad_h.new_zeros(y_shape, dtype=y_dtype)
             with below_autocast():
