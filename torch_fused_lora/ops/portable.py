@@ -164,7 +164,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     hold 16 bits, so the result is within 2**-17 of its magnitude, a hundredth of a bfloat16 rounding.
     """
     if a.dtype == b.dtype:
-        return a.mm(b)
+        return a.mm(b) if a.shape[1] != 1 else a * b  # an outer product is slow as a GEMM
     if b.dtype == torch.float32:
         high, low = _halves(b)
         return _mm_float32(a, torch.cat([high, low], 1)).view(a.shape[0], 2, b.shape[1]).sum(1)
