@@ -111,7 +111,7 @@ def test_output_and_gradients(lead, sizes, dtypes, layouts, has_bias, scaling, t
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_many_row_blocks(dtype, adapter_dtype, dropout_p):
     """More rows than a block holds, and not a multiple of it: nothing is lost or doubled at a seam."""
-    K, N, r = 300, 200, 5
+    K, N, r = 1200, 200, 5
     A, B = torch.randn(r, K, dtype=adapter_dtype), torch.randn(N, r, dtype=adapter_dtype)
     rows = 2 * portable.block_rows(A, B) + 17
     x = torch.randn(rows, K).to(dtype).requires_grad_()
@@ -203,7 +203,7 @@ class AllocationsOf(TorchDispatchMode):
 
 def test_no_full_width_temporary():
     """Beyond the output nothing of M x K or M x N is allocated: mixed dtypes and dropout go by blocks of rows."""
-    M, K, N, r = 20000, 64, 48, 4
+    M, K, N, r = 140_000, 64, 48, 4  # more than four blocks
     x, W, A, B = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(r, K), torch.randn(N, r)
     s, h, seed, grad = torch.tensor(1.0), torch.randn(M, r), torch.tensor(3), torch.randn(M, N).bfloat16()
     with AllocationsOf(M * min(K, N)) as forward:
