@@ -53,6 +53,23 @@ def test_philox(seed, stream, first):
     assert philox(seed, stream, first, first + 5).tolist() == expected
 
 
+def test_the_mask_is_as_documented():
+    """Element i: word i % 8 // 2 of counter i // 8, rotated by 16 bits where i is odd, against p * 2**32."""
+    seed, stream, p, rows, columns = 0x123456789ABCDEF, 2, 0.3, 5, 7
+    key, expected = [seed & 0xFFFFFFFF, seed >> 32], []
+    for i in range(rows * columns):
+        word = philox4x32_10([i // 8, 0, stream, 0], key)[i % 8 // 2]
+        rotated = (word << 16 | word >> 16) & 0xFFFFFFFF if i % 2 else word
+        expected.append(rotated >= round(p * 2**32))
+    assert keep_mask(seed, stream, 0, rows, columns, p, CPU).flatten().tolist() == expected
+
+
+def test_elements_that_share_a_word_are_independent():
+    mask = keep_mask(3, 0, 0, 1 << 10, 1 << 11, 0.3, CPU).view(-1, 2)
+    both = (~mask[:, 0] & ~mask[:, 1]).double().mean()
+    assert abs(both - 0.09) < 5 * (0.09 * 0.91 / len(mask)) ** 0.5
+
+
 def test_blocks_of_the_mask_join():
     """Any rows of the mask can be drawn alone, wherever they begin within a counter or a block of counters."""
     rows, columns = 9000, 13

@@ -2,10 +2,12 @@
 
 Element ``i`` (row-major, of an M x K matrix) of adapter ``stream`` is kept where
 
-    Philox4x32-10(key = seed, counter = (i // 4, stream, 0))[i % 4]  >=  p * 2**32
+    rotate(Philox4x32-10(key = seed, counter = (i // 8, stream, 0))[i % 8 // 2], 16 * (i % 2))  >=  p * 2**32
 
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; `i // 4` fills two of the four
-counter words). The mask is a pure function of (seed, stream, i): forward and backward draw any block of it
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; `i // 8` fills two of the four counter
+words). Two elements share a word, the second reads it rotated by half its bits: each is dropped with probability p
+to 32 bits, and whether both are is as good as independent, since the high 16 bits decide alone but for a tie, one
+time in 2**16. The mask is a pure function of (seed, stream, i): forward and backward draw any block of it
 again, in any order and on any device, and nothing but the seed is saved.
 """
 
@@ -20,8 +22,9 @@ import torch
 from .library import NAMESPACE, define, fake, kernel
 
 _MULTIPLIER = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
-_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint32)
-_BLOCK = 1 << 14  # counters at a time: the 0.5 MiB of state stays in a core's L2
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_BLOCK = 1 << 14  # counters at a time: 0.75 MiB of state, within a core's L2
 
 
 def draw_seed() -> torch.Tensor:
@@ -43,8 +46,11 @@ def keep_mask(
         return _triton_mask()(seed, stream, first, threshold, rows, columns, device)
     if device.type != "cpu":
         _warn_host_mask(device.type)
-    bits = philox(seed, stream, first // 4, (first + count + 3) // 4)[first % 4 : first % 4 + count]
-    return torch.from_numpy(bits >= np.uint32(threshold)).view(rows, columns).to(device)
+    words = philox(seed, stream, first // 8, (first + count + 7) // 8)
+    keep = np.empty((len(words), 2), np.bool_)
+    np.greater_equal(words, np.uint32(threshold), out=keep[:, 0])
+    np.greater_equal(words << np.uint32(16) | words >> np.uint32(16), np.uint32(threshold), out=keep[:, 1])
+    return torch.from_numpy(keep.reshape(-1)[first % 8 : first % 8 + count]).view(rows, columns).to(device)
 
 
 def philox(seed: int, stream: int, first: int, last: int) -> np.ndarray:
@@ -53,22 +59,22 @@ def philox(seed: int, stream: int, first: int, last: int) -> np.ndarray:
     for block in range(0, last - first, _BLOCK):
         out = words[block : block + _BLOCK]
         index = np.arange(first + block, first + block + len(out), dtype=np.uint64)
-        # Counter words 0 and 2 are multiplied in a round, 1 and 3 only xored in.
-        even = np.empty((2, len(out)), np.uint32)
-        odd = np.empty_like(even)
-        even[0], even[1] = index, stream
-        odd[0], odd[1] = index >> np.uint64(32), 0
-        key = np.array([[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF]], dtype=np.uint32)
-        product = np.empty((2, len(out)), np.uint64)
-        halves = product.view(np.uint32).reshape(2, len(out), 2)  # [..., 0] low, [..., 1] high
+        # 32-bit words c0 to c3 in 64-bit integers. A round multiplies (c0, c2) and xors what is in (c3, c1).
+        multiplied, xored = np.empty((2, len(out)), np.uint64), np.empty((2, len(out)), np.uint64)
+        multiplied[0], multiplied[1] = index & _LOW, stream
+        xored[0], xored[1] = 0, index >> _HALF
+        product = np.empty_like(multiplied)
+        key = np.array([[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF]], dtype=np.uint64)
         for _ in range(10):
-            np.multiply(even, _MULTIPLIER, out=product, dtype=np.uint64)
-            odd ^= halves[::-1, :, 1]
-            odd ^= key
-            even, odd = odd, even
-            odd[...] = halves[::-1, :, 0]
-            key = key + _WEYL
-        out[:, 0::2], out[:, 1::2] = even.T, odd.T
+            np.multiply(multiplied, _MULTIPLIER, out=product)
+            np.right_shift(product, _HALF, out=multiplied)
+            multiplied ^= xored
+            multiplied = multiplied[::-1]
+            multiplied ^= key
+            np.bitwise_and(product, _LOW, out=xored)
+            key = (key + _WEYL) & _LOW
+        out[:, 0], out[:, 2] = multiplied
+        out[:, 3], out[:, 1] = xored
     return words.reshape(-1)
 
 
