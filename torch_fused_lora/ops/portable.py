@@ -33,9 +33,9 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), r
     scale = scaling.item() if scaling.is_cpu else scaling
     dtype = _operand_dtype(x_rows, lora_A, seed)
     if seed is None and _in_one_piece(x_rows, lora_A, lora_B, dtype):
-        A, B = _narrow(lora_A, dtype), _narrow(lora_B, dtype)
-        h = _matmul(_cast(x_rows, dtype), A.t())
-        _add_product_(y, h, B.t(), scale)
+        wide, A = _cast(x_rows, dtype), _narrow(lora_A, dtype)
+        h = F.linear(wide, A) if wide.dtype == A.dtype else _matmul(wide, A.t())
+        _add_product_(y, h, _narrow(lora_B, dtype).t(), scale)
         h = _cast(h, lora_A.dtype)
     else:
         h = _add_delta_by_blocks_(y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h)
