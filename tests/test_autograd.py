@@ -11,7 +11,6 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import torch_fused_lora as tfl
 
 ops = torch.ops.torch_fused_lora
-SHAPES = [((4, 3), (5, 3), (5,), (2, 3), (5, 2), ())]
 
 
 def operands(lead=(4,), needs=(True,) * 6):

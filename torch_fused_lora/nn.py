@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ops.lora_linear import lora_linear
+from .ops.portable import HALF
 
 
 class LoRALinear(nn.Module):
@@ -81,8 +82,7 @@ class LoRALinear(nn.Module):
         self.merged = False
         self.weight = base.weight.requires_grad_(False)
         self.bias = base.bias if base.bias is None else base.bias.requires_grad_(False)
-        half = base.weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = adapter_dtype or (torch.float32 if half else base.weight.dtype)
+        dtype = adapter_dtype or (torch.float32 if base.weight.dtype in HALF else base.weight.dtype)
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=base.weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=base.weight.device, dtype=dtype))
         self.reset_parameters()

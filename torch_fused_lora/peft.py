@@ -26,8 +26,7 @@ except ImportError as error:
 
 from .ops.library import autocast_enabled
 from .ops.lora_linear import lora_linear_stacked
-
-_HALF = (torch.float16, torch.bfloat16)
+from .ops.portable import HALF
 
 
 class Linear(lora.Linear):
@@ -92,7 +91,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         adapter_dtype = adapters[0].lora_A.dtype if adapters else lora_A.dtype
         if not autocast and (
             not lora_A.dtype == lora_B.dtype == adapter_dtype
-            or (adapter_dtype != dtype and (adapter_dtype != torch.float32 or dtype not in _HALF))
+            or (adapter_dtype != dtype and (adapter_dtype != torch.float32 or dtype not in HALF))
         ):
             return []
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0

@@ -39,10 +39,6 @@ class Case:
         text += f" + {short[self.adapters]}" if self.adapters != self.base else ""
         return text + (f", dropout {self.dropout}" if self.dropout else "")
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.M * self.K * self.N
-
 
 SMALL = ((1, 512, 512, 8), (64, 2048, 2048, 16), (512, 1024, 1024, 16))
 MEDIUM = ((1, 4096, 4096, 16), (64, 4096, 4096, 16), (512, 4096, 4096, 16))

@@ -2,8 +2,8 @@
 
 The cost of a LoRA layer is not its arithmetic but touching the full-width output again and again. So the base
 product comes first, by torch's own GEMM, and the rank-r product is added to it in place. Where operands have to be
-converted (float32 adapters over a half base) or masked (dropout), that happens by blocks of rows that stay in
-cache; no temporary as wide as the input or the output is made.
+converted (float32 adapters over a half base) or masked (dropout), that happens by blocks of rows; no temporary
+grows with the width and the number of rows.
 
 `differentiable_forward` and `differentiable_backward` are the same formulas out of place, in calls that autograd
 can follow: for torch.func, forward-mode AD and double backward.
@@ -84,7 +84,7 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
 
 
 def _add_delta_by_blocks_(y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h):
-    """``y += s h Bᵀ`` over blocks of rows, converted and masked while they are in cache; returns h if asked."""
+    """``y += s h Bᵀ`` over blocks of rows, converted and masked a block at a time; returns h if asked."""
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     groups = adapters(seed, dropout_p, ranks, A.shape[0])
     size = block_rows(A, B)
