@@ -1,0 +1,344 @@
+#include "launch_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "metal_sources.h"
+
+namespace torch_fused_lora {
+namespace {
+
+// ------------------------------------------------------------------------------------------------ what is planned with
+
+constexpr uint32_t kMaxRanks = 256;         // ranks of one launch: what h in registers and the tiles in 32 KiB hold
+constexpr uint32_t kDecodeRows = 8;         // rows of x from which reading W once beats torch's own matmul
+constexpr uint32_t kDecodeSimdgroups = 16;  // as in lora_decode.metal
+constexpr uint32_t kGradSimdgroups = 8;     // as in lora_grad.metal
+constexpr uint32_t kManyRows = 1024;        // from here on lora_delta reads x once; fewer rows may split the columns
+constexpr double kRereads = 0.3;            // of W's bytes, that lora_decode may spend on reading x and A again
+
+uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
+
+uint32_t bytes(Scalar dtype) { return dtype == Scalar::float32 ? 4 : 2; }
+
+const char* msl(Scalar dtype) {
+  switch (dtype) {
+    case Scalar::float32: return "float";
+    case Scalar::float16: return "half";
+    default: return "bfloat";
+  }
+}
+
+uint64_t pack(uint64_t low, uint64_t high) { return low | high << 32; }
+
+uint64_t levels(const Operand& m) { return pack(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
+
+uint64_t strides(const Operand& m) { return pack(m.row_stride, m.col_stride); }
+
+/// Whether runs of elements along the dimension of unit stride are aligned to `quantum` elements wherever they start at
+/// a multiple of it.
+bool aligned(const Operand& m, uint64_t quantum) {
+  const bool along_cols = m.col_stride == 1;
+  if (!along_cols && m.row_stride != 1) return false;
+  const uint64_t across = along_cols ? (m.rows > 1 ? m.row_stride : 0) : (m.cols > 1 ? m.col_stride : 0);
+  const uint64_t outer = m.inner < m.rows ? m.outer_stride : 0;
+  return m.offset % quantum == 0 && across % quantum == 0 && outer % quantum == 0;
+}
+
+Operand transposed(const Operand& m) {
+  return {m.cols, m.rows, m.cols, 0, m.col_stride, m.row_stride, m.offset};
+}
+
+/// Null if every extent and stride fits the kernels' 32-bit arguments.
+const char* check(const Operand& m, const char* error) {
+  for (uint64_t value : {m.rows, m.cols, m.outer_stride, m.row_stride, m.col_stride}) {
+    if (value > UINT32_MAX) return error;
+  }
+  return nullptr;
+}
+
+const char* check(const Problem& p) {
+  for (const char* error : {
+           check(p.x, "x: a dimension or stride of 2**32 elements or more"),
+           check(p.weight, "weight: a dimension or stride of 2**32 elements or more"),
+           check(p.lora_A, "lora_A: a dimension or stride of 2**32 elements or more"),
+           check(p.lora_B, "lora_B: a dimension or stride of 2**32 elements or more"),
+           check(p.dy, "dy: a dimension or stride of 2**32 elements or more")}) {
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+
+/// One instantiation of a kernel family: its template arguments as they stand in the source, and a name made of them,
+/// such as lora_delta_half_float_2_4_2_plain.
+class Variant {
+ public:
+  explicit Variant(const char* family) : family_(family), name_(family) {}
+
+  Variant& add(const std::string& argument, const std::string& in_name) {
+    arguments_ += (arguments_.empty() ? "" : ", ") + argument;
+    name_ += "_" + in_name;
+    return *this;
+  }
+  Variant& add(const std::string& argument) { return add(argument, argument); }
+  Variant& add(uint32_t argument) { return add(std::to_string(argument)); }
+
+  /// The family's text and one instantiation line, put together once a process.
+  void assemble(const char* text, Launch& launch) const {
+    static std::mutex mutex;
+    static std::map<std::string, std::string> sources;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto [found, is_new] = sources.try_emplace(name_);
+    if (is_new) {
+      const std::string function = family_ + "<" + arguments_ + ">";
+      found->second = std::string(text) + "\ntemplate [[host_name(\"" + name_ + "\")]] [[kernel]] decltype(" +
+          function + ") " + function + ";\n";
+    }
+    launch.kernel = found->first.c_str();
+    launch.source = found->second.c_str();
+  }
+
+ private:
+  std::string family_, name_, arguments_;
+};
+
+void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64_t z = 1) {
+  const uint32_t threads[3] = {static_cast<uint32_t>(x * group), static_cast<uint32_t>(y), static_cast<uint32_t>(z)};
+  const uint32_t groups[3] = {group, 1, 1};
+  std::memcpy(launch.threads, threads, sizeof threads);
+  std::memcpy(launch.group, groups, sizeof groups);
+}
+
+void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint64_t> words) {
+  launch.tensors = tensors;
+  launch.word_count = static_cast<uint32_t>(words.size());
+  std::copy(words.begin(), words.end(), launch.words);
+}
+
+/// A slice of the stacked ranks that one launch covers: at most kMaxRanks of one adapter, or of all where none drops.
+struct Slice {
+  uint32_t begin, end, stream;
+  double p;
+};
+
+/// Slice `index` in `*slice`; returns how many there are.
+uint32_t rank_slices(const Problem& problem, uint32_t max_ranks, uint32_t index, Slice* slice) {
+  const uint32_t r = static_cast<uint32_t>(problem.lora_A.rows);
+  const bool drops = problem.dropout_p != nullptr;
+  uint32_t count = 0, adapter_begin = 0;
+  for (uint32_t adapter = 0; adapter < (drops ? problem.adapters : 1); ++adapter) {
+    const uint32_t adapter_end = drops ? adapter_begin + problem.ranks[adapter] : r;
+    for (uint32_t begin = adapter_begin; begin < adapter_end; begin += std::min(max_ranks, adapter_end - begin)) {
+      if (count++ == index) {
+        const double p = drops ? problem.dropout_p[adapter] : 0.0;
+        *slice = {begin, begin + std::min(max_ranks, adapter_end - begin), adapter, p};
+      }
+    }
+    adapter_begin = adapter_end;
+  }
+  return count;
+}
+
+/// The threshold below which a random word drops, and the bits of 1 / (1 - p).
+uint64_t dropout_words(double p) {
+  const double scaled = p * 4294967296.0;
+  const double rounded = static_cast<double>(static_cast<uint64_t>(scaled));
+  uint64_t threshold = static_cast<uint64_t>(scaled);
+  const double rest = scaled - rounded;  // round half to even, as Python's round does
+  if (rest > 0.5 || (rest == 0.5 && threshold % 2 == 1)) ++threshold;
+  const float inverse_keep = static_cast<float>(1.0 / (1.0 - p));
+  uint32_t bits;
+  std::memcpy(&bits, &inverse_keep, sizeof bits);
+  return pack(std::min<uint64_t>(threshold, UINT32_MAX), bits);
+}
+
+// --------------------------------------------------------------------------------------------------------- lora_delta
+
+constexpr uint32_t kWideX = 1, kWideA = 2, kWideB = 4, kWideY = 8, kSaveH = 16;  // as in lora_delta.metal
+
+enum class Mask { none, input, output };
+
+/// What lora_delta computes, in its own terms: out += s (in down^T) up^T.
+struct Delta {
+  Operand in, down, up;  // M x K, r x K, N x r
+  uint64_t out_offset;
+  Mask mask;
+};
+
+const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t index, Launch* launch, uint32_t* count) {
+  if (const char* error = check(problem)) return error;
+  const uint64_t M = delta.in.rows, K = delta.in.cols, N = delta.up.rows, r = problem.lora_A.rows;
+  Slice slice;
+  *count = rank_slices(problem, kMaxRanks, index, &slice);
+  if (index >= *count) return nullptr;
+
+  const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(slice.end - slice.begin, 8));
+  // Wider tiles mean fewer barriers; what fits 32 KiB narrows as the rank grows.
+  const uint32_t width = rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16;
+  // Few rows: no more row blocks than they fill, and the simdgroups that are left over share K.
+  const uint32_t row_blocks = M <= 8 ? 1 : M <= 16 ? 2 : 4;
+  const uint32_t k_slices = std::min(8 / row_blocks, width / 8);
+  const uint64_t row_tiles = ceil_div(M, 8 * row_blocks), column_tiles = ceil_div(N, width);
+
+  // Columns are split until there is a group a core, as long as the loads (x and A again for every split) stay under
+  // twice the least possible. With many rows the rows alone fill the GPU.
+  uint64_t splits = 1;
+  if (M < kManyRows && column_tiles > 0) {
+    const double size = bytes(problem.dtype), adapter_size = bytes(problem.adapter_dtype), ranks = slice.end - slice.begin;
+    const double x = M * K * size, y = M * N * size, A = ranks * K * adapter_size, B = ranks * N * adapter_size;
+    const double least = x + y + A + B;
+    const uint64_t wanted = std::min<uint64_t>(ceil_div(problem.gpu_cores, row_tiles), column_tiles);
+    while (splits < wanted && (splits + 1) * (x + row_tiles * A) + y + row_tiles * B < 2 * least) ++splits;
+  }
+  const uint64_t columns = std::max<uint64_t>(ceil_div(column_tiles, splits), 1) * width;
+
+  uint32_t flags = problem.save_h ? kSaveH : 0;
+  Operand down = delta.down, up = delta.up;
+  down.offset += slice.begin * down.row_stride;
+  up.offset += slice.begin * up.col_stride;
+  if (aligned(delta.in, 4)) flags |= kWideX;
+  if (aligned(down, 4)) flags |= kWideA;
+  if (aligned(up, 4)) flags |= kWideB;
+  if (delta.out_offset % 4 == 0 && N % 4 == 0) flags |= kWideY;
+
+  const Mask mask = slice.p > 0 ? delta.mask : Mask::none;
+  Variant("lora_delta")
+      .add(msl(problem.dtype))
+      .add(msl(problem.adapter_dtype))
+      .add(rank_blocks)
+      .add(row_blocks)
+      .add(k_slices)
+      .add(
+          mask == Mask::none ? "Mask::none" : mask == Mask::input ? "Mask::input" : "Mask::output",
+          mask == Mask::none ? "plain" : mask == Mask::input ? "drop_input" : "drop_output")
+      .assemble(lora_delta_source, *launch);
+  set_grid(*launch, 32 * row_blocks * k_slices, std::max<uint64_t>(ceil_div(N, columns), 1), row_tiles);
+  set_arguments(
+      *launch, 7,
+      {pack(M, K), pack(N, columns), pack(slice.begin, slice.end), levels(delta.in), strides(delta.in),
+       strides(delta.down), strides(delta.up), pack(N, flags), dropout_words(slice.p), pack(slice.stream, r)});
+  return nullptr;
+}
+
+}  // namespace
+
+const char* tfl_plan_delta(const Problem* problem, uint32_t index, Launch* launch, uint32_t* count) {
+  const Delta delta = {problem->x, problem->lora_A, problem->lora_B, problem->y_offset, Mask::input};
+  return plan_delta(*problem, delta, index, launch, count);
+}
+
+const char* tfl_plan_delta_dx(
+    const Problem* problem, uint32_t only_z, uint32_t index, Launch* launch, uint32_t* count) {
+  Delta delta = {
+      problem->dy, transposed(problem->lora_B), transposed(problem->lora_A), problem->y_offset, Mask::output};
+  if (only_z) delta.up.rows = 0;
+  return plan_delta(*problem, delta, index, launch, count);
+}
+
+// -------------------------------------------------------------------------------------------------------- lora_decode
+
+uint32_t tfl_decodes(const Problem* problem) {
+  // Dropout stays with lora_delta. A weight with unit stride along N (a transposed Conv1D) would be read a line a
+  // element here, and is read well by torch's matmul. The rank: h of all rows has to fit threadgroup memory.
+  const bool rows_contiguous = problem->weight.col_stride == 1 || problem->weight.cols <= 1;
+  return problem->x.rows <= kDecodeRows && problem->dropout_p == nullptr && rows_contiguous &&
+      problem->lora_A.rows <= kMaxRanks;
+}
+
+const char* tfl_plan_decode(const Problem* problem, uint32_t index, Launch* launch, uint32_t* count) {
+  if (const char* error = check(*problem)) return error;
+  *count = 1;
+  if (index > 0) return nullptr;
+  const uint64_t M = problem->x.rows, K = problem->x.cols, N = problem->weight.rows, r = problem->lora_A.rows;
+
+  // Rows of W that a simdgroup reads at once: more of them reuse x from registers, fewer make more threadgroups.
+  uint32_t w_rows = 4;
+  while (w_rows > 1 && ceil_div(N, kDecodeSimdgroups * w_rows) < problem->gpu_cores) w_rows /= 2;
+  // Rows of a threadgroup: enough that reading x and A again stays a fraction of W, while every core has a group.
+  const uint64_t step = kDecodeSimdgroups * w_rows;
+  const double row = K * bytes(problem->dtype);
+  const double again = M * row + r * K * bytes(problem->adapter_dtype);
+  uint64_t rows = step;
+  while (again > kRereads * rows * row && ceil_div(N, rows + step) >= problem->gpu_cores) rows += step;
+
+  const auto vector = [K](const Operand& m, Scalar dtype) {
+    const uint32_t wide = 16 / bytes(dtype);
+    return m.col_stride == 1 && aligned(m, wide) && K % wide == 0 ? wide : 1;
+  };
+  Variant("lora_decode")
+      .add(msl(problem->dtype))
+      .add(msl(problem->adapter_dtype))
+      .add(static_cast<uint32_t>(M))
+      .add(w_rows)
+      .add(vector(problem->weight, problem->dtype))
+      .add(vector(problem->lora_A, problem->adapter_dtype))
+      .assemble(lora_decode_source, *launch);
+  set_grid(*launch, 32 * kDecodeSimdgroups, ceil_div(N, rows));
+  const uint32_t flags = (problem->has_bias ? 1 : 0) | (problem->save_h ? 2 : 0);
+  set_arguments(
+      *launch, 8,
+      {pack(K, N), pack(r, rows), levels(problem->x), strides(problem->x), strides(problem->weight),
+       strides(problem->lora_A), strides(problem->lora_B), pack(flags, problem->bias_stride)});
+  return nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------- lora_grad
+
+const char* tfl_plan_grad(
+    const Problem* problem, uint32_t need_A, uint32_t need_B, uint32_t index, Launch* launch, uint32_t* count,
+    GradScratch* scratch) {
+  if (const char* error = check(*problem)) return error;
+  const uint64_t M = problem->x.rows, K = problem->x.cols, N = problem->weight.rows, r = problem->lora_A.rows;
+  // Without dropout one launch covers all ranks, kMaxRanks a group; with it, one launch an adapter.
+  Slice slice;
+  const uint32_t launches = rank_slices(*problem, UINT32_MAX, index, &slice);
+
+  const auto columns = [](uint64_t ranks) {  // of a threadgroup, as in lora_grad.metal
+    return 8 * kGradSimdgroups * (std::min<uint64_t>(ranks, kMaxRanks) <= 64 ? 2 : 1);
+  };
+  // Rows are split until there are two groups a core, as long as a split has 128 rows and the partial sums, written and
+  // read once more, stay under a quarter of the bytes of x and dy.
+  const uint64_t tiles = (need_A ? ceil_div(K, columns(r)) : 0) + (need_B ? ceil_div(N, columns(r)) : 0);
+  uint64_t splits = std::min(ceil_div(2 * problem->gpu_cores, std::max<uint64_t>(tiles, 1)), M / 128);
+  splits = std::max<uint64_t>(std::min(splits, M * bytes(problem->dtype) / (32 * r)), 1);
+  const uint64_t split_rows = std::max<uint64_t>(ceil_div(ceil_div(M, splits), 32) * 32, 32);
+  splits = std::max<uint64_t>(ceil_div(M, split_rows), 1);
+  scratch->splits = static_cast<uint32_t>(splits);
+  *count = launches + (splits > 1 ? 1 : 0);
+
+  if (index < launches) {
+    const uint32_t slice_ranks = slice.end - slice.begin;
+    const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(std::min(slice_ranks, kMaxRanks), 8));
+    const uint64_t A_tiles = need_A ? ceil_div(K, columns(slice_ranks)) : 0;
+    const uint64_t B_tiles = need_B ? ceil_div(N, columns(slice_ranks)) : 0;
+    const uint32_t flags = (aligned(problem->x, 4) ? 1 : 0) | (aligned(problem->dy, 4) ? 2 : 0) |
+        (r % 4 == 0 && slice.begin % 4 == 0 ? 4 : 0);
+    Variant("lora_grad")
+        .add(msl(problem->dtype))
+        .add(msl(problem->adapter_dtype))
+        .add(splits > 1 ? "float" : msl(problem->adapter_dtype))
+        .add(rank_blocks)
+        .add(slice.p > 0 ? "true" : "false", slice.p > 0 ? "drop" : "plain")
+        .assemble(lora_grad_source, *launch);
+    set_grid(*launch, 32 * kGradSimdgroups, A_tiles + B_tiles, splits, ceil_div(slice_ranks, kMaxRanks));
+    set_arguments(
+        *launch, 8,
+        {pack(M, split_rows), pack(K, N), pack(slice.begin, slice.end), levels(problem->x), strides(problem->x),
+         levels(problem->dy), strides(problem->dy), pack(flags, slice.stream), dropout_words(slice.p),
+         pack(r, A_tiles)});
+  } else if (index < *count) {
+    const uint64_t A_elements = need_A ? r * K : 0, B_elements = need_B ? r * N : 0;
+    Variant("lora_grad_sum")
+        .add(msl(problem->adapter_dtype))
+        .assemble(lora_grad_source, *launch);
+    set_grid(*launch, 256, ceil_div(A_elements + B_elements, 256));
+    set_arguments(*launch, 4, {pack(A_elements, B_elements), pack(splits, 0)});
+  }
+  return nullptr;
+}
+
+}  // namespace torch_fused_lora

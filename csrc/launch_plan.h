@@ -1,0 +1,73 @@
+// The launch plan: which kernel runs a problem, and with what grid, threads and arguments.
+//
+// Plain C++, no torch and no Metal in it. The extension links it; the tests load the same file through its C
+// functions, so that what is tested is what is launched.
+#pragma once
+
+#include <cstdint>
+
+namespace torch_fused_lora {
+
+enum class Scalar : int32_t { float32, float16, bfloat16 };
+
+/// A matrix in device memory. Strides and offset count elements. Its rows come in two levels, as the flattened leading
+/// dimensions of a 3-D tensor do: row i starts at (i / inner) * outer_stride + (i % inner) * row_stride.
+/// One level: inner >= rows.
+struct Operand {
+  uint64_t rows, cols, inner, outer_stride, row_stride, col_stride, offset;
+};
+
+/// One LoRA layer on one GPU. x is M x K, weight N x K, lora_A r x K, lora_B N x r, y and dy M x N; h and z are M x r,
+/// y, h, z and all gradients contiguous. The adapters are stacked along r: `ranks` of `adapters` entries, each dropped
+/// with its own probability, which draws from the stream of its number.
+struct Problem {
+  Scalar dtype, adapter_dtype;
+  Operand x, weight, lora_A, lora_B, dy;
+  uint64_t y_offset, bias_stride;
+  uint32_t has_bias, save_h, gpu_cores, adapters;
+  const uint32_t* ranks;
+  const double* dropout_p;  // null: no dropout
+};
+
+/// One dispatch. Buffers [0, tensors) are the kernel's tensors in the order its signature gives them, the rest `words`,
+/// eight bytes each. `threads` are totals, multiples of `group`. The strings live as long as the process, and `source`
+/// is the same pointer for the same text: it can be the key of a library cache.
+struct Launch {
+  const char* source;
+  const char* kernel;
+  uint32_t threads[3], group[3];
+  uint32_t tensors, word_count;
+  uint64_t words[12];
+};
+
+/// What the kernels of a backward need beside the gradients: z is M x r, and where `splits` > 1 the partial sums of dA
+/// and dB take `splits` times their elements in float32.
+struct GradScratch {
+  uint32_t splits;
+};
+
+extern "C" {
+
+// Each planning function returns null, or why the problem cannot be launched: a text that names the operand.
+// `index` counts the dispatches of the problem from 0; `*launch` is left alone past the last one, with `*count` dispatches.
+
+/// y = x W^T + b + s (x A^T) B^T in one pass. Tensors: x, weight, bias, lora_A, lora_B, y, h, scaling.
+const char* tfl_plan_decode(const Problem*, uint32_t index, Launch*, uint32_t* count);
+
+/// y += s (drop(x) A^T) B^T, h where save_h. Tensors: x, lora_A, lora_B, y, h, scaling, seed.
+const char* tfl_plan_delta(const Problem*, uint32_t index, Launch*, uint32_t* count);
+
+/// dx += mask * s (dy B) A, z where save_h. The same kernel and tensors: dy, lora_B, lora_A, dx, z, scaling, seed;
+/// y_offset is dx's. With `only_z` nothing but z is computed.
+const char* tfl_plan_delta_dx(const Problem*, uint32_t only_z, uint32_t index, Launch*, uint32_t* count);
+
+/// dA and dB, those asked for. Tensors: x, z, dy, h, dA, dB, scaling, seed; where there are splits, dA and dB are their
+/// partial sums, and the last dispatch is lora_grad_sum with the tensors partial dA, partial dB, dA, dB.
+const char* tfl_plan_grad(
+    const Problem*, uint32_t need_A, uint32_t need_B, uint32_t index, Launch*, uint32_t* count, GradScratch*);
+
+/// Whether few enough rows are to be computed by lora_decode; otherwise torch's linear comes first, then lora_delta.
+uint32_t tfl_decodes(const Problem*);
+}
+
+}  // namespace torch_fused_lora

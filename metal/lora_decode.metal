@@ -1,0 +1,156 @@
+// lora_decode: y = x W^T + b + s (x A^T) B^T for one to eight rows of x, in one pass over W; one dispatch, no scratch.
+//
+// Algorithm. A threadgroup owns 64 rows of W or a multiple (fewer for a small N). It first computes all of h = x A^T,
+//   a simdgroup a rank, then takes its rows of W, W_ROWS a simdgroup at a time. The low-rank term costs no
+//   reduction of its own: each lane adds s h[j] B[n, j], for every 32nd j, to its share of the dot product with W[n],
+//   and one simd_sum finishes both.
+// Tile. A chunk of x (4096 / M columns), as float, in 16 KiB of threadgroup memory; h in another 8 KiB.
+// Threads. 512, 16 simdgroups. A lane reads 16 bytes of a row of W at a time: 512 contiguous bytes a simdgroup, W_ROWS
+//   rows at once.
+// Bytes. W, B, b and y are touched exactly once: the least possible. Every threadgroup reads x and A again, (r + 1) K
+//   elements against the K * (its rows) of W: 0.27 of W for 64 rows and rank 16. The launch plan gives a threadgroup
+//   more rows as the rank grows, as long as the GPU stays full. Beyond that (rank 64 on 40 cores: 0.5 of W, mostly
+//   from the cache) two dispatches, x A^T once and then W, would move fewer bytes; one still saves a launch.
+// Rounding. Once: base, bias and low-rank term are summed in float32.
+#include "operands.h"
+
+constant constexpr short DECODE_SIMDGROUPS = 16, DECODE_X_FLOATS = 4096, DECODE_H_FLOATS = 2048;
+constant constexpr uint DECODE_BIAS = 1, DECODE_SAVE_H = 2;
+
+/// Columns of x that are staged at a time: a multiple of what a simdgroup reads at once, up to 32 * 8 elements.
+constexpr short chunk_columns(short rows) {
+  return DECODE_X_FLOATS / rows / 256 * 256;
+}
+
+/// sums[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, this lane's share. VECTOR elements
+/// of a row are read at once: 1, or 16 bytes' worth where rows are contiguous and aligned.
+template <short VECTOR, short ROWS, short M, typename U>
+void accumulate(
+    thread float (&sums)[ROWS][M], device const U* rows, uint row_stride, uint col_stride, short row_count,
+    threadgroup const float* x, uint count, ushort lane) {
+  for (uint k = lane * VECTOR; k < count; k += 32 * VECTOR) {
+    for (short j = 0; j < ROWS; ++j) {
+      if (j < row_count) {
+        device const U* const source = rows + ulong(j) * row_stride + ulong(k) * col_stride;
+        for (short part = 0; part < (VECTOR + 3) / 4; ++part) {
+          float4 w;
+          if (VECTOR == 1) {
+            w = float4(float(*source), 0, 0, 0);
+          } else {
+            w = float4(reinterpret_cast<device const vec<U, 4>*>(source)[part]);
+          }
+          for (short m = 0; m < M; ++m) {
+            threadgroup const float* const row = x + m * chunk_columns(M) + k + 4 * part;
+            if (VECTOR == 1) {
+              sums[j][m] = fma(w.x, row[0], sums[j][m]);
+            } else {
+              sums[j][m] += dot(w, *reinterpret_cast<threadgroup const float4*>(row));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Stages columns [first, first + count) of x as float.
+template <short M, typename T>
+void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint count, ushort thread_index) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (short m = 0; m < M; ++m) {
+    for (uint k = thread_index; k < count; k += 32 * DECODE_SIMDGROUPS) {
+      staged[m * chunk_columns(M) + k] = float(*x.at(m, first + k));
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+template <typename T, typename TA, short M, short W_ROWS, short W_VECTOR, short A_VECTOR>
+[[kernel, max_total_threads_per_threadgroup(32 * DECODE_SIMDGROUPS)]]
+void lora_decode(
+    device const T* x [[buffer(0)]],
+    device const T* weight [[buffer(1)]],
+    device const T* bias [[buffer(2)]],
+    device const TA* lora_A [[buffer(3)]],
+    device const TA* lora_B [[buffer(4)]],
+    device T* y [[buffer(5)]],
+    device TA* h [[buffer(6)]],
+    constant float& scaling [[buffer(7)]],
+    constant uint2& k_n [[buffer(8)]],
+    constant uint2& rank_rows [[buffer(9)]],  // r, and how many rows of W a threadgroup owns
+    constant uint2& x_levels [[buffer(10)]],
+    constant uint2& x_strides [[buffer(11)]],
+    constant uint2& W_strides [[buffer(12)]],
+    constant uint2& A_strides [[buffer(13)]],
+    constant uint2& B_strides [[buffer(14)]],
+    constant uint2& flags_bias_stride [[buffer(15)]],
+    uint group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr short CHUNK = chunk_columns(M);
+  threadgroup float4 x_memory[DECODE_X_FLOATS / 4];
+  threadgroup float h_sums[DECODE_H_FLOATS];
+  threadgroup float* const staged = reinterpret_cast<threadgroup float*>(x_memory);
+
+  const uint K = k_n.x, N = k_n.y, r = rank_rows.x, flags = flags_bias_stride.x;
+  const Matrix<T> x_matrix = matrix(x, M, K, x_levels, x_strides, false);
+
+  // h = x A^T: a simdgroup a rank. Its first lane keeps the sum over the chunks, which nobody else touches yet.
+  for (uint first = 0; first < K || first == 0; first += CHUNK) {
+    const uint count = min(uint(CHUNK), K - first);
+    stage_x<M>(staged, x_matrix, first, count, thread_index);
+    for (uint rank = simdgroup_index; rank < r; rank += DECODE_SIMDGROUPS) {
+      float sums[1][M] = {};
+      device const TA* const row = lora_A + ulong(rank) * A_strides.x + ulong(first) * A_strides.y;
+      accumulate<A_VECTOR>(sums, row, 0, A_strides.y, 1, staged, count, lane);
+      for (short m = 0; m < M; ++m) {
+        const float sum = simd_sum(sums[0][m]);
+        if (lane == 0) {
+          threadgroup float& total = h_sums[m * r + rank];
+          total = first == 0 ? sum : total + sum;
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if ((flags & DECODE_SAVE_H) != 0 && group == 0) {
+    for (uint i = thread_index; i < M * r; i += 32 * DECODE_SIMDGROUPS) {
+      h[i] = static_cast<TA>(h_sums[i]);
+    }
+  }
+
+  const uint row_end = min(N, (group + 1) * rank_rows.y);
+  for (uint row = group * rank_rows.y; row < row_end; row += DECODE_SIMDGROUPS * W_ROWS) {
+    const uint n = row + simdgroup_index * W_ROWS;
+    const short row_count = min(uint(W_ROWS), left(n, row_end));
+    float sums[W_ROWS][M] = {};
+    for (uint first = 0; first < K; first += CHUNK) {
+      const uint count = min(uint(CHUNK), K - first);
+      if (K > CHUNK) {
+        stage_x<M>(staged, x_matrix, first, count, thread_index);
+      }
+      device const T* const rows = weight + ulong(n) * W_strides.x + ulong(first) * W_strides.y;
+      accumulate<W_VECTOR>(sums, rows, W_strides.x, W_strides.y, row_count, staged, count, lane);
+    }
+    for (short j = 0; j < W_ROWS; ++j) {
+      if (j < row_count) {
+        device const TA* const B_row = lora_B + ulong(n + j) * B_strides.x;
+        for (uint rank = lane; rank < r; rank += 32) {
+          const float b = scaling * float(B_row[ulong(rank) * B_strides.y]);
+          for (short m = 0; m < M; ++m) {
+            sums[j][m] = fma(b, h_sums[m * r + rank], sums[j][m]);
+          }
+        }
+        const float offset = (flags & DECODE_BIAS) != 0 && lane == 0
+            ? float(bias[ulong(n + j) * flags_bias_stride.y]) : 0.0f;
+        for (short m = 0; m < M; ++m) {
+          const float sum = simd_sum(sums[j][m] + offset);
+          if (lane == 0) {
+            y[ulong(m) * N + n + j] = static_cast<T>(sum);
+          }
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,151 @@
+// lora_delta: y += s (x A^T) B^T in place, after the base product; one dispatch, no scratch.
+//
+// With A and B in swapped roles (and x = dY) the same kernel is the dx side of backward: dx += mask * s (dY B) A.
+//
+// Algorithm. A threadgroup owns ROWS rows (8, 16 or 32). Stage 1 walks over K in tiles and accumulates h = x A^T in
+//   simdgroup matrices: each simdgroup has eight of the rows, all ranks, and every K_SLICES-th block of eight columns.
+//   The slices are summed through threadgroup memory, in a fixed order, and h stays in registers from then on.
+//   Stage 2 walks over N in tiles: delta = h B^T, then y is read, added to, rounded once and written.
+// Tile. x: ROWS x WIDTH, A: RANKS x WIDTH, B: WIDTH x RANKS; WIDTH is 64, 32 or 16 as the rank grows, so that both
+//   tiles fit 32 KiB up to rank 256 (at rank 16, 14 KB: two or more threadgroups a core).
+// Threads. 32 * ROWS / 8 * K_SLICES: 256 at rank 128 and below. One x and one y run of eight elements a thread and tile.
+// Bytes. x is read once, y read and written once: the least possible. A and B are read once per ROWS rows, which
+//   for 32 rows and rank r adds r / 32 of the bytes of x and y. With few rows the launch plan splits N over
+//   threadgroups to fill the GPU; each of them reads x and A again, and the plan bounds that.
+// Rounding. Sums are float32; y + delta is rounded once to y's type. With `save_h`, h is stored, rounded to A's type.
+#include "tiles.h"
+
+enum class Mask { none, input, output };
+
+constant constexpr uint DELTA_WIDE_X = 1, DELTA_WIDE_A = 2, DELTA_WIDE_B = 4, DELTA_WIDE_Y = 8, DELTA_SAVE_H = 16;
+
+constexpr short tile_width(short rank_blocks) {
+  return rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16;
+}
+
+template <typename T, typename TA, short RANK_BLOCKS, short ROW_BLOCKS, short K_SLICES, Mask MASK>
+[[kernel, max_total_threads_per_threadgroup(32 * ROW_BLOCKS * K_SLICES)]]
+void lora_delta(
+    device const T* x [[buffer(0)]],
+    device const TA* lora_A [[buffer(1)]],
+    device const TA* lora_B [[buffer(2)]],
+    device T* y [[buffer(3)]],
+    device TA* h [[buffer(4)]],
+    constant float& scaling [[buffer(5)]],
+    constant uint2& seed [[buffer(6)]],
+    constant uint2& m_k [[buffer(7)]],
+    constant uint2& n_columns [[buffer(8)]],   // N, and how many columns of y a threadgroup owns
+    constant uint2& ranks [[buffer(9)]],       // the slice [begin, end) of the ranks that this launch covers
+    constant uint2& x_levels [[buffer(10)]],
+    constant uint2& x_strides [[buffer(11)]],
+    constant uint2& A_strides [[buffer(12)]],  // of a (rank, k) element
+    constant uint2& B_strides [[buffer(13)]],  // of an (n, rank) element
+    constant uint2& y_stride_flags [[buffer(14)]],
+    constant uint2& dropout_words [[buffer(15)]],  // threshold, bits of 1 / (1 - p)
+    constant uint2& stream_h_stride [[buffer(16)]],
+    uint2 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup_index [[simdgroup_index_in_threadgroup]]) {
+  constexpr short RANKS = 8 * RANK_BLOCKS, ROWS = 8 * ROW_BLOCKS, WIDTH = tile_width(RANK_BLOCKS);
+  constexpr short THREADS = 32 * ROW_BLOCKS * K_SLICES;
+  static_assert(K_SLICES <= WIDTH / 8, "every slice has a block of a tile");
+  using RowTile = Tile<ROWS, WIDTH>;
+  using ATile = Tile<RANKS, WIDTH>;
+  using BTile = Tile<WIDTH, RANKS>;
+  constexpr short RANK_TILE_SIZE = ATile::size > BTile::size ? short(ATile::size) : short(BTile::size);
+  threadgroup float4 row_memory[RowTile::size / 4];
+  threadgroup float4 rank_memory[RANK_TILE_SIZE / 4];
+  threadgroup float* const rank_floats = reinterpret_cast<threadgroup float*>(rank_memory);
+  const RowTile rows = {reinterpret_cast<threadgroup float*>(row_memory)};
+
+  const uint M = m_k.x, K = m_k.y, N = n_columns.x, flags = y_stride_flags.y, rank_count = ranks.y - ranks.x;
+  const uint row = group.y * ROWS;
+  const uint column_begin = group.x * n_columns.y, column_end = min(N, column_begin + n_columns.y);
+  const short row_block = simdgroup_index / K_SLICES * 8, slice = simdgroup_index % K_SLICES;
+  const Dropout dropout = {seed, stream_h_stride.x, dropout_words.x, as_type<float>(dropout_words.y)};
+
+  // Stage 1: h = x A^T.
+  simdgroup_float8x8 h_blocks[RANK_BLOCKS];
+  for (short i = 0; i < RANK_BLOCKS; ++i) {
+    h_blocks[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+  const Matrix<T> x_matrix = matrix(x, M, K, x_levels, x_strides, (flags & DELTA_WIDE_X) != 0);
+  const Matrix<TA> A_matrix = matrix(lora_A + ulong(ranks.x) * A_strides.x, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0);
+  const ATile A_tile = {rank_floats};
+  for (uint k = 0; k < K; k += WIDTH) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    rows.template load<THREADS, MASK == Mask::input>(x_matrix, row, k, thread_index, dropout);
+    A_tile.template load<THREADS>(A_matrix, 0, k, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (short block = slice * 8; block < WIDTH; block += 8 * K_SLICES) {
+      const simdgroup_float8x8 x_block = rows.block(row_block, block);
+      for (short i = 0; i < RANK_BLOCKS; ++i) {
+        simdgroup_multiply_accumulate(h_blocks[i], x_block, A_tile.transposed_block(8 * i, block), h_blocks[i]);
+      }
+    }
+  }
+
+  // The slices' sums, as many rank blocks at a time as the rank tile's memory holds; every simdgroup takes them back.
+  constexpr short PART = ROWS * 8;  // floats of one slice and rank block
+  constexpr short FITTING = RANK_TILE_SIZE / (K_SLICES * PART);
+  constexpr short CHUNK = FITTING < RANK_BLOCKS ? FITTING : RANK_BLOCKS;
+  static_assert(CHUNK > 0, "one rank block of every slice fits the rank tile");
+  for (short first = 0; first < RANK_BLOCKS; first += CHUNK) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (short i = 0; i < CHUNK && first + i < RANK_BLOCKS; ++i) {
+      simdgroup_store(h_blocks[first + i], rank_floats + (slice * CHUNK + i) * PART + row_block * 8, 8);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const short parts = min(CHUNK, short(RANK_BLOCKS - first));
+    for (short i = thread_index; i < parts * PART; i += THREADS) {
+      float sum = rank_floats[i];
+      for (short s = 1; s < K_SLICES; ++s) {
+        sum += rank_floats[s * CHUNK * PART + i];
+      }
+      rank_floats[i] = sum;
+      const uint m = row + i % PART / 8, rank = (first + i / PART) * 8 + i % 8;
+      if ((flags & DELTA_SAVE_H) != 0 && group.x == 0 && m < M && rank < rank_count) {
+        h[ulong(m) * stream_h_stride.y + ranks.x + rank] = static_cast<TA>(sum);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (short i = 0; i < CHUNK && first + i < RANK_BLOCKS; ++i) {
+      simdgroup_load(h_blocks[first + i], rank_floats + i * PART + row_block * 8, 8);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // Stage 2: y += s h B^T.
+  const Matrix<TA> B_matrix = matrix(lora_B + ulong(ranks.x) * B_strides.y, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0);
+  const BTile B_tile = {rank_floats};
+  const bool wide_y = (flags & DELTA_WIDE_Y) != 0;
+  constexpr short RUNS = ROWS * WIDTH / RUN;
+  for (uint column = column_begin; column < column_end; column += WIDTH) {
+    B_tile.template load<THREADS>(B_matrix, column, 0, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (short block = slice * 8; block < WIDTH; block += 8 * K_SLICES) {
+      simdgroup_float8x8 delta = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      for (short i = 0; i < RANK_BLOCKS; ++i) {
+        simdgroup_multiply_accumulate(delta, h_blocks[i], B_tile.transposed_block(block, 8 * i), delta);
+      }
+      simdgroup_store(delta, rows.at(row_block, block), RowTile::stride);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (short i = thread_index; i < RUNS; i += THREADS) {
+      const short r = i / (WIDTH / RUN), c = i % (WIDTH / RUN) * RUN;
+      const uint m = row + r, n = column + c;
+      if (m < M && n < column_end) {
+        const uint count = column_end - n;
+        Run delta = rows.run(r, c);
+        if (MASK == Mask::output) {
+          delta = dropout.apply(delta, ulong(m) * N + n);
+        }
+        device T* const target = y + ulong(m) * y_stride_flags.x + n;
+        Run sum = load_run<T>(target, 1, count, wide_y);
+        sum.low = fma(delta.low, float4(scaling), sum.low);
+        sum.high = fma(delta.high, float4(scaling), sum.high);
+        store_run(target, sum, count, wide_y);
+      }
+    }
+  }
+}

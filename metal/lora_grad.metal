@@ -1,0 +1,163 @@
+// lora_grad: dA = s z^T x~ and dB = s dY^T h, both in one dispatch, where z = dY B and h = x~ A^T are M x r.
+//
+// Deterministic: no atomics. Where too few threadgroups would run, the rows are split over several, which write
+// partial sums; lora_grad_sum adds them in order, in one more dispatch.
+//
+// Algorithm. A gradient is C x r = (M x C)^T (M x r), with C = K for dA and N for dB. A threadgroup owns COLS of the C
+//   columns, all ranks of its slice and all rows of its split; it walks over the rows in tiles, and each of the eight
+//   simdgroups accumulates its columns in registers with simdgroup matrices.
+// Tile. DEPTH x COLS of x or dY (COLS 128 up to rank 64, else 64), DEPTH x RANKS of z or h; at most 26 KiB.
+// Threads. 256.
+// Bytes. x and dY are read once: the least possible. z and h are read once a column tile: r / 128 of the elements of
+//   x and dY (twice the bytes where the adapters are float32 over half). Partial sums: (K + N) r floats a split.
+// Rounding. Sums are float32; a gradient is rounded once to its type.
+#include "tiles.h"
+
+constant constexpr short GRAD_SIMDGROUPS = 8;
+constant constexpr uint GRAD_WIDE_X = 1, GRAD_WIDE_DY = 2, GRAD_WIDE_SMALL = 4;
+
+constexpr short grad_column_blocks(short rank_blocks) {
+  return rank_blocks <= 8 ? 2 : 1;
+}
+
+constexpr short grad_depth(short rank_blocks) {
+  return rank_blocks <= 16 ? 32 : 16;
+}
+
+/// One group's C x r block: columns from `column`, rows [row, big.rows), summed in `sums`.
+template <short RANK_BLOCKS, bool DROPPED, typename T, typename TA>
+void accumulate_columns(
+    thread simdgroup_float8x8 (&sums)[grad_column_blocks(RANK_BLOCKS)][RANK_BLOCKS],
+    threadgroup float* big_floats, threadgroup float* small_floats,
+    Matrix<T> big, Matrix<TA> small, uint row, uint column, Dropout dropout,
+    ushort thread_index, ushort simdgroup_index) {
+  constexpr short BLOCKS = grad_column_blocks(RANK_BLOCKS), DEPTH = grad_depth(RANK_BLOCKS);
+  constexpr short THREADS = 32 * GRAD_SIMDGROUPS;
+  const Tile<DEPTH, 8 * BLOCKS * GRAD_SIMDGROUPS> big_tile = {big_floats};
+  const Tile<DEPTH, 8 * RANK_BLOCKS> small_tile = {small_floats};
+  for (; row < big.rows; row += DEPTH) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    big_tile.template load<THREADS, DROPPED>(big, row, column, thread_index, dropout);
+    small_tile.template load<THREADS>(small, row, 0, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (short m = 0; m < DEPTH; m += 8) {
+      simdgroup_float8x8 big_blocks[BLOCKS];
+      for (short c = 0; c < BLOCKS; ++c) {
+        big_blocks[c] = big_tile.transposed_block(m, (simdgroup_index * BLOCKS + c) * 8);
+      }
+      for (short i = 0; i < RANK_BLOCKS; ++i) {
+        const simdgroup_float8x8 small_block = small_tile.block(m, 8 * i);
+        for (short c = 0; c < BLOCKS; ++c) {
+          simdgroup_multiply_accumulate(sums[c][i], big_blocks[c], small_block, sums[c][i]);
+        }
+      }
+    }
+  }
+}
+
+/// OUT is TA, or float for partial sums: then `dA` and `dB` have one more leading dimension, the split.
+template <typename T, typename TA, typename OUT, short RANK_BLOCKS, bool DROPPED>
+[[kernel, max_total_threads_per_threadgroup(32 * GRAD_SIMDGROUPS)]]
+void lora_grad(
+    device const T* x [[buffer(0)]],
+    device const TA* z [[buffer(1)]],
+    device const T* dy [[buffer(2)]],
+    device const TA* h [[buffer(3)]],
+    device OUT* dA [[buffer(4)]],
+    device OUT* dB [[buffer(5)]],
+    constant float& scaling [[buffer(6)]],
+    constant uint2& seed [[buffer(7)]],
+    constant uint2& rows [[buffer(8)]],     // M, and how many rows a split has
+    constant uint2& k_n [[buffer(9)]],
+    constant uint2& ranks [[buffer(10)]],   // the slice [begin, end) of the ranks that this launch covers
+    constant uint2& x_levels [[buffer(11)]],
+    constant uint2& x_strides [[buffer(12)]],
+    constant uint2& dy_levels [[buffer(13)]],
+    constant uint2& dy_strides [[buffer(14)]],
+    constant uint2& flags_stream [[buffer(15)]],
+    constant uint2& dropout_words [[buffer(16)]],  // threshold, bits of 1 / (1 - p)
+    constant uint2& r_tiles [[buffer(17)]],        // all ranks, and how many column tiles belong to dA
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr short RANKS = 8 * RANK_BLOCKS, BLOCKS = grad_column_blocks(RANK_BLOCKS);
+  constexpr short DEPTH = grad_depth(RANK_BLOCKS), COLS = 8 * BLOCKS * GRAD_SIMDGROUPS;
+  threadgroup float4 big_memory[Tile<DEPTH, COLS>::size / 4];
+  threadgroup float4 small_memory[Tile<DEPTH, RANKS>::size / 4];
+  threadgroup float* const big_floats = reinterpret_cast<threadgroup float*>(big_memory);
+  threadgroup float* const small_floats = reinterpret_cast<threadgroup float*>(small_memory);
+
+  const bool is_dA = group.x < r_tiles.y;
+  const uint column = (is_dA ? group.x : group.x - r_tiles.y) * COLS, columns = is_dA ? k_n.x : k_n.y;
+  const uint row = group.y * rows.y, row_end = min(rows.x, row + rows.y);
+  const uint rank = ranks.x + group.z * RANKS, rank_count = min(uint(RANKS), ranks.y - rank);
+  const bool wide_small = (flags_stream.x & GRAD_WIDE_SMALL) != 0;
+  const uint2 small_strides = uint2(r_tiles.x, 1);
+  simdgroup_float8x8 sums[BLOCKS][RANK_BLOCKS];
+  for (short c = 0; c < BLOCKS; ++c) {
+    for (short i = 0; i < RANK_BLOCKS; ++i) {
+      sums[c][i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+  }
+  if (is_dA) {
+    const Dropout dropout = {seed, flags_stream.y, dropout_words.x, as_type<float>(dropout_words.y)};
+    accumulate_columns<RANK_BLOCKS, DROPPED>(
+        sums, big_floats, small_floats,
+        matrix(x, row_end, columns, x_levels, x_strides, (flags_stream.x & GRAD_WIDE_X) != 0),
+        matrix(z + rank, row_end, rank_count, small_strides, wide_small),
+        row, column, dropout, thread_index, simdgroup_index);
+  } else {
+    accumulate_columns<RANK_BLOCKS, false>(
+        sums, big_floats, small_floats,
+        matrix(dy, row_end, columns, dy_levels, dy_strides, (flags_stream.x & GRAD_WIDE_DY) != 0),
+        matrix(h + rank, row_end, rank_count, small_strides, wide_small),
+        row, column, Dropout(), thread_index, simdgroup_index);
+  }
+
+  // Out through threadgroup memory, an 8x8 block of a simdgroup at a time, so that the edges cost nothing above.
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  threadgroup float* const block = big_floats + simdgroup_index * 64;
+  device OUT* const out = (is_dA ? dA : dB) + ulong(group.y) * r_tiles.x * columns;
+  const uint column_stride = is_dA ? 1 : r_tiles.x, rank_stride = is_dA ? columns : 1;
+  for (short c = 0; c < BLOCKS; ++c) {
+    for (short i = 0; i < RANK_BLOCKS; ++i) {
+      simdgroup_store(sums[c][i], block, 8);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      for (short e = lane; e < 64; e += 32) {
+        // Neighbouring lanes write neighbouring elements: along the columns for dA, along the ranks for dB.
+        const short block_column = is_dA ? e % 8 : e / 8, block_rank = is_dA ? e / 8 : e % 8;
+        const uint n = column + (simdgroup_index * BLOCKS + c) * 8 + block_column, j = rank + 8 * i + block_rank;
+        if (n < columns && j < ranks.y) {
+          const float sum = scaling * block[block_column * 8 + block_rank];
+          out[ulong(n) * column_stride + ulong(j) * rank_stride] = static_cast<OUT>(sum);
+        }
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+}
+
+/// dA and dB from `splits` partial sums each, added in order. One thread an element of both.
+template <typename TA>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void lora_grad_sum(
+    device const float* partial_dA [[buffer(0)]],
+    device const float* partial_dB [[buffer(1)]],
+    device TA* dA [[buffer(2)]],
+    device TA* dB [[buffer(3)]],
+    constant uint2& elements [[buffer(4)]],  // of dA, of dB
+    constant uint2& splits [[buffer(5)]],
+    uint index [[thread_position_in_grid]]) {
+  const bool is_dA = index < elements.x;
+  const uint i = is_dA ? index : index - elements.x, count = is_dA ? elements.x : elements.y;
+  device const float* const partial = is_dA ? partial_dA : partial_dB;
+  device TA* const out = is_dA ? dA : dB;
+  if (i < count) {
+    float sum = 0.0f;
+    for (uint split = 0; split < splits.x; ++split) {
+      sum += partial[ulong(split) * count + i];
+    }
+    out[i] = static_cast<TA>(sum);
+  }
+}
