@@ -1,0 +1,75 @@
+"""Each rule of the Metal lint finds its mistakes, on their lines, and nothing in the repaired text.
+
+The cases stand in metal_lint_cases.txt. All mistakes are linted as one source, each in a namespace, and so are
+all repairs: one run of clang for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from metal_on_cpu.lint import RULES, lint
+
+HEADER = "#include <metal_stdlib>\n#include <metal_simdgroup_matrix>\nusing namespace metal;\n"
+
+
+class Case(NamedTuple):
+    """``wrong`` breaks ``rule`` on its lines that end in ``// !`` and no other rule; ``right`` breaks none."""
+
+    rule: str
+    what: str
+    wrong: str
+    right: str
+
+
+CASES = [
+    Case(*match)
+    for match in re.findall(
+        r"^### (\S+): ([^\n]+)\n(.*?)\n--- repaired\n(.*?)\n(?=\n###|\Z)",
+        Path(__file__).with_name("metal_lint_cases.txt").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+]
+
+
+def lint_all(texts: list[str]) -> dict[int, set[tuple[int, str]]]:
+    """(line in the text, rule) of every diagnostic, by the index of the text it fell on."""
+    source, owner = HEADER, {}
+    for index, text in enumerate(texts):
+        body = f"namespace case_{index} {{\n{text}\n}}\n"
+        start = source.count("\n")
+        owner |= {start + offset: (index, offset - 1) for offset in range(1, body.count("\n") + 1)}
+        source += body
+    found = defaultdict(set)
+    for diagnostic in lint(source):
+        index, line = owner[diagnostic.line]
+        found[index].add((line, diagnostic.rule))
+    return found
+
+
+@pytest.fixture(scope="module")
+def mistakes() -> dict[int, set[tuple[int, str]]]:
+    return lint_all([case.wrong for case in CASES])
+
+
+@pytest.fixture(scope="module")
+def repairs() -> dict[int, set[tuple[int, str]]]:
+    return lint_all([case.right for case in CASES])
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{case.rule}: {case.what}" for case in CASES])
+def test_rule(index: int, mistakes: dict, repairs: dict) -> None:
+    case = CASES[index]
+    marked = {(line, case.rule) for line, text in enumerate(case.wrong.split("\n"), 1) if text.endswith("// !")}
+    assert marked
+    assert mistakes[index] == marked
+    assert repairs[index] == set()
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {case.rule for case in CASES} == set(RULES)
