@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from . import abi
+from .lint import lint
 from .report import ExecutionError, LimitError, Report, read_report
 from .rewrite import Argument, Entry, RewriteError, Rewriter
 from .toolchain import ToolError, build_kernels, preprocess
@@ -80,7 +81,7 @@ class Kernel:
         """Run the kernel as ``dispatchThreads:threadsPerThreadgroup:`` would, and return its counters and findings.
 
         Args:
-            threads: threads of the whole grid, x y z; groups at its edge are smaller where ``group`` does not divide it.
+            threads: threads of the whole grid, x y z; groups at its edge are smaller where need be.
             group: threads of a threadgroup, x y z.
             arguments: by buffer index. A CPU tensor is bound from its first element to the end of its storage and
                 written in place; bytes are a constant (``setBytes``); None leaves the index unbound.
@@ -192,6 +193,8 @@ def compile(source: str, name: str = "metal", *, strict: bool = False) -> Librar
     """
     if not source.isascii():
         raise CompileError(f"{name}: Metal source is ASCII")
+    if strict and (broken := lint(source)):
+        raise CompileError("\n".join(f"{name}:{found.line}: {found.rule}: {found.message}" for found in broken))
     try:
         rewritten = Rewriter(preprocess(without_standard_includes(source), name)).run()
     except ToolError as error:

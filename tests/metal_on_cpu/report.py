@@ -29,8 +29,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Counters:
-    """Bytes are requests of device memory by buffer index, in trace mode only; barriers and matrix multiplies count once
-    a threadgroup or simdgroup, not once a thread. Buffers that overlap count under the lowest index."""
+    """Bytes are requests of device memory by buffer index, in trace mode only; a barrier or a matrix multiply counts
+    once a threadgroup or simdgroup, not once a thread. Buffers that overlap count under the lowest index."""
 
     loaded: list[int]
     stored: list[int]

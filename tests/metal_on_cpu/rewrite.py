@@ -1,7 +1,7 @@
 """From Metal to what clang's OpenCL C++ takes, token by token; every token stays on its line.
 
-Attributes are read and removed. Each kernel becomes a plain function and gets a launcher. A threadgroup variable becomes
-a reference into the runtime's arena. Vector constructors and casts between vectors become calls of the shim.
+Attributes are read and removed. Each kernel becomes a plain function and gets a launcher. A threadgroup variable
+becomes a reference into the runtime's arena. Vector constructors and casts between vectors become calls of the shim.
 """
 
 from __future__ import annotations
@@ -80,9 +80,8 @@ def tokenize(text: str) -> list[Token]:
     tokens, line = [], 1
     for match in TOKEN.finditer(text):
         kind, piece = str(match.lastgroup), match.group()
-        if kind == "marker":
-            if number := re.match(r"#\s*(?:line\s+)?(\d+)", piece):
-                line = int(number[1]) - 1
+        if kind == "marker" and (number := re.match(r"#\s*(?:line\s+)?(\d+)", piece)):
+            line = int(number[1]) - 1
         tokens.append(Token(piece, kind, line))
         line += piece.count("\n")
     return tokens
@@ -309,7 +308,7 @@ class Rewriter:
         return None
 
     def parameters(self, paren: int, end: int) -> tuple[list[str], list[Argument]]:
-        """Of each parameter its source, and the buffer arguments. Those without an attribute take the next free index."""
+        """Of each parameter its source, and the buffer arguments; without an attribute the next free index."""
         sources: list[str] = []
         arguments: list[Argument] = []
         used: set[int] = set()
@@ -395,7 +394,8 @@ class Rewriter:
         pointers = ' _Pragma("OPENCL EXTENSION __cl_clang_function_pointers : {}")'
         return (
             f"{pointers.format('enable')}"
-            f' extern "C" void {symbol}(const ExecutorThread* t) {{ metal::executor::launch<{sources}>({function}, t); }}'
+            f' extern "C" void {symbol}(const ExecutorThread* t)'
+            f" {{ metal::executor::launch<{sources}>({function}, t); }}"
             f' extern "C" uint {symbol}_describe(ExecutorParameter* p)'
             f" {{ metal::executor::describe_all<{sources}>({function}, p); return {limit}::value; }}"
             f"{pointers.format('disable')}"

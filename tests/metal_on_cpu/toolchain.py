@@ -1,6 +1,7 @@
 """The compiler of the ziglang wheel, and a cache of what it built.
 
-Outputs are named by a hash of everything they depend on, and appear by rename: concurrent processes never see half a file.
+Outputs are named by a hash of everything they depend on, and appear by rename: concurrent processes never see half a
+file.
 """
 
 from __future__ import annotations
@@ -134,8 +135,9 @@ def shim_text() -> str:
 
 
 def preprocess(source: str, name: str) -> str:
-    """Metal source with macros expanded; line markers name the user's lines."""
-    return run("clang", [*TARGET, *METAL_LANGUAGE, "-E", "-include", HERE / "shim" / "macros.h", "-"], stdin=source)
+    """Metal source with macros expanded; line markers count its lines as those of ``name``."""
+    options = [*TARGET, *METAL_LANGUAGE, "-E", "-include", HERE / "shim" / "macros.h", "-"]
+    return run("clang", options, stdin=f'#line 1 "{name}"\n{source}')
 
 
 def build_kernels(text: str, name: str, *, strict: bool, trace: bool) -> Path:

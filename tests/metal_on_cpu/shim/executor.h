@@ -2,6 +2,8 @@
 #pragma once
 
 #pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
+// nomerge: where an operation stands in the source is how lanes that diverged are told.
+#pragma clang attribute push(__attribute__((nomerge)), apply_to = function)
 extern "C" {
 void executor_barrier(uint flags);
 void executor_simdgroup_barrier(uint flags);
@@ -13,6 +15,7 @@ uint executor_lane();
 void* executor_threadgroup_variable(uint site, ulong size, ulong alignment);
 void executor_atomic(const void* object, ulong size);
 }
+#pragma clang attribute pop
 
 namespace metal {
 
