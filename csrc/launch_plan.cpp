@@ -290,7 +290,7 @@ const char* tfl_plan_decode(const Problem* problem, uint32_t index, Launch* laun
 
 const char* tfl_plan_grad(
     const Problem* problem, uint32_t need_A, uint32_t need_B, uint32_t index, Launch* launch, uint32_t* count,
-    GradScratch* scratch) {
+    uint32_t* splits_out) {
   if (const char* error = check(*problem)) return error;
   const uint64_t M = problem->x.rows, K = problem->x.cols, N = problem->weight.rows, r = problem->lora_A.rows;
   // Without dropout one launch covers all ranks, kMaxRanks a group; with it, one launch an adapter.
@@ -307,7 +307,7 @@ const char* tfl_plan_grad(
   splits = std::max<uint64_t>(std::min(splits, M * bytes(problem->dtype) / (32 * r)), 1);
   const uint64_t split_rows = std::max<uint64_t>(ceil_div(ceil_div(M, splits), 32) * 32, 32);
   splits = std::max<uint64_t>(ceil_div(M, split_rows), 1);
-  scratch->splits = static_cast<uint32_t>(splits);
+  *splits_out = static_cast<uint32_t>(splits);
   *count = launches + (splits > 1 ? 1 : 0);
 
   if (index < launches) {

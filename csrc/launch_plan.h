@@ -40,12 +40,6 @@ struct Launch {
   uint64_t words[12];
 };
 
-/// What the kernels of a backward need beside the gradients: z is M x r, and where `splits` > 1 the partial sums of dA
-/// and dB take `splits` times their elements in float32.
-struct GradScratch {
-  uint32_t splits;
-};
-
 extern "C" {
 
 // Each planning function returns null, or why the problem cannot be launched: a text that names the operand.
@@ -61,10 +55,11 @@ const char* tfl_plan_delta(const Problem*, uint32_t index, Launch*, uint32_t* co
 /// y_offset is dx's. With `only_z` nothing but z is computed.
 const char* tfl_plan_delta_dx(const Problem*, uint32_t only_z, uint32_t index, Launch*, uint32_t* count);
 
-/// dA and dB, those asked for. Tensors: x, z, dy, h, dA, dB, scaling, seed; where there are splits, dA and dB are their
-/// partial sums, and the last dispatch is lora_grad_sum with the tensors partial dA, partial dB, dA, dB.
+/// dA and dB, those asked for. Tensors: x, z, dy, h, dA, dB, scaling, seed. Where `*splits` > 1, dA and dB there are
+/// float32 partial sums, with the split as a leading dimension, and the last dispatch is lora_grad_sum with the tensors
+/// partial dA, partial dB, dA, dB.
 const char* tfl_plan_grad(
-    const Problem*, uint32_t need_A, uint32_t need_B, uint32_t index, Launch*, uint32_t* count, GradScratch*);
+    const Problem*, uint32_t need_A, uint32_t need_B, uint32_t index, Launch*, uint32_t* count, uint32_t* splits);
 
 /// Whether few enough rows are to be computed by lora_decode; otherwise torch's linear comes first, then lora_delta.
 uint32_t tfl_decodes(const Problem*);

@@ -22,11 +22,17 @@ constexpr short chunk_columns(short rows) {
   return DECODE_X_FLOATS / rows / 256 * 256;
 }
 
-/// sums[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, this lane's share. VECTOR elements
+/// What a lane has of the dot products of ROWS rows with M rows of x.
+template <short ROWS, short M>
+struct Sums {
+  float of[ROWS][M];
+};
+
+/// sums.of[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, this lane's share. VECTOR elements
 /// of a row are read at once: 1, or 16 bytes' worth where rows are contiguous and aligned.
 template <short VECTOR, short ROWS, short M, typename U>
 void accumulate(
-    thread float (&sums)[ROWS][M], device const U* rows, uint row_stride, uint col_stride, short row_count,
+    thread Sums<ROWS, M>& sums, device const U* rows, uint row_stride, uint col_stride, short row_count,
     threadgroup const float* x, uint count, ushort lane) {
   for (uint k = lane * VECTOR; k < count; k += 32 * VECTOR) {
     for (short j = 0; j < ROWS; ++j) {
@@ -42,9 +48,9 @@ void accumulate(
           for (short m = 0; m < M; ++m) {
             threadgroup const float* const row = x + m * chunk_columns(M) + k + 4 * part;
             if (VECTOR == 1) {
-              sums[j][m] = fma(w.x, row[0], sums[j][m]);
+              sums.of[j][m] = fma(w.x, row[0], sums.of[j][m]);
             } else {
-              sums[j][m] += dot(w, *reinterpret_cast<threadgroup const float4*>(row));
+              sums.of[j][m] += dot(w, *reinterpret_cast<threadgroup const float4*>(row));
             }
           }
         }
@@ -101,11 +107,11 @@ void lora_decode(
     const uint count = min(uint(CHUNK), K - first);
     stage_x<M>(staged, x_matrix, first, count, thread_index);
     for (uint rank = simdgroup_index; rank < r; rank += DECODE_SIMDGROUPS) {
-      float sums[1][M] = {};
+      Sums<1, M> sums = {};
       device const TA* const row = lora_A + ulong(rank) * A_strides.x + ulong(first) * A_strides.y;
       accumulate<A_VECTOR>(sums, row, 0, A_strides.y, 1, staged, count, lane);
       for (short m = 0; m < M; ++m) {
-        const float sum = simd_sum(sums[0][m]);
+        const float sum = simd_sum(sums.of[0][m]);
         if (lane == 0) {
           threadgroup float& total = h_sums[m * r + rank];
           total = first == 0 ? sum : total + sum;
@@ -124,7 +130,7 @@ void lora_decode(
   for (uint row = group * rank_rows.y; row < row_end; row += DECODE_SIMDGROUPS * W_ROWS) {
     const uint n = row + simdgroup_index * W_ROWS;
     const short row_count = min(uint(W_ROWS), left(n, row_end));
-    float sums[W_ROWS][M] = {};
+    Sums<W_ROWS, M> sums = {};
     for (uint first = 0; first < K; first += CHUNK) {
       const uint count = min(uint(CHUNK), K - first);
       if (K > CHUNK) {
@@ -139,13 +145,13 @@ void lora_decode(
         for (uint rank = lane; rank < r; rank += 32) {
           const float b = scaling * float(B_row[ulong(rank) * B_strides.y]);
           for (short m = 0; m < M; ++m) {
-            sums[j][m] = fma(b, h_sums[m * r + rank], sums[j][m]);
+            sums.of[j][m] = fma(b, h_sums[m * r + rank], sums.of[j][m]);
           }
         }
         const float offset = (flags & DECODE_BIAS) != 0 && lane == 0
             ? float(bias[ulong(n + j) * flags_bias_stride.y]) : 0.0f;
         for (short m = 0; m < M; ++m) {
-          const float sum = simd_sum(sums[j][m] + offset);
+          const float sum = simd_sum(sums.of[j][m] + offset);
           if (lane == 0) {
             y[ulong(m) * N + n + j] = static_cast<T>(sum);
           }

@@ -54,10 +54,6 @@ class Launch(ctypes.Structure):
     ]
 
 
-class GradScratch(ctypes.Structure):
-    _fields_ = [("splits", ctypes.c_uint32)]
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """csrc/launch_plan.cpp, with the sources of metal/ embedded as setup.py embeds them."""
@@ -99,46 +95,47 @@ class Kernels:
 
     def decode(self, x, weight, bias, lora_A, lora_B, scaling, save_h=False) -> tuple[Tensor, Tensor | None]:
         """y (M, N) and h."""
+        M, N = operand(x).rows, weight.shape[0]
+        y, h = fresh(x, M, N), fresh(lora_A, M, lora_A.shape[0]) if save_h else None
+        for launch in self.plan_decode(x, weight, bias, lora_A, lora_B, save_h):
+            self._dispatch(launch, (x, weight, bias, lora_A, lora_B, y, h, scalar(scaling)))
+        return y, h
+
+    def plan_decode(self, x, weight, bias, lora_A, lora_B, save_h=False) -> list[Launch]:
         problem = self._problem(x, weight, lora_A, lora_B, save_h=save_h)
         problem.has_bias, problem.bias_stride = bias is not None, bias.stride(0) if bias is not None else 0
-        M, N = problem.x.rows, weight.shape[0]
-        y, h = fresh(x, M, N), fresh(lora_A, M, lora_A.shape[0]) if save_h else None
-        tensors = (x, weight, bias, lora_A, lora_B, y, h, scalar(scaling))
-        self._run(library().tfl_plan_decode, problem, tensors)
-        return y, h
+        return self._plan(library().tfl_plan_decode, problem)
 
     def delta(self, y, x, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_h=False) -> Tensor | None:
         """Adds to y (M, N) in place; returns h."""
+        h = fresh(lora_A, operand(x).rows, lora_A.shape[0]) if save_h else None
+        for launch in self.plan_delta(y, x, lora_A, lora_B, dropout_p, ranks, save_h):
+            self._dispatch(launch, (x, lora_A, lora_B, y, h, scalar(scaling), seed_tensor(seed)))
+        return h
+
+    def plan_delta(self, y, x, lora_A, lora_B, dropout_p=(), ranks=(), save_h=False) -> list[Launch]:
         problem = self._problem(x, None, lora_A, lora_B, dropout_p=dropout_p, ranks=ranks, save_h=save_h)
         problem.y_offset = y.storage_offset()
-        h = fresh(lora_A, problem.x.rows, lora_A.shape[0]) if save_h else None
-        tensors = (x, lora_A, lora_B, y, h, scalar(scaling), seed_tensor(seed))
-        self._run(library().tfl_plan_delta, problem, tensors)
-        return h
+        return self._plan(library().tfl_plan_delta, problem)
 
     def delta_dx(self, dx, dy, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_z=False) -> Tensor | None:
         """Adds to dx (M, K) in place, or computes nothing but z where dx is None; returns z."""
         problem = self._problem(None, None, lora_A, lora_B, dy=dy, dropout_p=dropout_p, ranks=ranks, save_h=save_z)
         problem.y_offset = dx.storage_offset() if dx is not None else 0
         z = fresh(lora_A, problem.dy.rows, lora_A.shape[0]) if save_z else None
-        tensors = (dy, lora_B, lora_A, dx, z, scalar(scaling), seed_tensor(seed))
-        self._run(library().tfl_plan_delta_dx, problem, tensors, ctypes.c_uint32(dx is None))
+        for launch in self._plan(library().tfl_plan_delta_dx, problem, (ctypes.c_uint32(dx is None),)):
+            self._dispatch(launch, (dy, lora_B, lora_A, dx, z, scalar(scaling), seed_tensor(seed)))
         return z
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
     ) -> tuple[Tensor | None, Tensor | None]:
         """dA (r, K) and dB (N, r), those asked for."""
-        problem = self._problem(x, None, lora_A, lora_B, dy=dy, dropout_p=dropout_p, ranks=ranks)
-        needs = ctypes.c_uint32(need_A), ctypes.c_uint32(need_B)
-        scratch = GradScratch()
-        launches = self._plan(library().tfl_plan_grad, problem, needs, (ctypes.byref(scratch),))
+        launches, splits = self.plan_grad(x, dy, lora_A, lora_B, dropout_p, ranks, need_A, need_B)
         dA, dB = (fresh(t, *t.shape) if need else None for t, need in ((lora_A, need_A), (lora_B, need_B)))
         out = partial = (dA, dB)
-        if scratch.splits > 1:
-            partial = tuple(
-                fresh(torch.empty(0), scratch.splits, *t.shape) if t is not None else None for t in (dA, dB)
-            )
+        if splits > 1:
+            partial = tuple(fresh(torch.empty(0), splits, *t.shape) if t is not None else None for t in out)
         for launch in launches:
             if launch.kernel.startswith(b"lora_grad_sum"):
                 self._dispatch(launch, (*partial, *out))
@@ -146,8 +143,26 @@ class Kernels:
                 self._dispatch(launch, (x, z, dy, h, *partial, scalar(scaling), seed_tensor(seed)))
         return dA, dB
 
+    def plan_grad(
+        self, x, dy, lora_A, lora_B, dropout_p=(), ranks=(), need_A=True, need_B=True
+    ) -> tuple[list[Launch], int]:
+        """The dispatches, and over how many partial sums the rows are split."""
+        problem = self._problem(x, None, lora_A, lora_B, dy=dy, dropout_p=dropout_p, ranks=ranks)
+        splits = ctypes.c_uint32()
+        needs = ctypes.c_uint32(need_A), ctypes.c_uint32(need_B)
+        launches = self._plan(library().tfl_plan_grad, problem, needs, (ctypes.byref(splits),))
+        return launches, splits.value
+
     def _problem(
-        self, x, weight, lora_A, lora_B, dy=None, dropout_p: Sequence[float] = (), ranks: Sequence[int] = (), save_h=False
+        self,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        dy=None,
+        dropout_p: Sequence[float] = (),
+        ranks: Sequence[int] = (),
+        save_h=False,
     ) -> Problem:
         dtype = (x if x is not None else dy).dtype
         problem = Problem(DTYPES[dtype], DTYPES[lora_A.dtype], gpu_cores=self.gpu_cores, save_h=save_h)
@@ -174,16 +189,12 @@ class Kernels:
             launches.append(launch)
         return launches
 
-    def _run(self, function, problem: Problem, tensors: Sequence[Tensor | None], *before) -> None:
-        for launch in self._plan(function, problem, before):
-            self._dispatch(launch, tensors)
-
     def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
         assert len(tensors) == launch.tensors
         kernel = metal_on_cpu.compile(launch.source.decode())[launch.kernel.decode()]
         words = [launch.words[i].to_bytes(8, "little") for i in range(launch.word_count)]
         report = kernel.dispatch(
-            tuple(launch.threads), tuple(launch.group), [*tensors, *words], trace=self.trace, order=self.order
+            threads=launch.threads, group=launch.group, arguments=[*tensors, *words], trace=self.trace, order=self.order
         )
         self.runs.append((launch.kernel.decode(), report))
 
