@@ -92,6 +92,7 @@ class Rewriter:
         self.tokens = tokenize(text)
         self.attributes: dict[int, list[tuple[str, str]]] = {}  # by the index of the token that follows them
         self.kernels: dict[str, Kernel] = {}
+        self.namespaces: list[range] = []
         self.result = Rewritten("")
 
     def run(self) -> Rewritten:
@@ -106,6 +107,9 @@ class Rewriter:
                     self.take_kernel(position)
                 elif token.text == "template" and self.peek(position) != "<":
                     self.take_instantiation(position)
+                elif token.text == "namespace" and self.text(self.next(self.next(position + 1) + 1)) == "{":
+                    brace = self.next(self.next(position + 1) + 1)
+                    self.namespaces.append(range(brace, self.after_brackets(brace)))
                 elif token.text == "threadgroup":
                     self.take_threadgroup_variable(position)
                 elif token.text == "static_cast":
@@ -387,6 +391,8 @@ class Rewriter:
     def launcher(self, kernel: Kernel, function: str, limit: str, host_name: str, position: int) -> str:
         if host_name in self.result.entries:
             raise self.error(position, f"two kernels are named {host_name!r}")
+        if not any(position in namespace for namespace in self.namespaces):
+            function = f"::{function}"  # not a function of namespace metal that has the same name
         symbol = f"metal_kernel_{len(self.result.entries)}"
         line = self.tokens[position].line
         self.result.entries[host_name] = Entry(symbol, sorted(kernel.arguments, key=lambda a: a.index), line)

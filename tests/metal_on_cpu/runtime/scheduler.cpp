@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <utility>
 
 #include "fiber.h"
 
@@ -99,14 +100,13 @@ bool same_wait(const Fiber& a, const Fiber& b) {
     return a.wait == b.wait && a.pc == b.pc && a.flags == b.flags && a.complete == b.complete;
 }
 
+// One thread waits where another does not: each operation that one of them waits at is a finding.
 void report_divergence(const Fiber& a, const Fiber& b) {
-    const bool barrier = a.wait == Wait::barrier || b.wait == Wait::barrier || a.wait == Wait::simdgroup_barrier ||
-                         b.wait == Wait::simdgroup_barrier;
-    const Fiber& waiting = a.wait == Wait::end ? b : a;  // the thread to name: one that waits
-    const Fiber& other = &waiting == &a ? b : a;
-    running.thread = &waiting.thread;
-    if (auto* finding = report_finding(barrier ? executor_divergent_barrier : executor_divergent_simd, waiting.pc)) {
-        finding->other_thread = uint32_t(&other - fibers);
+    for (const auto& [waiting, other] : {std::pair{&a, &b}, std::pair{&b, &a}}) {
+        if (waiting->wait == Wait::end) continue;
+        running.thread = &waiting->thread;
+        const auto kind = waiting->wait == Wait::collective ? executor_divergent_simd : executor_divergent_barrier;
+        if (auto* finding = report_finding(kind, waiting->pc)) finding->other_thread = uint32_t(other - fibers);
     }
     running.thread = nullptr;
 }
