@@ -19,7 +19,7 @@ constexpr uint32_t kDecodeRows = 8;         // rows of x from which reading W on
 constexpr uint32_t kDecodeSimdgroups = 16;  // as in lora_decode.metal
 constexpr uint32_t kGradSimdgroups = 8;     // as in lora_grad.metal
 constexpr uint32_t kManyRows = 1024;        // from here on lora_delta reads x once; fewer rows may split the columns
-constexpr double kRereads = 0.3;            // of W's bytes, that lora_decode may spend on reading x and A again
+constexpr double kRereads = 0.05;           // of W's bytes, that more than one threadgroup a core may cost
 
 uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
@@ -255,15 +255,15 @@ const char* tfl_plan_decode(const Problem* problem, uint32_t index, Launch* laun
   if (index > 0) return nullptr;
   const uint64_t M = problem->x.rows, K = problem->x.cols, N = problem->weight.rows, r = problem->lora_A.rows;
 
-  // Rows of W that a simdgroup reads at once: more of them reuse x from registers, fewer make more threadgroups.
-  uint32_t w_rows = 4;
-  while (w_rows > 1 && ceil_div(N, kDecodeSimdgroups * w_rows) < problem->gpu_cores) w_rows /= 2;
-  // Rows of a threadgroup: enough that reading x and A again stays a fraction of W, while every core has a group.
-  const uint64_t step = kDecodeSimdgroups * w_rows;
-  const double row = K * bytes(problem->dtype);
-  const double again = M * row + r * K * bytes(problem->adapter_dtype);
-  uint64_t rows = step;
-  while (again > kRereads * rows * row && ceil_div(N, rows + step) >= problem->gpu_cores) rows += step;
+  // Every threadgroup reads x and A again, as much as `again` rows of W. So there is one a core, and up to four, which
+  // even out the finish, as long as the reading costs a few percent of W. A row a simdgroup is the least.
+  const double again = M + static_cast<double>(r) * bytes(problem->adapter_dtype) / bytes(problem->dtype);
+  const double groups_a_core = std::clamp(kRereads * N / (problem->gpu_cores * again), 1.0, 4.0);
+  const uint64_t groups = problem->gpu_cores * static_cast<uint64_t>(groups_a_core);
+  uint64_t rows = std::max<uint64_t>(ceil_div(N, groups), kDecodeSimdgroups);
+  // Rows of W that a simdgroup reads at once: the more, the better x is reused from registers.
+  const uint32_t w_rows = rows >= 4 * kDecodeSimdgroups ? 4 : rows >= 2 * kDecodeSimdgroups ? 2 : 1;
+  rows = ceil_div(rows, w_rows) * w_rows;
 
   const auto vector = [K](const Operand& m, Scalar dtype) {
     const uint32_t wide = 16 / bytes(dtype);
