@@ -197,7 +197,7 @@ class Rewriter:
                 position = end - 1
             position += 1
         for end, found in taken:
-            self.attributes.setdefault(self.next(end), []).extend(found)
+            self.attributes.setdefault(self.next(end), []).extend((name, value.strip()) for name, value in found)
 
     def rename_reserved(self) -> None:
         for token in self.tokens:
@@ -248,7 +248,8 @@ class Rewriter:
             return
         declaration = self.join(position + 1, end)
         parts = re.match(
-            r"((?:const\s+|volatile\s+)*[\w:]+\s*(?:<.*>(?:::\w+)?)?)\s+(\w+\s*(?:\[.*)?(?:,.*)?)$", declaration
+            r"((?:(?:const|volatile|typename)\s+)*[\w:]+\s*(?:<.*>(?:::\w+)?)?)\s+(\w+\s*(?:\[.*)?(?:,.*)?)$",
+            declaration,
         )
         parts = parts or re.match(r"(.*>)\s*(\w+\s*(?:\[.*)?)$", declaration)
         if not parts:

@@ -96,6 +96,15 @@ template <typename T> AT_CALLER T simd_shuffle_up(T x, ushort delta) { return ex
 template <typename T> AT_CALLER T simd_shuffle_down(T x, ushort delta) { return executor::shuffle(x, executor_lane() + delta); }
 template <typename T> AT_CALLER T simd_shuffle_rotate_up(T x, ushort delta) { return executor::shuffle(x, (executor_lane() - delta) % executor::simd_width); }
 template <typename T> AT_CALLER T simd_shuffle_rotate_down(T x, ushort delta) { return executor::shuffle(x, (executor_lane() + delta) % executor::simd_width); }
+// Lanes that would read beyond the simdgroup read the other end of `filling`.
+template <typename T> AT_CALLER T simd_shuffle_and_fill_up(T x, T filling, ushort delta) {
+    const T shifted = simd_shuffle_up(x, delta), filled = simd_shuffle_rotate_up(filling, delta);
+    return executor_lane() < delta ? filled : shifted;
+}
+template <typename T> AT_CALLER T simd_shuffle_and_fill_down(T x, T filling, ushort delta) {
+    const T shifted = simd_shuffle_down(x, delta), filled = simd_shuffle_rotate_down(filling, delta);
+    return executor_lane() + delta >= executor::simd_width ? filled : shifted;
+}
 AT_CALLER inline bool simd_is_first() { return executor_lane() == 0; }
 
 template <typename T> AT_CALLER T quad_shuffle_xor(T x, ushort mask) { return executor::shuffle(x, executor_lane() ^ (mask & 3)); }

@@ -53,6 +53,7 @@ template <typename T, T V> struct integral_constant {
     using value_type = T;
     constexpr operator T() const { return V; }
 };
+template <bool V> using bool_constant = integral_constant<bool, V>;
 using true_type = integral_constant<bool, true>;
 using false_type = integral_constant<bool, false>;
 template <typename T, typename U> struct is_same : integral_constant<bool, __is_same(T, U)> {};
@@ -61,9 +62,16 @@ template <typename T> inline constexpr bool is_integral_v = __is_integral(T);
 template <typename T> inline constexpr bool is_floating_point_v = __is_floating_point(T) || __is_same(T, half) || __is_same(T, bfloat);
 template <typename T> struct is_integral : integral_constant<bool, is_integral_v<T>> {};
 template <typename T> struct is_floating_point : integral_constant<bool, is_floating_point_v<T>> {};
+template <typename From, typename To> inline constexpr bool is_convertible_v = __is_convertible(From, To);
 template <typename T> inline constexpr bool is_arithmetic_v = is_integral_v<T> || is_floating_point_v<T>;
 template <typename T> struct remove_cv { using type = __remove_cv(T); };
 template <typename T> using remove_cv_t = __remove_cv(T);
+template <typename T> struct remove_addrspace { using type = T; };
+template <typename T> struct remove_addrspace<device T> { using type = T; };
+template <typename T> struct remove_addrspace<constant T> { using type = T; };
+template <typename T> struct remove_addrspace<threadgroup T> { using type = T; };
+template <typename T> struct remove_addrspace<__private T> { using type = T; };
+template <typename T> using remove_addrspace_t = typename remove_addrspace<T>::type;
 template <typename T> using remove_reference_t = __remove_reference_t(T);
 
 template <typename T> struct numeric_limits;
@@ -85,6 +93,7 @@ LIMITS(bfloat, bfloat(-0x1.fep127f), bfloat(0x1.fep127f))
         static constexpr type max() { return high; }       \
     };
 LIMITS(char, -128, 127)
+LIMITS(int8_t, -128, 127)
 LIMITS(uchar, 0, 255)
 LIMITS(short, -32768, 32767)
 LIMITS(ushort, 0, 65535)
