@@ -159,6 +159,10 @@ template <typename T, typename... A> constexpr T make(A... values) {
 
 }  // namespace executor
 
+// A value that all threads share: a hint to Metal's compiler.
+template <typename T> using uniform = T;
+template <typename T> constexpr T make_uniform(T value) { return value; }
+
 template <typename To, typename From> constexpr To as_type(From value) {
     static_assert(sizeof(To) == sizeof(From), "as_type between types of different size");
     return __builtin_bit_cast(To, value);
