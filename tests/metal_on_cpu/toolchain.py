@@ -21,7 +21,7 @@ TARGET = ["-target", "x86_64-linux-gnu"]
 CPU = ["-march=x86-64-v3"]  # half precision conversions and fused multiply-add in hardware
 
 # OpenCL C++ has Metal's checked address spaces, half and vectors. No double, and 1.5 is a float, as in Metal. Each half
-# and bfloat operation rounds; a*b+c is not fused unless written so.
+# and bfloat operation rounds; a*b+c is not fused unless written so. A variable that was not initialised is NaN.
 METAL_LANGUAGE = [
     *["-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc", "-cl-single-precision-constant"],
     *["-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64"],
@@ -29,30 +29,15 @@ METAL_LANGUAGE = [
 METAL_CODE = [
     *["-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno"],
     *["-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"],
-    *[
-        "-gline-tables-only",
-        "-gdwarf-4",
-        "-Wno-everything",
-        "-Werror=return-type",
-        "-Werror=uninitialized",
-        "-fno-caret-diagnostics",
-    ],
+    *["-ftrivial-auto-var-init=pattern", "-gline-tables-only", "-gdwarf-4", "-fno-caret-diagnostics"],
+    *["-Wno-everything", "-Werror=return-type", "-Werror=uninitialized"],
 ]
 FAST = ["-O2"]
 # Every access calls the runtime: address sanitizer's checks, outlined, with none of its own runtime.
 TRACE = [
     *["-O1", "-fno-vectorize", "-fno-slp-vectorize", "-fsanitize=kernel-address"],
-    *[
-        argument
-        for option in (
-            "instrumentation-with-call-threshold=0",
-            "opt-same-temp=0",
-            "stack=0",
-            "globals=0",
-            "kernel-mem-intrinsic-prefix=1",
-        )
-        for argument in ("-mllvm", f"-asan-{option}")
-    ],
+    *["-mllvm", "-asan-instrumentation-with-call-threshold=0", "-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"],
+    *["-mllvm", "-asan-opt-same-temp=0", "-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0"],
 ]
 
 

@@ -149,7 +149,7 @@ template <typename T, typename... A> constexpr T make(A... values) {
         static_assert((vector_traits<A>::size + ...) == vector_traits<T>::size, "wrong number of vector components");
         T vector{};
         int position = 0;
-        (append(vector, position, values), ...);
+        (append<T>(vector, position, values), ...);
         return vector;
     } else {
         static_assert(sizeof...(A) == vector_traits<T>::size, "wrong number of vector components");
