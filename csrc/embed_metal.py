@@ -1,4 +1,4 @@
-"""Turn `metal/` into a C++ header: one string a kernel family, its includes resolved, since Metal's run-time compiler
+"""Turn `metal/` into a C++ source: one string a kernel family, its includes resolved, since Metal's run-time compiler
 has no include path."""
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def assemble(path: Path, seen: set[Path] | None = None) -> str:
     return _INCLUDE.sub(inline, text.replace("#pragma once\n", ""))
 
 
-def embed(metal: Path, header: Path) -> None:
-    """Write `header` with a constant a family: ``lora_delta_source`` for lora_delta.metal."""
-    lines = ["// Written by csrc/embed_metal.py from metal/.", "#pragma once", ""]
+def embed(metal: Path, source: Path) -> None:
+    """Write `source` with a constant a family: ``lora_delta_source`` for lora_delta.metal."""
+    lines = ["// Written by csrc/embed_metal.py from metal/; declared where they are used.", ""]
     for path in sorted(metal.glob("*.metal")):
-        lines += [f'inline constexpr char {path.stem}_source[] = R"metal({assemble(path)})metal";', ""]
-    header.parent.mkdir(parents=True, exist_ok=True)
-    header.write_text("\n".join(lines))
+        name = f"const char {path.stem}_source[]"
+        lines += [f"extern {name};", f'{name} = R"metal({assemble(path)})metal";', ""]
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

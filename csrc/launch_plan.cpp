@@ -7,7 +7,8 @@
 #include <mutex>
 #include <string>
 
-#include "metal_sources.h"
+// metal/, each family with its headers inlined: csrc/embed_metal.py writes them when the extension is built.
+extern const char lora_decode_source[], lora_delta_source[], lora_grad_source[];
 
 namespace torch_fused_lora {
 namespace {

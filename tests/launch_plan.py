@@ -62,9 +62,9 @@ def library() -> ctypes.CDLL:
         from embed_metal import embed
     finally:
         sys.path.pop(0)
-    built = ROOT / "build" / "tests"
-    embed(ROOT / "metal", built / "metal_sources.h")
-    path = metal_on_cpu.build_shared([ROOT / "csrc" / "launch_plan.cpp"], "launch_plan", [f"-I{built}", "-std=c++17"])
+    sources = ROOT / "build" / "tests" / "metal_sources.cpp"
+    embed(ROOT / "metal", sources)
+    path = metal_on_cpu.build_shared([ROOT / "csrc" / "launch_plan.cpp", sources], "launch_plan", ["-std=c++17"])
     plan = ctypes.CDLL(str(path))
     for name in ("tfl_plan_decode", "tfl_plan_delta", "tfl_plan_delta_dx", "tfl_plan_grad"):
         getattr(plan, name).restype = ctypes.c_char_p
