@@ -14,7 +14,7 @@ ORDERS = {"forward": 0, "reverse": 1, "permuted": 2}
 KINDS = (
     *("race", "group-race", "uninitialised", "out-of-bounds", "divergent-barrier", "divergent-simd", "limit", "fault"),
 )
-NOTHING, BUFFER_OBJECT, THREADGROUP_OBJECT = range(3)
+NOTHING, BUFFER_OBJECT, THREADGROUP_OBJECT, CONSTANT_OBJECT = range(4)
 u32, u64, i64 = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64
 
 
@@ -37,7 +37,7 @@ class RawFinding(ctypes.Structure):
     _fields_ = [
         *[("kind", u32), ("object", u32), ("index", u32), ("store", u32), ("offset", i64), ("size", u64)],
         *[("object_size", u64), ("pc", u64), ("thread", u32 * 3), ("group", u32 * 3)],
-        *[("other_thread", u32), ("other_group", u32), ("other_store", u32)],
+        *[("other_thread", u32), ("other_group", u32), ("other_store", u32), ("name", ctypes.c_char_p)],
     ]
 
 

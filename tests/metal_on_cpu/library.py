@@ -14,7 +14,8 @@ import torch
 from . import abi
 from .lint import lint
 from .report import ExecutionError, LimitError, Report, read_report
-from .rewrite import Argument, Entry, RewriteError, Rewriter
+from .rewrite import Argument, Entry, Rewriter
+from .token_stream import RewriteError
 from .toolchain import ToolError, build_kernels, preprocess
 
 MAX_THREADS = 1024

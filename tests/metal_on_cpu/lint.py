@@ -4,7 +4,7 @@ Two sources of truth, each for what it knows best:
 
 - clang's own syntax tree, for every rule about types, instantiated templates or calls (``Tree`` of ``syntax_tree.py``);
 - the words of the source, for what is refused wherever it stands (keywords, attributes, includes, characters) and for
-  threadgroup variables: the executor rewrites their declarations before clang sees them.
+  threadgroup variables: the executor rewrites their declarations before clang's tree is made.
 
 The rules are those of MSL 3.1, a C++14: the oldest language version that PyTorch compiles shaders with.
 """
@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .syntax_tree import Node, Tree
-from .tokens import Token, tokenise
+from .syntax_tree import INCLUDE, Node, Tree, preprocessed
+from .token_stream import Token, tokenize
 
 
 @dataclass(frozen=True, order=True)
@@ -67,25 +67,20 @@ KEYWORDS = {
     "virtual": "virtual",
 }
 
-INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b[ \t]*(.*)$", re.MULTILINE)
 THREADGROUP_ARGUMENT = re.compile(r"\bthreadgroup\b([^,()]*)\[\[\s*threadgroup\s*\(\s*\w+\s*\)\s*\]\]")
+ATTRIBUTE = re.compile(r"\[ \[ .*? \] \]|__attribute__ \( \( .*? \) \)")
 FUNCTION_POINTER = re.compile(r"\((?:\w+::|__generic )?[*&][\w ]*\)\(")
 
 
 def lint(source: str) -> list[Diagnostic]:
     """Every rule broken by ``source``, in the order of its lines."""
-    tokens = tokenise(source)
-    tree = Tree(parsable(source))
+    text = preprocessed(source)
+    tokens = [token for token in tokenize(text) if token.kind not in ("space", "marker")]
+    tree = Tree(THREADGROUP_ARGUMENT.sub(r"device\1", text))  # the executor does not read such a parameter
     found = {*non_ascii(source), *includes(source), *words(tokens), *threadgroup_locals(tokens)}
     found |= {*cxx17(tree), *declarations(tree), *conversions(tree), *recursion(tree)}
     found |= {*narrow_constants(tree, {function.name for function in functions(tokens) if function.is_kernel})}
     return sorted(found)
-
-
-def parsable(source: str) -> str:
-    """The source, line for line, without includes (Metal's headers are the shim) and threadgroup parameters of kernels,
-    which the executor does not read."""
-    return THREADGROUP_ARGUMENT.sub(r"device\1", INCLUDE.sub("", source))
 
 
 def broken(rule: str, line: int, what: str) -> Diagnostic:
@@ -128,7 +123,6 @@ class Function:
 
 def functions(tokens: list[Token]) -> Iterator[Function]:
     """The function definitions of a source, those in namespaces and classes included."""
-    tokens = [token for token in tokens if not token.in_directive]
     head: list[str] = []
     i = 0
     while i < len(tokens):
@@ -136,13 +130,22 @@ def functions(tokens: list[Token]) -> Iterator[Function]:
         if text != "{":
             head = [] if text in (";", "}") else [*head, text]
             i += 1
-        elif "(" in head and not {"struct", "class", "union", "enum", "namespace", "="} & set(without_template(head)):
+        elif name := function_name(head):
             end = closing_brace(tokens, i)
-            words = without_attributes(without_template(head))
-            yield Function(words[words.index("(") - 1], "kernel" in head, tokens[i + 1 : end])
+            yield Function(name, "kernel" in head, tokens[i + 1 : end])
             head, i = [], end + 1
         else:
             head, i = [], i + 1
+
+
+def function_name(head: list[str]) -> str | None:
+    """The function that these words in front of a brace define, None for a scope or an initialiser."""
+    declaration = ATTRIBUTE.sub("", " ".join(without_template(head)))
+    function = re.search(r"(\w+) \(", declaration)
+    while declaration != (flat := re.sub(r"\([^()]*\)", "", declaration)):
+        declaration = flat
+    is_other = re.search(r"\b(struct|class|union|enum|namespace)\b|(?<!operator )=", declaration)
+    return function[1] if function and not is_other else None
 
 
 def closing_brace(tokens: list[Token], opening: int) -> int:
@@ -163,16 +166,6 @@ def without_template(head: list[str]) -> list[str]:
             length += 1
         head = head[length:]
     return head
-
-
-def without_attributes(head: list[str]) -> list[str]:
-    depth, kept = 0, []
-    for word in head:
-        depth += word == "["
-        if depth == 0:
-            kept.append(word)
-        depth -= word == "]"
-    return kept
 
 
 def threadgroup_locals(tokens: list[Token]) -> Iterator[Diagnostic]:

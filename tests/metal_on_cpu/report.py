@@ -90,6 +90,8 @@ def describe(found: abi.RawFinding, names: dict[int, str], variables: Sequence[t
         place = f"buffer {found.index} ({names.get(found.index, '')})"
     elif found.object == abi.THREADGROUP_OBJECT and found.index < len(variables):
         place = f"threadgroup variable {variables[found.index][0]}"
+    elif found.object == abi.CONSTANT_OBJECT:
+        place = f"constant {found.name.decode().split()[0]}"
     else:
         place = "memory outside of every object"
     at = f"{access} of {found.size} bytes at byte {found.offset} of {place}"

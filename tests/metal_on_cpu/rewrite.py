@@ -9,17 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-TOKEN = re.compile(
-    r"""(?P<marker>^\#[^\n]*)|(?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|(?P<word>[A-Za-z_]\w*)"""
-    r"""|(?P<number>\.?\d(?:[eEpP][+-]|[\w.])*)|(?P<space>\s+)|(?P<mark>::|->|&&|\|\||<<=|==|!=|<=|>=|.)""",
-    re.MULTILINE | re.DOTALL | re.VERBOSE,
-)
+from .token_stream import Token, TokenStream
+
 VECTOR_NAME = re.compile(
     r"(packed_)?(char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float)[234]|(float|half|bfloat)8x8"
 )
 # Names that OpenCL reserves and Metal does not.
 RESERVED = {"global", "local", "generic", "private_", "pipe", "read_only", "write_only", "read_write", "event_t"}
-OPEN = {"(": ")", "[": "]", "{": "}"}
 BUILTIN_SOURCES = {
     f"thread{rest}"
     for rest in ("_position_in_grid", "_position_in_threadgroup", "_index_in_threadgroup", "_index_in_simdgroup")
@@ -28,10 +24,6 @@ BUILTIN_SOURCES = {
     *("threadgroups_per_grid", "threads_per_grid", "simdgroup_index_in_threadgroup", "simdgroups_per_threadgroup"),
     *("dispatch_simdgroups_per_threadgroup", "threads_per_simdgroup", "thread_execution_width"),
 }
-
-
-class RewriteError(ValueError):
-    """Source that the executor does not take; the text begins with the line."""
 
 
 @dataclass
@@ -61,13 +53,6 @@ class Rewritten:
 
 
 @dataclass
-class Token:
-    text: str
-    kind: str
-    line: int
-
-
-@dataclass
 class Kernel:
     name: str
     sources: list[str]
@@ -75,21 +60,9 @@ class Kernel:
     is_template: bool
 
 
-def tokenize(text: str) -> list[Token]:
-    """Tokens with the line that the preprocessor's markers give them; white space is kept in them."""
-    tokens, line = [], 1
-    for match in TOKEN.finditer(text):
-        kind, piece = str(match.lastgroup), match.group()
-        if kind == "marker" and (number := re.match(r"#\s*(?:line\s+)?(\d+)", piece)):
-            line = int(number[1]) - 1
-        tokens.append(Token(piece, kind, line))
-        line += piece.count("\n")
-    return tokens
-
-
-class Rewriter:
+class Rewriter(TokenStream):
     def __init__(self, text: str) -> None:
-        self.tokens = tokenize(text)
+        super().__init__(text)
         self.attributes: dict[int, list[tuple[str, str]]] = {}  # by the index of the token that follows them
         self.kernels: dict[str, Kernel] = {}
         self.namespaces: list[range] = []
@@ -121,61 +94,6 @@ class Rewriter:
             position += 1
         self.result.text = "".join(token.text for token in self.tokens)
         return self.result
-
-    # Reading
-
-    def next(self, position: int) -> int:
-        """The first token from here on that is not white space."""
-        while position < len(self.tokens) and self.tokens[position].kind in ("space", "marker"):
-            position += 1
-        return position
-
-    def previous(self, position: int) -> int:
-        while position > 0 and self.tokens[position].kind in ("space", "marker"):
-            position -= 1
-        return position
-
-    def text(self, position: int) -> str:
-        return self.tokens[position].text if position < len(self.tokens) else ""
-
-    def peek(self, position: int) -> str:
-        return self.text(self.next(position + 1))
-
-    def join(self, begin: int, end: int) -> str:
-        kept = (token.text for token in self.tokens[begin:end] if token.kind != "marker")
-        return re.sub(r"\s+", " ", "".join(kept)).strip()
-
-    def after_brackets(self, position: int) -> int:
-        """Behind the bracket that closes the one here."""
-        depth = 0
-        for i in range(position, len(self.tokens)):
-            if self.tokens[i].kind == "mark":
-                depth += (self.text(i) in OPEN) - (self.text(i) in OPEN.values())
-                if depth == 0:
-                    return i + 1
-        raise self.error(position, f"no bracket closes this {self.text(position)!r}")
-
-    def after_angles(self, position: int) -> int:
-        """Behind the > that closes the < here."""
-        depth, i = 0, position
-        while i < len(self.tokens):
-            mark = self.text(i)
-            if mark in OPEN:
-                i = self.after_brackets(i)
-                continue
-            depth += (mark == "<") - (mark == ">")
-            i += 1
-            if depth == 0:
-                return i
-        raise self.error(position, "no > closes this <")
-
-    def error(self, position: int, message: str) -> RewriteError:
-        return RewriteError(f"{self.tokens[position].line}: {message}")
-
-    def blank(self, begin: int, end: int) -> None:
-        for token in self.tokens[begin:end]:
-            if token.kind != "marker":
-                token.text, token.kind = "\n" * token.text.count("\n"), "space"
 
     def has_attribute(self, position: int, name: str) -> bool:
         return any(name == found for found, _ in self.attributes.get(position, ()))
@@ -241,7 +159,7 @@ class Rewriter:
         """threadgroup T name[N], …; : references into the runtime's arena."""
         end = position
         while self.text(end) not in (";", "=", "*", "&", ")", "{", "(", ""):
-            end = self.after_brackets(end) if self.text(end) in OPEN else end + 1
+            end = self.after_brackets(end) if self.text(end) == "[" else end + 1
             if self.text(end) == "<":
                 end = self.after_angles(end)
         if self.text(end) != ";":

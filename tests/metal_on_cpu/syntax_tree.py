@@ -19,6 +19,7 @@ SOURCE = "<metal>"  # what clang calls the source
 SPACES = ["-Ddevice=__global", "-Dthreadgroup=__local", "-Dthread=__private"]
 POINTERS = "__cl_clang_function_pointers : "
 WARNINGS = ["-Wpre-c++17-compat", "-ferror-limit=0", "-fno-color-diagnostics", "-fno-caret-diagnostics"]
+INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b[ \t]*(.*)$", re.MULTILINE)
 LINE_MARKER = re.compile(r'#(?:line)? (\d+)(?: "(.*?)")?')
 LAUNCHER = "metal_kernel_"
 FUNCTIONS = {"FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl", "CXXDestructorDecl", "CXXConversionDecl"}
@@ -88,9 +89,9 @@ class Node:
 class Tree:
     """The nodes that stand in the source itself: those of the shim and of the executor's launchers are left out."""
 
-    def __init__(self, source: str) -> None:
-        """Parse Metal as the executor would; what clang refuses does not keep it from giving a tree."""
-        rewritten = Rewriter(preprocess(f'#line 1 "{SOURCE}"\n{source}', SOURCE)).run().text
+    def __init__(self, text: str) -> None:
+        """Parse Metal that ``preprocessed`` made; what clang refuses does not keep it from giving a tree."""
+        rewritten = Rewriter(text).run().text
         # One text without includes, so that a place in it is a number.
         text, _ = clang("-E", *SPACES, "-include", HERE / "shim" / "metal.h", text=rewritten)
         # Function pointers stay allowed behind the shim, so that the tree shows them: the lint refuses them.
@@ -132,6 +133,11 @@ class Tree:
         pattern = rf"^{re.escape(SOURCE)}:(\d+):\d+: warning: (.*) \[-W{re.escape(group)}\]$"
         for match in re.finditer(pattern, self.log, re.MULTILINE):
             yield int(match[1]), match[2]
+
+
+def preprocessed(source: str) -> str:
+    """The source with its macros expanded. Includes are left out: Metal's headers are the shim."""
+    return preprocess(f'#line 1 "{SOURCE}"\n' + INCLUDE.sub("", source), SOURCE)
 
 
 def clang(*arguments: str | Path, text: str) -> tuple[str, str]:

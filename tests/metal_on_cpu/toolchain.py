@@ -37,7 +37,7 @@ FAST = ["-O2"]
 TRACE = [
     *["-O1", "-fno-vectorize", "-fno-slp-vectorize", "-fsanitize=kernel-address"],
     *["-mllvm", "-asan-instrumentation-with-call-threshold=0", "-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"],
-    *["-mllvm", "-asan-opt-same-temp=0", "-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0"],
+    *["-mllvm", "-asan-opt-same-temp=0", "-mllvm", "-asan-stack=0"],
 ]
 
 
@@ -133,6 +133,6 @@ def build_kernels(text: str, name: str, *, strict: bool, trace: bool) -> Path:
     def build(path: Path) -> None:
         module = path.with_suffix(".o")
         run("clang", [*options, *spaces, "-include", HERE / "shim" / "metal.h", "-c", "-o", module, "-"], stdin=text)
-        run("ld.lld", ["-shared", module, runtime(), "-o", path])
+        run("ld.lld", ["-shared", "-Bsymbolic", module, runtime(), "-o", path])
 
     return cached(name, [text, shim_text(), *options, *spaces, str(runtime())], ".so", build)

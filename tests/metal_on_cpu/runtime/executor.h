@@ -37,7 +37,7 @@ enum ExecutorKind {
     executor_divergent_simd, executor_limit, executor_fault,
 };
 
-enum ExecutorObject { executor_nothing, executor_buffer_object, executor_threadgroup_object };
+enum ExecutorObject { executor_nothing, executor_buffer_object, executor_threadgroup_object, executor_constant_object };
 
 struct ExecutorFinding {
     uint32_t kind;                // ExecutorKind
@@ -52,6 +52,7 @@ struct ExecutorFinding {
     uint32_t other_thread;        // race: index in its threadgroup of the other thread
     uint32_t other_group;         // group-race: linear index of the other threadgroup
     uint32_t other_store;
+    const char* name;             // of a program-scope constant; lives as long as the kernel's library
 };
 
 struct ExecutorReport {

@@ -7,33 +7,6 @@ extern "C" void fiber_switch(void** save, void* to);
 extern "C" [[noreturn]] void fiber_jump(void* to);  // leaves the running stack for good
 extern "C" void fiber_entry();                      // calls the function that fiber_prepare left in rbx
 
-asm(R"(
-    .text
-    .globl fiber_switch, fiber_jump, fiber_entry
-    .hidden fiber_switch, fiber_jump, fiber_entry
-fiber_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rdi
-fiber_jump:
-    movq %rdi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-fiber_entry:
-    callq *%rbx
-    ud2
-)");
-
 // The stack pointer with which a switch to a fresh stack starts in `entry`, which must never return.
 inline void* fiber_prepare(void* stack_top, void (*entry)()) {
     auto* frame = static_cast<uint64_t*>(stack_top) - 7;

@@ -1,6 +1,7 @@
 // The running dispatch, as the scheduler and the instrumentation's callbacks share it.
 #pragma once
 
+#include "constants.h"
 #include "executor.h"
 #include "memory.h"
 
@@ -14,6 +15,7 @@ struct Dispatch {
     ExecutorReport* report;
     DeviceMemory device;
     ThreadgroupMemory threadgroup;
+    Constants constants;              // trace: of the kernel's library
     Clock device_clock, threadgroup_clock;
     uint32_t group[3];
     uint32_t* first_epochs;           // trace: device_clock.first_epoch of each threadgroup run so far, ascending,
@@ -26,6 +28,7 @@ struct Dispatch {
 };
 
 extern Dispatch running;
+extern void* scheduler_stack_pointer;
 
 // A new finding of this kind at this place, or null where the same was reported before or no room is left.
 ExecutorFinding* report_finding(ExecutorKind kind, const void* pc);

@@ -16,6 +16,7 @@ struct Where {
     int64_t offset;
     uint64_t size, object_size;
     Access access;
+    const char* name = nullptr;
 };
 
 ExecutorFinding* report_at(ExecutorKind kind, const Where& where) {
@@ -27,6 +28,7 @@ ExecutorFinding* report_at(ExecutorKind kind, const Where& where) {
     finding->size = where.size;
     finding->object_size = where.object_size;
     finding->store = where.access == Access::store;
+    finding->name = where.name;
     return finding;
 }
 
@@ -155,6 +157,19 @@ void check_threadgroup(uintptr_t address, size_t size, Access access, const void
           {clock.epoch, clock.first_epoch, running.threadgroup_step[running.simdgroup], uint16_t(running.thread_index)}, where);
 }
 
+void check_constant(uintptr_t address, size_t size, Access access, const void* pc) {
+    const Constant* constant = running.constants.at(address);
+    if (constant && address + size <= constant->begin + constant->size) return;
+    Where where = {pc, executor_nothing, ~0u, 0, size, 0, access};
+    if (constant) {
+        where.object = executor_constant_object;
+        where.offset = int64_t(address - constant->begin);
+        where.object_size = constant->size;
+        where.name = constant->name;
+    }
+    out_of_bounds(where);
+}
+
 // Anything else is private to a thread.
 inline void check_access(uintptr_t address, size_t size, Access access, const void* pc) {
     if (!running.thread || !size) return;
@@ -162,6 +177,8 @@ inline void check_access(uintptr_t address, size_t size, Access access, const vo
         check_threadgroup(address, size, access, pc);
     } else if (running.device.contains(address)) {
         check_device(address, size, access, pc);
+    } else if (running.constants.contains(address)) {
+        check_constant(address, size, access, pc);
     }
 }
 
