@@ -149,15 +149,20 @@ EDITS = [
 EQUIVALENT: dict[Edit, str] = {}
 
 
-def notice(edit: Edit) -> str | None:
-    """The first test that fails with the edit made, or None."""
+def copy(source: Path, target: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__", "build", ".hypothesis")
+    for name in ("metal", "csrc", "tests"):
+        shutil.copytree(source / name, target / name, ignore=ignore)
+    shutil.copy(source / "pyproject.toml", target)
+
+
+def first_failure(snapshot: Path, edit: Edit | None) -> str | None:
+    """The first test that fails with the edit made, or None where all pass."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        ignore = shutil.ignore_patterns("__pycache__", "build", ".hypothesis")
-        for name in ("metal", "csrc", "tests"):
-            shutil.copytree(ROOT / name, tree / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", tree)
-        edit.apply(tree / "metal")
+        copy(snapshot, tree)
+        if edit is not None:
+            edit.apply(tree / "metal")
         environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the package comes from this tree
         for tests in TESTS:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
@@ -169,20 +174,30 @@ def notice(edit: Edit) -> str | None:
     return None
 
 
+def run(edits: list[Edit], jobs: int, console: Console) -> list[Edit]:
+    """The edits that no test notices."""
+    survivors = []
+    with tempfile.TemporaryDirectory() as snapshot, ThreadPoolExecutor(jobs) as pool:
+        copy(ROOT, Path(snapshot))
+        if failed := first_failure(Path(snapshot), None):
+            raise SystemExit(f"{failed} fails without any edit")
+        results = pool.map(lambda edit: first_failure(Path(snapshot), edit), edits)
+        for edit, test in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
+            verdict = f"caught by {test}" if test else EQUIVALENT.get(edit, "SURVIVED")
+            console.print(f"{edit}\n    {verdict}", markup=False, highlight=False, soft_wrap=True)
+            if test is None:
+                survivors.append(edit)
+    return survivors
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="edits whose description contains this")
     parser.add_argument("-j", "--jobs", type=int, default=2)
     options = parser.parse_args()
     edits = [edit for edit in EDITS if options.only in str(edit)]
-    console, survivors = Console(), []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = pool.map(notice, edits)
-        for edit, test in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
-            verdict = f"caught by {test}" if test else EQUIVALENT.get(edit, "SURVIVED")
-            console.print(f"{edit}\n    {verdict}", markup=False, highlight=False, soft_wrap=True)
-            if test is None:
-                survivors.append(edit)
+    console = Console()
+    survivors = run(edits, options.jobs, console)
     proven = [edit for edit in survivors if edit in EQUIVALENT]
     console.print(f"{len(edits) - len(survivors)} of {len(edits)} caught, {len(proven)} proven equivalent")
     return int(len(survivors) > len(proven))
