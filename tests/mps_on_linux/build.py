@@ -1,0 +1,85 @@
+"""Builds the mps device, and Objective-C++ extensions by their own unmodified setup.py.
+
+Both use the system's libstdc++, as PyTorch does: an exception could not cross to another C++ library.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from metal_on_cpu.toolchain import HERE as METAL_ON_CPU
+from metal_on_cpu.toolchain import ToolError, cached
+from torch.utils.cpp_extension import include_paths
+
+HERE = Path(__file__).parent
+EXECUTOR = METAL_ON_CPU / "runtime"
+TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
+
+
+def run(command: Sequence[str | Path], **options: object) -> None:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
+    if done.returncode:
+        raise ToolError(f"{' '.join(words)}\n{done.stdout}")
+
+
+def device_library() -> Path:
+    """The mps device as a shared library; from the cache if it was built before."""
+    sources = sorted((HERE / "csrc").glob("*.cpp"))
+    headers = [*sorted((HERE / "csrc").glob("*.h")), *sorted(EXECUTOR.glob("*.h"))]
+    options = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter", f"-I{EXECUTOR}"]
+    options += [f"-isystem{path}" for path in include_paths()]
+
+    def build(path: Path) -> None:
+        def compile_one(source: Path) -> Path:
+            output = path.with_name(f"{source.stem}.o")
+            run(["g++", *options, "-c", source, "-o", output])
+            return output
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        torch_libraries = [f"-L{TORCH_LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH_LIBRARIES}"]
+        run(["g++", "-shared", "-Wl,-z,defs", *objects, *torch_libraries, "-o", path])
+
+    texts = [file.read_text() for file in [*sources, *headers]]
+    return cached("mps-device", [torch.__version__, *options, *texts], ".so", build)
+
+
+def extension(setup: Path, inputs: Sequence[Path]) -> Path:
+    """The one extension that ``setup``, a setup.py with Objective-C++ sources, builds; cached by it and its ``inputs``.
+
+    Load it by ``torch.ops.load_library`` after ``mps_on_linux.install()``.
+    """
+
+    def build(path: Path) -> None:
+        folder = path.parent
+        command = ["build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+        compiler = f"{sys.executable} {HERE / 'objcxx.py'}"
+        environment = os.environ | {"CC": compiler, "CXX": compiler, "LDSHARED": f"{compiler} -shared"}
+        environment["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        run([sys.executable, "-m", f"{__package__}.build", setup, *command], cwd=setup.parent, env=environment)
+        (built,) = (folder / "lib").rglob("*.so")
+        shutil.move(built, path)
+
+    texts = [file.read_text() for file in [setup, *inputs, HERE / "objcxx.py"]]
+    return cached(f"extension-{setup.parent.name}", [torch.__version__, *texts], ".so", build)
+
+
+def main() -> None:
+    """``build.py SETUP ARGUMENTS``: run a setup.py as it runs on a Mac, where PyTorch is built with MPS."""
+    torch._C._has_mps = True
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

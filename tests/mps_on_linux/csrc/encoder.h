@@ -1,0 +1,52 @@
+// The compute encoder of a command block: a kernel, its arguments, dispatches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "memory.h"
+#include "metal.h"
+
+namespace bench {
+
+struct Binding {
+    BlockPtr block;            // a buffer, at an offset ...
+    size_t offset = 0;
+    uint32_t itemsize = 1;
+    std::vector<char> bytes;  // ... or a constant that was copied
+};
+
+class Encoder {
+  public:
+    static Encoder& current();                      // of this thread's command block; throws outside of one
+    static Encoder& encoding(const Kernel* kernel);  // the same; throws unless it has started this kernel
+
+    void start(const Kernel* kernel);
+    void set_tensor(uint32_t index, const at::Tensor& tensor);
+    void set_bytes(uint32_t index, const void* data, size_t size);
+    // Threads of the whole grid and of a threadgroup, one to three dimensions.
+    void dispatch(c10::ArrayRef<uint64_t> threads, c10::ArrayRef<uint64_t> group);
+
+  private:
+    void check(const Binding& binding, const ExecutorParameter& parameter) const;
+    Binding& at(uint32_t index);
+
+    const Kernel* kernel_ = nullptr;
+    std::array<std::optional<Binding>, executor_buffers> bindings_;
+};
+
+// This thread encodes while one exists; other threads wait for their turn, as on the stream's serial dispatch queue.
+class CommandBlock {
+  public:
+    CommandBlock();
+    ~CommandBlock();
+
+  private:
+    Encoder encoder_;
+};
+
+}  // namespace bench

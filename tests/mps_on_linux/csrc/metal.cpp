@@ -1,0 +1,69 @@
+#include "metal.h"
+
+#include <c10/util/Exception.h>
+
+#include <atomic>
+#include <memory>
+
+#include "counters.h"
+#include "queue.h"
+
+namespace bench {
+namespace {
+
+BenchHost host;
+std::atomic<bool> enabled = true;
+std::atomic<uint32_t> order = executor_forward;
+thread_local std::string said, counters;
+
+}  // namespace
+
+ShaderLibrary* compile(const char* source) {
+    TORCH_CHECK(host.compile, "mps bench: no Metal compiler; call mps_on_linux.install()");
+    count(Event::library);
+    auto library = std::make_unique<ShaderLibrary>();
+    TORCH_CHECK(host.compile(source, library.get()) == 0, "Failed to create metal library, error: ", said);
+    return library.release();
+}
+
+void execute(const Kernel& kernel, ExecutorDispatch& dispatch) {
+    if (!enabled) return;
+    dispatch.launch = kernel.launch;
+    dispatch.order = order;
+    auto report = std::make_shared<ExecutorReport>();
+    host.execute(&dispatch, report.get());
+    if (report->complete && report->finding_count == 0) return;
+    throw CommandError{[id = kernel.id, report] {
+        host.describe(id, report.get());
+        return said;
+    }};
+}
+
+}  // namespace bench
+
+extern "C" {
+
+void bench_set_host(const BenchHost* host) { bench::host = *host; }
+
+void bench_set_execution(bool enabled, uint32_t order) {
+    bench::enabled = enabled;
+    bench::order = order;
+}
+
+void bench_add_kernel(bench::ShaderLibrary* library, const char* name, void (*launch)(const ExecutorThread*),
+                      uint32_t max_threads, const ExecutorParameter* parameters, uint32_t parameter_count, uint64_t id) {
+    bench::Kernel kernel{name, launch, max_threads, {}, id};
+    for (uint32_t i = 0; i < parameter_count; ++i) kernel.parameters.emplace(parameters[i].index, parameters[i]);
+    library->kernels.emplace(name, std::move(kernel));
+}
+
+void bench_say(const char* text) { bench::said = text; }
+
+void bench_reset_counters() { bench::reset_counters(); }
+
+const char* bench_counters() {
+    bench::counters = bench::counters_as_json();
+    return bench::counters.c_str();
+}
+
+}  // extern "C"
