@@ -6,7 +6,6 @@ Both use the system's libstdc++, as PyTorch does: an exception could not cross t
 from __future__ import annotations
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,14 @@ from torch.utils.cpp_extension import include_paths
 HERE = Path(__file__).parent
 EXECUTOR = METAL_ON_CPU / "runtime"
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
+
+# A setup.py as it runs on a Mac, where PyTorch is built with MPS and its BuildExtension takes Objective-C++.
+RUN_SETUP = """
+import runpy, sys, torch
+torch._C._has_mps = True
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def run(command: Sequence[str | Path], **options: object) -> None:
@@ -61,25 +68,15 @@ def extension(setup: Path, inputs: Sequence[Path]) -> Path:
 
     def build(path: Path) -> None:
         folder = path.parent
-        command = ["build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
-        compiler = f"{sys.executable} {HERE / 'objcxx.py'}"
-        environment = os.environ | {"CC": compiler, "CXX": compiler, "LDSHARED": f"{compiler} -shared"}
+        compiler = folder / "objcxx"  # ninja takes one word
+        compiler.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "objcxx.py"}" "$@"\n')
+        compiler.chmod(0o755)
+        environment = os.environ | {"CC": str(compiler), "CXX": str(compiler), "LDSHARED": f"{compiler} -shared"}
         environment["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-        run([sys.executable, "-m", f"{__package__}.build", setup, *command], cwd=setup.parent, env=environment)
+        command = ["build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+        run([sys.executable, "-c", RUN_SETUP, setup.name, *command], cwd=setup.parent, env=environment)
         (built,) = (folder / "lib").rglob("*.so")
         shutil.move(built, path)
 
     texts = [file.read_text() for file in [setup, *inputs, HERE / "objcxx.py"]]
     return cached(f"extension-{setup.parent.name}", [torch.__version__, *texts], ".so", build)
-
-
-def main() -> None:
-    """``build.py SETUP ARGUMENTS``: run a setup.py as it runs on a Mac, where PyTorch is built with MPS."""
-    torch._C._has_mps = True
-    del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()
