@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .mps import extension
 from .nn import LoRALinear
 from .ops.lora_linear import lora_linear
 
 if TYPE_CHECKING:
     from .peft import patch_peft, unpatch_peft
+
+extension.load()
 
 __version__ = "0.1.0"
 __all__ = ["LoRALinear", "lora_linear", "patch_peft", "unpatch_peft"]

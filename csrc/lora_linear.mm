@@ -1,0 +1,335 @@
+// lora_linear on device "mps": the kernels of _lora_linear and lora_linear_backward, which torch_fused_lora/ops defines.
+//
+// No synchronisation, no commit, no read of device memory: check, plan, allocate, encode.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "mps_kernels.h"
+#include "operands.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+namespace torch_fused_lora {
+namespace {
+
+std::atomic<uint64_t> contiguous_copies{0};
+
+// ---------------------------------------------------------------------------------------------- operators of torch's
+
+template <typename Result, typename... Arguments>
+Result call(const char* name, const char* overload, const Arguments&... arguments) {
+  StableIValue stack[] = {torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Result>(stack[0]);
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  return call<Tensor>("aten::linear", "", x, weight, bias);
+}
+
+Tensor multiply(const Tensor& a, const Tensor& b) { return call<Tensor>("aten::mul", "Tensor", a, b); }
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) { return torch::stable::new_empty(like, shape); }
+
+std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
+  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+// -------------------------------------------------------------------------------------------------------------- checks
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    default: return "another dtype";
+  }
+}
+
+void expect(bool holds, const char* name, const Tensor& got, const std::string& expected) {
+  if (holds) return;
+  STD_TORCH_CHECK(
+      false, "lora_linear: ", name, ": expected ", expected, "; got shape ", shape_of(got), ", ",
+      name_of(got.scalar_type()), got.is_cpu() ? ", on cpu" : ", on mps");
+}
+
+bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
+  int64_t d = 0;
+  for (int64_t size : shape) {
+    if (tensor.size(d++) != size) return false;
+  }
+  return true;
+}
+
+Scalar scalar(ScalarType dtype) {
+  return dtype == ScalarType::Float ? Scalar::float32 : dtype == ScalarType::Half ? Scalar::float16 : Scalar::bfloat16;
+}
+
+bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+/// What set_arg_tensor binds as a constant: a 0-dim tensor whose storage starts with its value.
+Tensor constant(const Tensor& tensor) {
+  return tensor.is_cpu() && tensor.storage_offset() != 0 ? torch::stable::clone(tensor) : tensor;
+}
+
+void check_adapters(
+    const Tensor& like, const char* like_name, int64_t K, int64_t N, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
+    const std::vector<int64_t>& ranks) {
+  const std::string k = std::to_string(K), n = std::to_string(N);
+  expect(is_supported(like.scalar_type()), like_name, like, "float16, bfloat16 or float32, which device mps has");
+  expect(lora_A.dim() == 2 && lora_A.size(1) == K && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, " + k + ")");
+  const int64_t r = lora_A.size(0);
+  expect(has_shape(lora_B, {N, r}), "lora_B", lora_B, "shape (" + n + ", " + std::to_string(r) + ")");
+  const ScalarType dtype = lora_A.scalar_type();
+  const std::string like_dtype = name_of(like.scalar_type());
+  expect(
+      !lora_A.is_cpu() && (dtype == like.scalar_type() || dtype == ScalarType::Float), "lora_A", lora_A,
+      like_dtype + " or torch.float32, on mps");
+  expect(
+      !lora_B.is_cpu() && lora_B.scalar_type() == dtype, "lora_B", lora_B,
+      std::string("lora_A's dtype ") + name_of(dtype) + ", on mps");
+  expect(scaling.dim() == 0 && scaling.scalar_type() == ScalarType::Float, "scaling", scaling, "a 0-dim float32 tensor");
+  if (!seed.has_value()) return;
+  expect(
+      seed->dim() == 0 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(), "seed", *seed,
+      "a 0-dim int64 tensor on the CPU");
+  int64_t sum = ranks.empty() ? r : 0;
+  for (int64_t rank : ranks) sum += rank;
+  STD_TORCH_CHECK(
+      sum == r && dropout_p.size() == (ranks.empty() ? 1 : ranks.size()), "lora_linear: ranks: expected one for each of ",
+      dropout_p.size(), " dropout_p, ", r, " in all; got ", ranks.size(), " that sum to ", sum);
+  for (double p : dropout_p) {
+    STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "lora_linear: dropout_p: expected probabilities in [0, 1); got ", p);
+  }
+}
+
+/// The parts of a Problem that forward and backward share. Keeps the ranks that it points to.
+struct Layer {
+  std::vector<uint32_t> ranks;
+  std::vector<double> dropout_p;
+  Rows lora_A, lora_B;
+  Problem problem = {};
+
+  Layer(
+      ScalarType dtype, const Tensor& A, const Tensor& B, const OptionalTensor& seed, const std::vector<double>& p,
+      const std::vector<int64_t>& adapter_ranks)
+      : ranks(adapter_ranks.begin(), adapter_ranks.end()), dropout_p(p), lora_A(rows_of(A)), lora_B(rows_of(B)) {
+    problem.dtype = scalar(dtype);
+    problem.adapter_dtype = scalar(A.scalar_type());
+    problem.lora_A = lora_A.operand;
+    problem.lora_B = lora_B.operand;
+    problem.weight.rows = problem.dy.cols = static_cast<uint64_t>(B.size(0));
+    problem.weight.cols = problem.x.cols = static_cast<uint64_t>(A.size(1));
+    problem.gpu_cores = gpu_cores();
+    if (!seed.has_value()) return;
+    if (ranks.empty()) ranks.push_back(static_cast<uint32_t>(A.size(0)));
+    problem.adapters = static_cast<uint32_t>(ranks.size());
+    problem.ranks = ranks.data();
+    problem.dropout_p = dropout_p.data();
+  }
+
+  Layer(const Layer&) = delete;
+};
+
+// ------------------------------------------------------------------------------------------------------------- kernels
+
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
+    const std::vector<int64_t>& ranks, bool save_h) {
+  expect(weight.dim() == 2, "weight", weight, "shape (N, K)");
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const std::string because = ", since weight is " + shape_of(weight);
+  expect(x.dim() >= 1 && x.size(x.dim() - 1) == K, "x", x, "shape (..., " + std::to_string(K) + ")" + because);
+  expect(
+      weight.scalar_type() == x.scalar_type() && !weight.is_cpu(), "weight", weight,
+      std::string("x's dtype ") + name_of(x.scalar_type()) + ", on mps");
+  if (bias.has_value()) {
+    expect(
+        has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias,
+        "shape (" + std::to_string(N) + ",), x's dtype and device");
+  }
+  check_adapters(x, "x", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+
+  Layer layer(x.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
+  Problem& problem = layer.problem;
+  const Rows x_rows = rows_of(x);
+  problem.x = x_rows.operand;
+  if (weight.stride(1) == 1 || K == 1) problem.weight = rows_of(weight).operand;  // as it is: what lora_decode reads
+  problem.save_h = save_h;
+  problem.has_bias = bias.has_value();
+  problem.bias_stride = bias.has_value() ? static_cast<uint64_t>(bias->stride(0)) : 0;
+  const int64_t M = static_cast<int64_t>(problem.x.rows);
+  const Tensor h = empty(save_h ? std::vector<int64_t>{M, lora_A.size(0)} : std::vector<int64_t>{0}, lora_A);
+  const Binding h_binding = save_h ? Binding(h) : std::nullopt;
+  if (M == 0 || N == 0) return {empty(with_last(x, N), x), h};
+
+  if (tfl_decodes(&problem)) {
+    const Tensor y = empty(with_last(x, N), x);
+    const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_decode(&problem, i, l, n); };
+    encode({{plan_all(plan),
+             {x_rows.tensor, weight, bias, layer.lora_A.tensor, layer.lora_B.tensor, y, h_binding},
+             {constant(scaling)}}});
+    return {y, h};
+  }
+  const Tensor y = torch::stable::contiguous(linear(x, weight, bias));
+  problem.y_offset = static_cast<uint64_t>(y.storage_offset());
+  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_delta(&problem, i, l, n); };
+  encode({{plan_all(plan),
+           {x_rows.tensor, layer.lora_A.tensor, layer.lora_B.tensor, y, h_binding},
+           {constant(scaling), seed.has_value() ? Binding(constant(*seed)) : std::nullopt}}});
+  return {y, h};
+}
+
+/// dA and dB, those asked for: one launch, and one more where the rows were split.
+Batch plan_gradients(
+    const Problem& problem, const Tensor& grad, const Binding& x, const Binding& z, const Binding& h,
+    const Binding& dA, const Binding& dB, const Tensor& scaling, const Binding& seed, Batch* sum) {
+  uint32_t splits = 1;
+  std::vector<Launch> launches = plan_all([&](uint32_t i, Launch* l, uint32_t* n) {
+    return tfl_plan_grad(&problem, dA.has_value(), dB.has_value(), i, l, n, &splits);
+  });
+  Binding partial_dA = dA, partial_dB = dB;
+  if (splits > 1) {
+    const auto partial = [&](const Tensor& whole) {
+      const std::vector<int64_t> shape = {splits, whole.size(0), whole.size(1)};
+      return torch::stable::new_empty(whole, shape, ScalarType::Float);
+    };
+    if (dA.has_value()) partial_dA = partial(*dA);
+    if (dB.has_value()) partial_dB = partial(*dB);
+    *sum = {{launches.back()}, {dA ? partial_dA : partial_dB, partial_dB, dA, dB}, {}};
+    launches.pop_back();
+  }
+  return {launches, {x ? x : Binding(grad), z, grad, h, partial_dA, partial_dB}, {scaling, seed}};
+}
+
+std::vector<Tensor> backward(
+    const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& h, const OptionalTensor& seed,
+    const std::vector<double>& dropout_p, const std::vector<int64_t>& ranks, const std::vector<bool>& needs) {
+  STD_TORCH_CHECK(needs.size() == 6, "lora_linear_backward: needs: expected 6 flags, got ", needs.size());
+  const bool need_x = needs[0], need_weight = needs[1], need_bias = needs[2], need_A = needs[3], need_B = needs[4],
+             need_scaling = needs[5];
+  expect(lora_A.dim() == 2 && lora_B.dim() == 2, "lora_A", lora_A, "two dimensions, as lora_B");
+  const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
+  expect(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., " + std::to_string(N) + ")");
+  check_adapters(grad, "grad", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+  Layer layer(grad.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
+  Problem& problem = layer.problem;
+  const Rows dy = rows_of(grad);
+  problem.dy = dy.operand;
+  problem.x.rows = dy.operand.rows;
+  const int64_t M = static_cast<int64_t>(dy.operand.rows);
+  const auto given = [&](const char* name, const OptionalTensor& tensor, bool shape_fits) {
+    STD_TORCH_CHECK(tensor.has_value(), "lora_linear_backward: ", name, ": expected a tensor for these needs, got None");
+    expect(shape_fits, name, *tensor, "the shape that grad, lora_A and lora_B imply");
+  };
+  if (need_A || need_weight) {
+    given("x", x, x.has_value() && x->dim() == grad.dim() && x->size(x->dim() - 1) == K && x->numel() == M * K);
+  }
+  if (need_x) given("weight", weight, weight.has_value() && has_shape(*weight, {N, K}));
+  if (need_B || need_scaling) given("h", h, h.has_value() && has_shape(*h, {M, r}));
+
+  const bool empty_sum = M == 0;
+  const auto fresh = [&](const std::vector<int64_t>& shape, const Tensor& like) {
+    return empty_sum ? torch::stable::new_zeros(like, shape) : empty(shape, like);
+  };
+  std::vector<Batch> batches;
+  Binding dx, dA, dB, z, unscaled_dB;
+  const Tensor scale = constant(scaling);
+  const Binding seed_binding = seed.has_value() ? Binding(constant(*seed)) : std::nullopt;
+  if (need_x) dx = torch::stable::contiguous(torch::stable::matmul(grad, *weight));
+  if (need_A) dA = fresh({r, K}, lora_A);
+  if (need_B && !need_scaling) dB = fresh({N, r}, lora_B);
+  if (need_scaling) unscaled_dB = fresh({N, r}, lora_B);
+
+  if (!empty_sum && (need_x || need_A)) {
+    if (need_A) z = empty({M, r}, lora_A);
+    problem.save_h = need_A;
+    problem.y_offset = need_x ? static_cast<uint64_t>(dx->storage_offset()) : 0;
+    const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) {
+      return tfl_plan_delta_dx(&problem, !need_x, i, l, n);
+    };
+    batches.push_back(
+        {plan_all(plan), {dy.tensor, layer.lora_B.tensor, layer.lora_A.tensor, dx, z}, {scale, seed_binding}});
+  }
+  std::optional<Rows> x_rows, h_rows;
+  if (need_A) {
+    x_rows = rows_of(*x);
+    problem.x = x_rows->operand;
+  }
+  const Binding x_binding = x_rows ? Binding(x_rows->tensor) : std::nullopt;
+  const Binding h_binding = h.has_value() ? Binding(torch::stable::contiguous(*h)) : std::nullopt;
+  const auto add_gradients = [&](const Binding& for_A, const Binding& for_B, const Tensor& factor) {
+    if (empty_sum || (!for_A && !for_B)) return;
+    Batch sum;
+    batches.push_back(plan_gradients(
+        problem, dy.tensor, x_binding, z, h_binding, for_A, for_B, factor, seed_binding, &sum));
+    if (!sum.launches.empty()) batches.push_back(sum);
+  };
+  add_gradients(dA, dB, scale);
+  if (need_scaling) {
+    const std::vector<int64_t> no_dimensions;
+    add_gradients(
+        std::nullopt, unscaled_dB,
+        torch::stable::full(no_dimensions, 1.0, ScalarType::Float, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+  }
+  encode(batches);
+
+  const auto matrix = [](const Tensor& tensor) {
+    const std::vector<int64_t> shape = {-1, tensor.size(tensor.dim() - 1)};
+    return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, shape);
+  };
+  std::vector<Tensor> found;
+  if (need_x) found.push_back(*dx);
+  if (need_weight) found.push_back(torch::stable::matmul(transposed(matrix(grad)), matrix(*x)));
+  if (need_bias) {
+    const std::vector<int64_t> rows = {0};
+    found.push_back(torch::stable::sum(matrix(grad), rows));
+  }
+  if (need_A) found.push_back(*dA);
+  if (need_B) found.push_back(dB ? *dB : torch::stable::to(multiply(*unscaled_dB, scaling), lora_B.scalar_type()));
+  if (need_scaling) {
+    const Tensor wide = torch::stable::to(*unscaled_dB, ScalarType::Float);
+    const Tensor total = torch::stable::sum(multiply(wide, lora_B));
+    found.push_back(torch::stable::to(total, scaling.device()));
+  }
+  return found;
+}
+
+}  // namespace
+
+void count_contiguous_copy() { ++contiguous_copies; }
+
+STABLE_TORCH_LIBRARY_IMPL(torch_fused_lora, MPS, m) {
+  m.impl("_lora_linear", TORCH_BOX(&forward));
+  m.impl("lora_linear_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace torch_fused_lora
+
+uint64_t tfl_contiguous_copies() { return torch_fused_lora::contiguous_copies; }

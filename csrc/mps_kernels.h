@@ -1,0 +1,45 @@
+// Running what the launch plan says: a cache of compiled kernels, and their encoding onto torch's MPS stream.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "launch_plan.h"
+
+namespace torch_fused_lora {
+
+/// What is bound at a kernel's tensor index; none for a tensor that the launch does not use.
+using Binding = std::optional<torch::stable::Tensor>;
+
+/// Launches that share their tensors: device buffers first, then 0-dim tensors in constant memory, on the CPU or not.
+struct Batch {
+  std::vector<Launch> launches;
+  std::vector<Binding> buffers, constants;
+};
+
+/// All dispatches of a problem: `plan(index, &launch, &count)` is one of the functions of launch_plan.h. Throws what it
+/// refuses with.
+std::vector<Launch> plan_all(const std::function<const char*(uint32_t, Launch*, uint32_t*)>& plan);
+
+/// Encodes the batches in order, in one command block. Compiles what is not compiled yet; no synchronisation, no commit.
+/// Throws where a kernel does not compile or a call of the shim fails, naming the kernel, torch's and the system's
+/// version; the process stays usable, and a kernel that did not compile is tried again by the next call.
+void encode(const std::vector<Batch>& batches);
+
+/// The GPU's cores, which tfl_configure was told.
+uint32_t gpu_cores();
+
+}  // namespace torch_fused_lora
+
+extern "C" {
+/// Once, before the first call: the GPU's number of cores, and the versions that error messages name.
+__attribute__((visibility("default"))) void tfl_configure(uint32_t gpu_cores, const char* platform);
+/// How many kernels are compiled so far, and how many contiguous copies of operands were made.
+__attribute__((visibility("default"))) uint64_t tfl_compiled_kernels();
+__attribute__((visibility("default"))) uint64_t tfl_contiguous_copies();
+}

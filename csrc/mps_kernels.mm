@@ -1,0 +1,154 @@
+#include "mps_kernels.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace torch_fused_lora {
+namespace {
+
+std::atomic<uint32_t> cores{8};
+std::mutex mutex;  // of what follows
+std::string platform = "unknown torch and system";
+std::map<const char*, AOTIMetalKernelFunctionHandle> kernels;  // by Launch::source, one string a kernel
+
+[[noreturn]] void fail(const char* kernel, const char* what, const std::string& reason) {
+  throw std::runtime_error(
+      std::string("torch_fused_lora: kernel ") + kernel + ": " + what + " failed (" + platform + ")" +
+      (reason.empty() ? "" : ": " + reason));
+}
+
+/// torch's own text for the last failed call, where the running torch offers it.
+std::string last_error() {
+#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+  return torch_exception_get_what_without_backtrace();
+#else
+  return "torch printed its reason to stderr";
+#endif
+}
+
+/// The launch's compiled kernel. torch's own pipeline cache has no lock, hence ours; the libraries are never deleted.
+AOTIMetalKernelFunctionHandle compiled(const Launch& launch) {
+  std::lock_guard<std::mutex> lock(mutex);
+  AOTIMetalKernelFunctionHandle& kernel = kernels[launch.source];
+  if (kernel == nullptr) {
+    AOTIMetalShaderLibraryHandle library = nullptr;
+    if (aoti_torch_mps_create_shader_library(launch.source, &library) != AOTI_TORCH_SUCCESS) {
+      fail(launch.kernel, "compiling it", last_error());
+    }
+    if (aoti_torch_mps_get_kernel_function(library, launch.kernel, &kernel) != AOTI_TORCH_SUCCESS) {
+      kernel = nullptr;
+      const std::string reason = last_error();
+      aoti_torch_mps_delete_shader_library(library);
+      fail(launch.kernel, "finding it in its library", reason);
+    }
+  }
+  return kernel;
+}
+
+/// One dispatch with its kernel, and the first call of the shim that failed.
+struct Encoding {
+  const Batch* batch;
+  const Launch* launch;
+  AOTIMetalKernelFunctionHandle kernel;
+};
+
+struct Block {
+  std::vector<Encoding> encodings;
+  const Encoding* failed = nullptr;
+  const char* call = nullptr;
+  std::string reason;
+};
+
+const char* encode_one(const Encoding& encoding) {
+  const auto& [batch, launch, kernel] = encoding;
+  if (aoti_torch_mps_start_encoding(kernel) != AOTI_TORCH_SUCCESS) return "start_encoding";
+  unsigned index = 0;
+  // Metal wants something bound for the tensors that are not used, too: the first one, or a zero.
+  const Binding& first = batch->buffers.front();
+  for (const Binding& buffer : batch->buffers) {
+    const AtenTensorHandle tensor = (buffer ? *buffer : *first).get();
+    if (aoti_torch_mps_set_arg_tensor(kernel, index++, tensor) != AOTI_TORCH_SUCCESS) return "set_arg_tensor";
+  }
+  for (const Binding& constant : batch->constants) {
+    const auto status = constant ? aoti_torch_mps_set_arg_tensor(kernel, index, constant->get())
+                                 : aoti_torch_mps_set_arg_int(kernel, index, 0);
+    if (status != AOTI_TORCH_SUCCESS) return "set_arg of a constant";
+    ++index;
+  }
+  for (uint32_t i = 0; i < launch->word_count; ++i) {
+    const int64_t word = static_cast<int64_t>(launch->words[i]);
+    if (aoti_torch_mps_set_arg_int(kernel, index++, word) != AOTI_TORCH_SUCCESS) return "set_arg_int";
+  }
+  const uint64_t threads[3] = {launch->threads[0], launch->threads[1], launch->threads[2]};
+  const uint64_t group[3] = {launch->group[0], launch->group[1], launch->group[2]};
+  if (aoti_torch_mps_dispatch_array_with_group_size(kernel, threads, 3, group, 3) != AOTI_TORCH_SUCCESS) {
+    return "dispatch";
+  }
+  return nullptr;
+}
+
+/// Runs on the stream's queue, where no exception may pass: what failed is told afterwards.
+void encode_block(AOTIMetalKernelFunctionHandle, void* user_data) {
+  Block& block = *static_cast<Block*>(user_data);
+  for (const Encoding& encoding : block.encodings) {
+    block.call = encode_one(encoding);
+    if (block.call != nullptr) {
+      block.failed = &encoding;
+      block.reason = last_error();
+      return;
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<Launch> plan_all(const std::function<const char*(uint32_t, Launch*, uint32_t*)>& plan) {
+  std::vector<Launch> launches;
+  uint32_t count = 1;
+  while (launches.size() < count) {
+    Launch launch = {};
+    if (const char* error = plan(static_cast<uint32_t>(launches.size()), &launch, &count)) {
+      throw std::runtime_error(std::string("torch_fused_lora: ") + error);
+    }
+    launches.push_back(launch);
+  }
+  return launches;
+}
+
+void encode(const std::vector<Batch>& batches) {
+  Block block;
+  for (const Batch& batch : batches) {
+    for (const Launch& launch : batch.launches) {
+      block.encodings.push_back({&batch, &launch, compiled(launch)});
+    }
+  }
+  if (block.encodings.empty()) return;
+  const Encoding& first = block.encodings.front();
+  if (aoti_torch_mps_run_command_block(first.kernel, encode_block, &block) != AOTI_TORCH_SUCCESS) {
+    fail(first.launch->kernel, "run_command_block", last_error());
+  }
+  if (block.failed != nullptr) fail(block.failed->launch->kernel, block.call, block.reason);
+}
+
+uint32_t gpu_cores() { return cores; }
+
+}  // namespace torch_fused_lora
+
+void tfl_configure(uint32_t gpu_cores, const char* platform) {
+  std::lock_guard<std::mutex> lock(torch_fused_lora::mutex);
+  torch_fused_lora::cores = gpu_cores > 0 ? gpu_cores : 8;
+  torch_fused_lora::platform = platform;
+}
+
+uint64_t tfl_compiled_kernels() {
+  std::lock_guard<std::mutex> lock(torch_fused_lora::mutex);
+  uint64_t count = 0;
+  for (const auto& [source, kernel] : torch_fused_lora::kernels) count += kernel != nullptr;
+  return count;
+}

@@ -1,0 +1,43 @@
+"""Builds the Objective-C++ extension where PyTorch is built with MPS; everywhere else the package is plain Python.
+
+The metadata stands in pyproject.toml.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc"))
+from embed_metal import embed  # noqa: E402
+
+TORCH_TARGET = "0x020b000000000000"  # 2.11: the stable ABI that one binary serves every later torch with
+
+
+def extension_build():
+    """The extension and its build command; nothing where there is no MPS to build for."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:  # pyproject.toml asks for torch at build time on a Mac only
+        return {}
+    if not torch.backends.mps.is_built():
+        return {}
+    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "14.0")
+    sources = ROOT / "build" / "metal_sources.cpp"
+    embed(ROOT / "metal", sources)
+    extension = CppExtension(
+        "torch_fused_lora._mps",
+        ["csrc/lora_linear.mm", "csrc/mps_kernels.mm", "csrc/launch_plan.cpp", str(sources.relative_to(ROOT))],
+        extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    }
+
+
+setup(**extension_build())
