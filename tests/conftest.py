@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import mps_on_linux
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +14,36 @@ from hypothesis import settings
 # Shared, noisy machines: no deadline; the same examples on every run, so that a failure is everybody's.
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
+
+ROOT = Path(__file__).parent.parent
+
+
+def _install_mps() -> str | None:
+    """Give this process device "mps" and the extension, before torch_fused_lora looks for them; or why it has none."""
+    if torch.backends.mps.is_built():  # a Mac: the real ones
+        return None if torch.backends.mps.is_available() else "this Mac has no MPS"
+    if shutil.which("g++") is None:
+        return "the mps bench is compiled by g++, which is not installed"
+    mps_on_linux.install()
+    sources = [*sorted((ROOT / "csrc").glob("*.*")), *sorted((ROOT / "metal").glob("*.*"))]
+    os.environ["TORCH_FUSED_LORA_MPS"] = str(mps_on_linux.extension(ROOT / "setup.py", sources))
+    return None
+
+
+_why_no_mps = _install_mps()
+
+
+@pytest.fixture
+def mps() -> torch.device:
+    """Device "mps" with the extension: the bench on Linux, the real one on a Mac."""
+    if _why_no_mps:
+        pytest.skip(_why_no_mps)
+    return torch.device("mps")
+
+
+@pytest.fixture(params=["cpu", "mps"])
+def device(request) -> torch.device:
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("mps")
 
 
 @pytest.fixture(autouse=True)
