@@ -325,12 +325,13 @@ def test_finding_names_line_thread_and_threadgroup():
 
 def test_overrun_of_a_program_scope_constant():
     table = "constant constexpr float TABLE[6] = {1, 2, 3, 4, 5, 6};\nconstant float OTHER[4] = {1, 2, 3, 4};\n"
-    k = kernel("device float* y, uint i [[thread_position_in_grid]]", "y[i] = TABLE[i] + OTHER[i % 4];", table)
+    body = "constant const float* table = TABLE;\ny[i] = table[i] + OTHER[i % 4];"
+    k = kernel("device float* y, uint i [[thread_position_in_grid]]", body, table)
     y = torch.zeros(6)
     assert run(k, 6, y, trace=True).findings == []
     assert y.tolist() == [2, 4, 6, 8, 6, 8]
     (finding,) = run(k, 7, torch.zeros(7), trace=True).findings
-    assert (finding.kind, finding.line, finding.thread) == ("out-of-bounds", 7, (6, 0, 0))
+    assert (finding.kind, finding.line, finding.thread) == ("out-of-bounds", 8, (6, 0, 0))
     assert "byte 24 of constant TABLE, which has 24 bytes" in finding.message
 
 

@@ -168,7 +168,45 @@ SQUARE = Program(
     group=32,
 )
 
-PROGRAMS = [REVERSE, ROW_SUM, TILES, ROTATE, EXCHANGE, SQUARE]
+# Two tiles, reached by index and by pointer, and an array of each thread.
+PAIRS = Program(
+    """
+[[kernel]] void pairs(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                      uint t [[thread_index_in_threadgroup]]) {
+    threadgroup float low[4][8];
+    threadgroup float high[4][8];
+    const threadgroup float* lows = &low[0][0];
+    low[t / 8][t % 8] = x[t];
+    high[t / 8][t % 8] = x[t + 32];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const float both[2] = {lows[31 - t], high[t / 16][7 - t % 8]};
+    y[t] = both[t & 1] + both[1 - (t & 1)];
+}
+""",
+    x=ramp(64),
+    y=ramp(32).flip(0) + 32 + (8 * (torch.arange(32) // 16) + 8 - torch.arange(32) % 8),
+    threads=32,
+    group=32,
+)
+
+# Seven elements of two bytes: the last 16 bytes are not full, and no guard page is near.
+COPY = Program(
+    """
+[[kernel]] void copy(device const bfloat* x [[buffer(0)]], device bfloat* y [[buffer(1)]],
+                     constant uint& count [[buffer(2)]], uint i [[thread_position_in_grid]]) {
+    if (i < count) {
+        y[i] = x[i];
+    }
+}
+""",
+    x=ramp(7).bfloat16(),
+    y=ramp(7).bfloat16(),
+    threads=32,
+    group=32,
+    more=((7).to_bytes(4, "little"),),
+)
+
+PROGRAMS = [REVERSE, ROW_SUM, TILES, ROTATE, EXCHANGE, SQUARE, PAIRS, COPY]
 
 
 @dataclass(frozen=True)
@@ -238,6 +276,17 @@ BUGS = [
     Bug(REVERSE, "threadgroup store, one past", "tile[t] =", "tile[t + 1] =", "out-of-bounds", "tile[t + 1]", "wrong"),
     Bug(REVERSE, "threadgroup load, one past", "- 1 - t]", "- t]", "out-of-bounds", "y[i] =", "wrong"),
     Bug(REVERSE, "threadgroup load, far past", "- 1 - t]", "+ 200 - t]", "out-of-bounds", "y[i] =", "wrong"),
+    Bug(REVERSE, "device load, megabytes past", "x[i]", "x[i + (1u << 20)]", "out-of-bounds", "tile[t] =", "stops"),
+    Bug(REVERSE, "device store, gigabytes past", "y[i] =", "y[i + 0xf0000000] =", "out-of-bounds", "y[i +", "stops"),
+    Bug(COPY, "short tail, one past", "i < count", "i <= count", "out-of-bounds", "y[i] =", "right"),
+    Bug(COPY, "short tail, wide load", "y[i] = x[i];",
+        "bfloat4 v = ((device const bfloat4*)x)[i / 4];\n        y[i] = v[0] + v[1] + v[2] + v[3];", "out-of-bounds",
+        "bfloat4 v =", "wrong"),
+    Bug(PAIRS, "threadgroup load by pointer, one past", "31 - t]", "32 - t]", "out-of-bounds", "both[2] =", "wrong"),
+    Bug(PAIRS, "threadgroup load by pointer, in the other array", "31 - t]", "32 + 8 * 32 + t]", "out-of-bounds",
+        "both[2] =", "wrong"),
+    Bug(PAIRS, "end of a row, inside the tile", "7 - t % 8]", "8 - t % 8]", "out-of-bounds", "both[2] =", "wrong"),
+    Bug(PAIRS, "array of a thread, one past", "both[1 -", "both[2 -", "out-of-bounds", "y[t] =", "wrong"),
     Bug(REVERSE, "constant load, one past", "shape[0]", "shape[1]", "out-of-bounds", "y[i] =", "stops"),
     Bug(REVERSE, "constant load, far past", "shape[0]", "shape[4096]", "out-of-bounds", "y[i] =", "stops"),
     # ---- divergence

@@ -14,7 +14,7 @@ ORDERS = {"forward": 0, "reverse": 1, "permuted": 2}
 KINDS = (
     *("race", "group-race", "uninitialised", "out-of-bounds", "divergent-barrier", "divergent-simd", "limit", "fault"),
 )
-NOTHING, BUFFER_OBJECT, THREADGROUP_OBJECT, CONSTANT_OBJECT = range(4)
+NOTHING, BUFFER_OBJECT, THREADGROUP_OBJECT, CONSTANT_OBJECT, ARRAY_OBJECT = range(5)
 u32, u64, i64 = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64
 
 

@@ -103,6 +103,10 @@ def describe(found: abi.RawFinding, names: dict[int, str], variables: Sequence[t
         case "uninitialised":
             return f"{at}, which the threadgroup has not stored before"
         case "out-of-bounds":
+            if found.object == abi.NOTHING:
+                return "an address far from every buffer, variable and constant"
+            if found.object == abi.ARRAY_OBJECT:
+                return f"index {found.offset} of {found.name.decode()}"
             if not found.size:  # a guard page: the size of the access is not known
                 return f"access at byte {found.offset} of {place}, which has {found.object_size} bytes"
             if 0 <= found.offset <= found.object_size - found.size:

@@ -35,7 +35,7 @@ METAL_CODE = [
 FAST = ["-O2"]
 # Every access calls the runtime: address sanitizer's checks, outlined, with none of its own runtime.
 TRACE = [
-    *["-O1", "-fno-vectorize", "-fno-slp-vectorize", "-fsanitize=kernel-address"],
+    *["-O1", "-fno-vectorize", "-fno-slp-vectorize", "-fsanitize=kernel-address,array-bounds"],
     *["-mllvm", "-asan-instrumentation-with-call-threshold=0", "-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"],
     *["-mllvm", "-asan-opt-same-temp=0", "-mllvm", "-asan-stack=0"],
 ]

@@ -37,14 +37,16 @@ enum ExecutorKind {
     executor_divergent_simd, executor_limit, executor_fault,
 };
 
-enum ExecutorObject { executor_nothing, executor_buffer_object, executor_threadgroup_object, executor_constant_object };
+enum ExecutorObject {
+    executor_nothing, executor_buffer_object, executor_threadgroup_object, executor_constant_object, executor_array_object,
+};
 
 struct ExecutorFinding {
     uint32_t kind;                // ExecutorKind
     uint32_t object;              // ExecutorObject
     uint32_t index;               // buffer index, or site of the threadgroup variable; ~0u where none is hit
     uint32_t store;               // the access was a store
-    int64_t offset;               // of the access in the object, bytes
+    int64_t offset;               // of the access in the object, bytes; of executor_array_object, the index
     uint64_t size;                // of the access, or of the threadgroup memory for executor_limit
     uint64_t object_size;
     uint64_t pc;                  // of the access in the kernel's library, relative to its load address

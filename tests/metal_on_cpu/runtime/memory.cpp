@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr size_t guard_span = 1 << 20;
+// As far as a 32-bit index of floats reaches. Findings name the nearest buffer where an access is close to it.
+constexpr size_t guard_span = size_t{1} << 34, named_span = 1 << 20;
 
 void* reserve(size_t size, int protection) {
     void* memory = mmap(nullptr, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -86,8 +87,7 @@ void DeviceMemory::open(const ExecutorDispatch& dispatch, void** addresses) {
                 next_cell += region.size / region.granule + 2;
             }
         }
-        // The guards on both sides name the region too, for findings.
-        memset(regions_by_page_ + (next - base_ - guard_span / 2) / page, int(i + 1), (pages + guard_span) / page);
+        memset(regions_by_page_ + (next - base_ - named_span) / page, int(i + 1), (pages + 2 * named_span) / page);
         next += pages + guard_span;
     }
     for (uint32_t index = 0; index < executor_buffers; ++index) {
@@ -119,18 +119,24 @@ void ThreadgroupMemory::open(bool trace) {
     if (!base_) {
         base_ = reinterpret_cast<uintptr_t>(reserve(capacity + 2 * guard, PROT_NONE)) + guard;
         mprotect(reinterpret_cast<void*>(base_), capacity, PROT_READ | PROT_WRITE);
+        memset(reinterpret_cast<void*>(base_), 0xff, capacity);
         variable_by_byte_ = static_cast<uint8_t*>(reserve(capacity, PROT_READ | PROT_WRITE));
         cells_ = static_cast<Cell*>(reserve(capacity * sizeof(Cell), PROT_READ | PROT_WRITE));
     }
-    memset(variable_by_byte_, 0, top_);
-    memset(cells_, 0, top_ * sizeof(Cell));
-    memset(reinterpret_cast<void*>(base_), 0xff, capacity);
-    red_zone_ = trace ? 1024 : 0;
+    for (size_t i = 0; i < count_; ++i) {
+        const size_t begin = reinterpret_cast<uintptr_t>(variables_[i].begin) - base_;
+        memset(variable_by_byte_ + begin, 0, variables_[i].size);
+        memset(cells_ + begin, 0, variables_[i].size * sizeof(Cell));
+    }
+    poison();
+    red_zone_ = trace ? red_zone : 0;
     top_ = red_zone_;
     bytes_ = count_ = 0;
 }
 
-void ThreadgroupMemory::poison() { memset(reinterpret_cast<void*>(base_), 0xff, top_); }
+void ThreadgroupMemory::poison() {
+    for (size_t i = 0; i < count_; ++i) memset(variables_[i].begin, 0xff, variables_[i].size);
+}
 
 void* ThreadgroupMemory::variable(uint32_t site, size_t size, size_t alignment) {
     for (size_t i = 0; i < count_; ++i) {

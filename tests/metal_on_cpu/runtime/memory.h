@@ -80,7 +80,8 @@ class ThreadgroupMemory {
     size_t bytes() const { return bytes_; }  // as Metal counts them
 
   private:
-    static constexpr size_t capacity = 256 * 1024, guard = 16 * 1024 * 1024;
+    // A red zone is as large as all of a threadgroup's memory: no overrun within that reaches another variable.
+    static constexpr size_t red_zone = 32 * 1024, capacity = 4 << 20, guard = size_t{1} << 34;
     uintptr_t base_ = 0;
     size_t top_ = 0, bytes_ = 0, count_ = 0, red_zone_ = 0;
     uint8_t* variable_by_byte_ = nullptr;

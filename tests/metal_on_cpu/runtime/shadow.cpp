@@ -19,6 +19,17 @@ struct Where {
     const char* name = nullptr;
 };
 
+// An indexed array, as clang's bounds sanitizer describes it.
+struct ArrayType {
+    uint16_t kind, info;
+    char name[];
+};
+struct IndexedArray {
+    const char* file;
+    uint32_t line, column;
+    const ArrayType* type;
+};
+
 ExecutorFinding* report_at(ExecutorKind kind, const Where& where) {
     auto* finding = report_finding(kind, where.pc);
     if (!finding) return nullptr;
@@ -227,6 +238,12 @@ void* __asan_memset(void* to, int value, size_t size) {
 
 // A noreturn call would unpoison the stack; there is no shadow of it here.
 void __asan_handle_no_return() {}
+
+// An index that its array's type does not have, wherever the array lies: a row of a tile, an array of one thread.
+void __ubsan_handle_out_of_bounds(const IndexedArray* array, uintptr_t index) {
+    const char* name = array->type->name;
+    out_of_bounds({__builtin_return_address(0), executor_array_object, ~0u, int64_t(index), 0, 0, Access::load, name});
+}
 
 // The shim's atomic operations: bounds only, no races.
 void executor_atomic(void* object, uint64_t size) {
