@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import include_paths
+
 from metal_on_cpu.toolchain import HERE as METAL_ON_CPU
 from metal_on_cpu.toolchain import ToolError, cached
-from torch.utils.cpp_extension import include_paths
 
 HERE = Path(__file__).parent
 EXECUTOR = METAL_ON_CPU / "runtime"

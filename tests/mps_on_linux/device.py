@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-import metal_on_cpu as moc
 import torch
+
+import metal_on_cpu as moc
 from metal_on_cpu import abi
 from metal_on_cpu.report import read_report
 
@@ -62,8 +63,9 @@ def execution(*, enabled: bool = True, order: str = "forward") -> Iterator[None]
 
 
 def install(name: str = "Apple M1 Max (bench)", core_count: int = 32) -> None:
-    """Make ``mps`` a device of this process. Comes before anything asks whether it is available; repeated, only renames it.
+    """Make ``mps`` a device of this process; called again, only rename it.
 
+    Comes before anything asks PyTorch whether it has mps, and raises RuntimeError if it comes too late.
     ``name`` and ``core_count`` are what ``torch.backends.mps.get_name()`` and ``get_core_count()`` say.
     """
     torch._C._has_mps = True
@@ -127,6 +129,8 @@ def library() -> ctypes.CDLL:
         device.bench_say("\n".join(map(str, findings)).encode())
 
     execute = ctypes.cast(abi.executor().executor_dispatch, ctypes.c_void_p)
-    device.host = Host(CompileCallback(compile_source), DescribeCallback(describe), execute)  # keeps the callbacks alive
+    device.host = Host(
+        CompileCallback(compile_source), DescribeCallback(describe), execute
+    )  # keeps the callbacks alive
     device.bench_set_host(ctypes.byref(device.host))
     return device

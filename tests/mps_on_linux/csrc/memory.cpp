@@ -14,7 +14,8 @@
 namespace bench {
 namespace {
 
-constexpr size_t page = 4096, alignment = 16;
+constexpr size_t page = 4096;
+constexpr size_t alignment = 64;                   // the CPU allocator's: matrix products round by it
 constexpr size_t span = size_t{1} << 38;           // of address space, on each side
 constexpr size_t max_cached = size_t{256} << 20;   // freed memory that stays resident
 

@@ -244,6 +244,10 @@ TORCH_LIBRARY_IMPL(aten, MPS, m) {
     m.impl("linear", linear);
     m.impl("linear_backward", linear_backward);
     m.impl("scaled_dot_product_attention", scaled_dot_product_attention);
+    // A composite kernel would come before the fallback; the CPU has one of its own, and so has a Mac.
+    for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward", "mish_backward"}) {
+        m.impl(name, torch::CppFunction::makeFromBoxedFunction<call_on_host>());
+    }
 }
 
 // Its composite kernel asserts that the device has fused kernels.
