@@ -310,6 +310,63 @@ def test_overlapping_tensors_stay_one_memory(trace):
     assert storage.tolist() == [0, 1, 2, 3, 0, 2, 4, 6]
 
 
+def test_overlapping_tensors_of_two_types_are_checked_by_the_smaller():
+    storage = torch.zeros(8)
+    k = kernel("device half* y, device const float* x, uint i [[thread_position_in_grid]]", "y[i] = i;")
+    assert run(k, 16, storage.view(torch.float16), storage, trace=True).findings == []
+    assert storage.view(torch.float16).tolist() == list(range(16))
+
+
+SHARED = "threadgroup float s[1];\nif (t == 0) s[0] = 1;\nthreadgroup_barrier(mem_flags::mem_threadgroup);\n"
+SIMDGROUP_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);\n"
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "permuted"])
+@pytest.mark.parametrize(
+    ("body", "races"),
+    [
+        # The last reader stores: what races with it is a reader before.
+        ("if (t < 2) y[t] = s[0];\nif (t == 1) s[0] = 2;", True),
+        ("if (t % 32 == 0) y[t] = s[0];\nif (t == 32) s[0] = 2;", True),
+        ("if (t % 32 == 0) y[t] = s[0];\nif (t == 0) s[0] = 2;", True),
+        # A simdgroup barrier orders its own simdgroup, not a reader of the other.
+        (f"if (t % 32 == 0) y[t] = s[0];\n{SIMDGROUP_BARRIER}if (t == 33) s[0] = 2;", True),
+        (f"if (t < 32) y[t] = s[0];\n{SIMDGROUP_BARRIER}if (t == 1) s[0] = 2;", False),
+        (f"if (t < 32) y[t] = s[0];\n{SIMDGROUP_BARRIER}if (t == 32) s[0] = 2;", True),
+        ("if (t == 1) y[t] = s[0];\nif (t == 1) s[0] = 2;", False),
+    ],
+)
+def test_store_after_loads(body, races, order):
+    k = kernel("device float* y, uint t [[thread_index_in_threadgroup]]", SHARED + body)
+    kinds = {finding.kind for finding in run(k, 64, torch.zeros(64), group=64, trace=True, order=order).findings}
+    assert kinds == ({"race"} if races else set())
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "permuted"])
+def test_store_after_loads_of_two_threadgroups(order):
+    body = "y[1 + g] = y[0];\nif (g == 1) y[0] = 1;"
+    k = kernel("device float* y, uint g [[threadgroup_position_in_grid]]", body)
+    findings = run(k, 2, torch.zeros(3), group=1, trace=True, order=order).findings
+    assert {finding.kind for finding in findings} == {"group-race"}
+
+
+def test_store_through_a_cast_to_a_constant_buffer():
+    k = kernel("device const float* x, uint i [[thread_position_in_grid]]", "((device float*)x)[i] = 1;")
+    (finding,) = run(k, 8, torch.zeros(8), trace=True).findings
+    assert (finding.kind, finding.line) == ("out-of-bounds", 5)
+    assert "which the kernel may not store to" in finding.message
+
+
+def test_threadgroup_memory_is_fresh_in_every_threadgroup():
+    body = "threadgroup float s[32];\nif (g == 0) s[t] = 1;\ny[g * 32 + t] = s[t];"
+    k = kernel("device float* y, uint g [[threadgroup_position_in_grid]], "
+               "uint t [[thread_index_in_threadgroup]]", body)  # fmt: skip
+    y = torch.zeros(2, 32)
+    run(k, 64, y)
+    assert (y[0] == 1).all()
+    assert y[1].isnan().all()
+
+
 def test_finding_names_line_thread_and_threadgroup():
     k = kernel(
         "device float* y, uint i [[thread_position_in_grid]]", "y[i] = 1;\ny[i == 70 ? 200 : i] = 2;", name="late"
