@@ -1,31 +1,32 @@
 """Do the tests notice? Breaks the kernels of metal/ in one small place at a time: ``python tests/mutation/run.py``.
 
-Each edit is made in a copy of the tree and the kernel tests run there until the first failure. An edit that no test
-notices is a survivor; it fails the run unless it stands in EQUIVALENT with the proof that it changes nothing.
+Each edit is made on the way into the compiler, in a process of its own, and the kernel tests run there until the first
+failure. An edit that no test notices is a survivor; it fails the run unless it stands in EQUIVALENT with the proof that
+it changes nothing. So does an edit that no longer applies or does not compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import os
-import shutil
-import subprocess
+import io
+import multiprocessing
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+TESTS = Path(__file__).parents[1]
+METAL = TESTS.parent / "metal"
+sys.path.insert(0, str(TESTS))
+
+import pytest
 from rich.console import Console
 from rich.progress import track
 
-ROOT = Path(__file__).parents[2]
+import metal_on_cpu
+
 # Trace mode first: it finds most in the fewest compilations.
-TESTS = (
-    ["tests/test_metal_kernels.py", "-k", "trace"],
-    ["tests/test_metal_kernels.py", "-k", "not trace"],
-    ["tests/test_traffic.py"],
-)
+STAGES = (["test_metal_kernels.py", "-k", "trace"], ["test_metal_kernels.py", "-k", "not trace"], ["test_traffic.py"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +38,15 @@ class Edit:
     after: str
     nth: int = 0
 
-    def apply(self, metal: Path) -> None:
-        path = metal / self.file
-        parts = path.read_text().split(self.before)
+    def apply(self, source: str) -> str:
+        """The edit in an assembled source; what does not contain the file comes back as it is."""
+        text = (METAL / self.file).read_text()
+        text = text[text.index("\n\n", text.rindex("#include")) :]  # as it stands in assembled sources
+        parts = text.split(self.before)
         if len(parts) < self.nth + 2:
-            raise SystemExit(f"{self.file}: {self.before!r} does not occur {self.nth + 1} times: update EDITS")
-        left, right = self.before.join(parts[: self.nth + 1]), self.before.join(parts[self.nth + 1 :])
-        path.write_text(left + self.after + right)
+            raise ValueError(f"{self}: does not apply")
+        edited = self.before.join(parts[: self.nth + 1]) + self.after + self.before.join(parts[self.nth + 1 :])
+        return source.replace(text, edited)
 
     def __str__(self) -> str:
         occurrence = f" ({self.nth + 1})" if self.nth else ""
@@ -149,39 +152,48 @@ EDITS = [
 EQUIVALENT: dict[Edit, str] = {}
 
 
-def copy(source: Path, target: Path) -> None:
-    ignore = shutil.ignore_patterns("__pycache__", "build", ".hypothesis")
-    for name in ("metal", "csrc", "tests"):
-        shutil.copytree(source / name, target / name, ignore=ignore)
-    shutil.copy(source / "pyproject.toml", target)
+class Failures:
+    """A pytest plugin: the first test that failed."""
+
+    first: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and self.first is None:
+            self.first = report.nodeid.split("::")[-1]
 
 
-def first_failure(snapshot: Path, edit: Edit | None) -> str | None:
-    """The first test that fails with the edit made, or None where all pass."""
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        copy(snapshot, tree)
-        if edit is not None:
-            edit.apply(tree / "metal")
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the package comes from this tree
-        for tests in TESTS:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
-            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode == 1:
-                return next(line for line in done.stdout.splitlines() if line.startswith("FAILED")).split("::")[-1]
-            if done.returncode != 0:
-                raise SystemExit(f"{edit}: pytest could not run\n{done.stdout}{done.stderr}")
-    return None
+def first_failure(edit: Edit | None) -> str | None:
+    """The first test that fails with the edit made (None: without one), or None where all pass."""
+    compile_source, failures = metal_on_cpu.compile, Failures()
+    refusals = []
+
+    def compile_edited(source: str, *arguments, **options):
+        try:
+            return compile_source(edit.apply(source) if edit else source, *arguments, **options)
+        except (metal_on_cpu.CompileError, ValueError) as error:
+            refusals.append(f"{edit}: {error}")
+            raise
+
+    metal_on_cpu.compile = compile_edited
+    for stage in STAGES:
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(TESTS)]
+        file, *selection = stage
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            code = pytest.main([str(TESTS / file), *selection, *options], [failures])
+        if refusals or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise RuntimeError(refusals[0] if refusals else f"{edit}: pytest could not run\n{output.getvalue()}")
+        if failures.first:
+            break
+    return failures.first
 
 
 def run(edits: list[Edit], jobs: int, console: Console) -> list[Edit]:
     """The edits that no test notices."""
     survivors = []
-    with tempfile.TemporaryDirectory() as snapshot, ThreadPoolExecutor(jobs) as pool:
-        copy(ROOT, Path(snapshot))
-        if failed := first_failure(Path(snapshot), None):
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        if failed := pool.apply(first_failure, (None,)):
             raise SystemExit(f"{failed} fails without any edit")
-        results = pool.map(lambda edit: first_failure(Path(snapshot), edit), edits)
+        results = pool.imap(first_failure, edits)
         for edit, test in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
             verdict = f"caught by {test}" if test else EQUIVALENT.get(edit, "SURVIVED")
             console.print(f"{edit}\n    {verdict}", markup=False, highlight=False, soft_wrap=True)
