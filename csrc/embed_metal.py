@@ -3,8 +3,10 @@ has no include path."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.MULTILINE)
@@ -38,7 +40,9 @@ def embed(metal: Path, source: Path) -> None:
         name = f"const char {path.stem}_source[]"
         lines += [f"extern {name};", f'{name} = R"metal({assemble(path)})metal";', ""]
     source.parent.mkdir(parents=True, exist_ok=True)
-    source.write_text("\n".join(lines))
+    with tempfile.NamedTemporaryFile("w", dir=source.parent, delete=False) as file:
+        file.write("\n".join(lines))
+    os.replace(file.name, source)  # builds may run beside each other: none sees half a file
 
 
 if __name__ == "__main__":
