@@ -15,9 +15,7 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-METAL = TESTS.parent / "metal"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 from rich.console import Console
@@ -25,6 +23,8 @@ from rich.progress import track
 
 import metal_on_cpu
 
+TESTS = Path(__file__).parents[1]
+METAL = TESTS.parent / "metal"
 # Trace mode first: it finds most in the fewest compilations.
 STAGES = (["test_metal_kernels.py", "-k", "trace"], ["test_metal_kernels.py", "-k", "not trace"], ["test_traffic.py"])
 
