@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -69,10 +70,12 @@ const char* encode_one(const Encoding& encoding) {
   const auto& [batch, launch, kernel] = encoding;
   if (aoti_torch_mps_start_encoding(kernel) != AOTI_TORCH_SUCCESS) return "start_encoding";
   unsigned index = 0;
-  // Metal wants something bound for the tensors that are not used, too: the first one, or a zero.
-  const Binding& first = batch->buffers.front();
+  // Metal wants something bound for the tensors that are not used, too, aligned for any dtype: one that starts its
+  // storage, as every output does.
+  const auto starts_storage = [](const Binding& buffer) { return buffer && buffer->storage_offset() == 0; };
+  const auto stand_in = std::find_if(batch->buffers.begin(), batch->buffers.end(), starts_storage);
   for (const Binding& buffer : batch->buffers) {
-    const AtenTensorHandle tensor = (buffer ? *buffer : *first).get();
+    const AtenTensorHandle tensor = (buffer ? *buffer : **stand_in).get();
     if (aoti_torch_mps_set_arg_tensor(kernel, index++, tensor) != AOTI_TORCH_SUCCESS) return "set_arg_tensor";
   }
   for (const Binding& constant : batch->constants) {
