@@ -41,24 +41,29 @@ def run(command: Sequence[str | Path], **options: object) -> None:
 
 def device_library() -> Path:
     """The mps device as a shared library; from the cache if it was built before."""
-    sources = sorted((HERE / "csrc").glob("*.cpp"))
-    headers = [*sorted((HERE / "csrc").glob("*.h")), *sorted(EXECUTOR.glob("*.h"))]
-    options = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter", f"-I{EXECUTOR}"]
+    folder = HERE / "csrc"
+    headers = [file.read_text() for file in [*sorted(folder.glob("*.h")), *sorted(EXECUTOR.glob("*.h"))]]
+    options = [
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        f"-I{folder}",
+        f"-I{EXECUTOR}",
+    ]
     options += [f"-isystem{path}" for path in include_paths()]
 
-    def build(path: Path) -> None:
-        def compile_one(source: Path) -> Path:
-            output = path.with_name(f"{source.stem}.o")
-            run(["g++", *options, "-c", source, "-o", output])
-            return output
+    def compile_one(source: Path) -> Path:
+        parts = [torch.__version__, *options, *headers, source.read_text()]
+        return cached(f"mps-{source.stem}", parts, ".o", lambda path: run(["g++", *options, "-c", source, "-o", path]))
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
-        torch_libraries = [f"-L{TORCH_LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH_LIBRARIES}"]
-        run(["g++", "-shared", "-Wl,-z,defs", *objects, *torch_libraries, "-o", path])
-
-    texts = [file.read_text() for file in [*sources, *headers]]
-    return cached("mps-device", [torch.__version__, *options, *texts], ".so", build)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sorted(folder.glob("*.cpp"))))
+    libraries = [f"-L{TORCH_LIBRARIES}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH_LIBRARIES}"]
+    link = ["g++", "-shared", "-Wl,-z,defs", *objects, *libraries]
+    return cached("mps-device", list(map(str, link)), ".so", lambda path: run([*link, "-o", path]))
 
 
 def extension(setup: Path, inputs: Sequence[Path]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,18 @@ def counters() -> Counters:
 
 def reset_counters() -> None:
     library().bench_reset_counters()
+
+
+@contextmanager
+def no_leaks() -> Iterator[None]:
+    """Asserts that no buffer made inside is alive at the end."""
+    torch.mps.synchronize()
+    before = counters().live_buffers
+    yield
+    torch.mps.synchronize()
+    if counters().live_buffers > before:
+        gc.collect()
+    assert counters().live_buffers <= before  # fewer: garbage from before went
 
 
 @contextmanager
