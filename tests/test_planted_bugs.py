@@ -260,6 +260,8 @@ BUGS = [
         "wrong"),
     Bug(ROW_SUM, "loads what another group stores", "partial[3];", "partial[3] + 0 * y[(row + 1) % 4];", "group-race",
         "y[row] =", "wrong"),
+    Bug(ROW_SUM, "one group loads what another stores", "partial[3];", "partial[3] + (row == 3 ? 0 * y[0] : 0);",
+        "group-race", "y[row] =", "right"),
     # ---- uninitialised threadgroup memory
     Bug(REVERSE, "one element unwritten", "tile[t] =", "if (t != 5) tile[t] =", "uninitialised", "y[i] =", "wrong"),
     Bug(ROW_SUM, "one sum unwritten", "lane == 0", "lane == 0 && t < 96", "uninitialised", "y[row] =", "wrong"),
