@@ -47,7 +47,7 @@ class Exact:
     def check(self, actual: Tensor, what: str = "y") -> None:
         """Assert that ``actual`` is within the bound everywhere; NaN never is."""
         assert actual.shape == self.value.shape, f"{what}: shape {actual.shape}, expected {self.value.shape}"
-        error = (actual.double() - self.value).abs()
+        error = (actual.cpu().double() - self.value).abs()
         bound = self.bound(actual.dtype)
         bad = ~(error <= bound)
         assert not bad.any(), (
@@ -61,6 +61,7 @@ class Layer:
     """The operands of one call, with the float64 reference of its output and gradients.
 
     ``masks``: for each adapter its slice of the rank and what multiplies x on its way into lora_A (None: 1).
+    ``launches`` add to y, and to dx, one after the other: all but the last round what the next one adds to.
     """
 
     x: Tensor
@@ -70,11 +71,12 @@ class Layer:
     lora_B: Tensor
     scaling: float
     masks: list[tuple[slice, Tensor | None]] = dataclasses.field(default_factory=lambda: [(slice(None), None)])
+    launches: int = 1
 
     def _operands(self) -> tuple[Tensor, ...]:
         operands = (self.x, self.weight, self.lora_A, self.lora_B)
-        x, W, A, B = (t.detach().double() for t in operands)
-        b = self.bias.detach().double() if self.bias is not None else x.new_zeros(len(W))
+        x, W, A, B = (t.detach().cpu().double() for t in operands)
+        b = self.bias.detach().cpu().double() if self.bias is not None else x.new_zeros(len(W))
         return x.reshape(math.prod(x.shape[:-1]), W.shape[1]), W, b, A, B
 
     def _h(self, x: Tensor, A: Tensor) -> Tensor:
@@ -90,13 +92,13 @@ class Layer:
             base + s * self._h(x, A) @ B.T,
             x.abs() @ W.abs().T + b.abs() + delta_magnitude,
             W.shape[1] + A.shape[0],
-            base.abs() + self._if_half(delta_magnitude),
+            self._rounded(base, delta_magnitude),
         ).reshape(*self.x.shape[:-1], len(W))
 
     def gradients(self, grad: Tensor) -> dict[str, Exact]:
         """The gradients of (y * grad).sum(): z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h."""
         x, W, _, A, B = self._operands()
-        g, s = grad.double().reshape(len(x), len(W)), float(self.scaling)
+        g, s = grad.cpu().double().reshape(len(x), len(W)), float(self.scaling)
         (M, K), N, r = x.shape, len(W), len(A)
         xa, Wa, Aa, Ba, ga, sa = x.abs(), W.abs(), A.abs(), B.abs(), g.abs(), abs(s)
         z, za = s * g @ B, sa * ga @ Ba
@@ -111,9 +113,7 @@ class Layer:
         base, dB_a, ds_a = g @ W, sa * ga.T @ ha, (ga.T @ ha * Ba).sum()
         half = UNIT[self.lora_A.dtype] if self.lora_A.dtype in HALF else 0.0
         return {
-            "x": Exact(base + delta, ga @ Wa + delta_a, N + r, base.abs() + self._if_half(delta_a)).reshape(
-                *self.x.shape
-            ),
+            "x": Exact(base + delta, ga @ Wa + delta_a, N + r, self._rounded(base, delta_a)).reshape(*self.x.shape),
             "weight": Exact(g.T @ x, ga.T @ xa, M),
             "bias": Exact(g.sum(0), ga.sum(0), M),
             "lora_A": Exact(dA, dA_a, M + N, self._if_half(dA_a)),
@@ -121,6 +121,11 @@ class Layer:
             # A float32 number, whatever h was rounded to.
             "scaling": Exact((g.T @ h * B).sum(), ds_a * (1 + half / UNIT[torch.float32]), M + K + N * r),
         }
+
+    def _rounded(self, base: Tensor, delta_magnitude: Tensor) -> Tensor:
+        """The base product, a half h or z, and what every launch but the last adds up to."""
+        between = (self.launches - 1) * (base.abs() + delta_magnitude)
+        return base.abs() + self._if_half(delta_magnitude) + between
 
     def _if_half(self, magnitude: Tensor) -> Tensor:
         """What a half h or z carries on, where the adapters are half."""
