@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -237,6 +238,23 @@ def test_state_goes_between_devices():
     assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.vmap(f)(x),
+        lambda f, x: torch.func.jacrev(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x + 1,))[1],
+        lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+        lambda f, x: torch.inference_mode()(f)(x).add_(1),
+    ],
+)
+def test_transforms_equal_cpu(transform):
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    expected = transform(lambda x: F.linear(x, weight).tanh(), x)
+    actual = transform(lambda x: F.linear(x, weight.to("mps")).tanh(), x.to("mps"))
+    torch.testing.assert_close(actual.cpu(), expected)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(backend):
     model, x = mlp().to("mps"), torch.randn(7, 5, device="mps")
@@ -278,6 +296,14 @@ def test_inputs_live_until_they_are_used():
     assert y.eq(2).all()
     del y
     assert counters().live_buffers == before - 1
+
+
+def test_commands_run_outside_of_what_surrounds_the_wait():
+    x = torch.ones(3, device="mps", requires_grad=True)
+    y = x * 2
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        torch.mps.synchronize()
+    assert y.tolist() == [2, 2, 2]
 
 
 def test_host_tensors_are_read_when_the_operator_is_called():

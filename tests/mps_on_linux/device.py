@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import platform
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,12 +78,26 @@ def execution(*, enabled: bool = True, order: str = "forward") -> Iterator[None]
         library().bench_set_execution(True, abi.ORDERS["forward"])
 
 
+def why_unavailable() -> str | None:
+    """What keeps this machine from having the device, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the mps bench runs on x86-64 Linux"
+    if torch.cuda.is_available():
+        return "PyTorch takes one accelerator a process, and has CUDA here"
+    if shutil.which("g++") is None:
+        return "the mps bench is compiled by g++, which is not installed"
+    return None
+
+
 def install(name: str = "Apple M1 Max (bench)", core_count: int = 32) -> None:
     """Make ``mps`` a device of this process; called again, only rename it.
 
-    Comes before anything asks PyTorch whether it has mps, and raises RuntimeError if it comes too late.
+    Comes before anything asks PyTorch whether it has mps, and raises RuntimeError if it comes too late or
+    ``why_unavailable()``.
     ``name`` and ``core_count`` are what ``torch.backends.mps.get_name()`` and ``get_core_count()`` say.
     """
+    if reason := why_unavailable():
+        raise RuntimeError(reason)
     torch._C._has_mps = True
     library()
     torch.backends.mps.is_available.cache_clear()

@@ -98,12 +98,13 @@ at::Tensor HostCall::to_host(const at::Tensor& tensor, bool later) {
     at::Tensor host = tensor;
     if (tensor.is_mps()) {
         auto [found, is_new] = storages_.try_emplace(storage_key(tensor));
-        if (is_new) found->second = {tensor.storage(), host_alias(tensor.storage())};
+        if (is_new) found->second = {later ? c10::Storage() : tensor.storage(), host_alias(tensor.storage())};
         host = tensor_over(found->second.host, c10::DispatchKey::CPU, tensor);
     } else if (later && !tensor.unsafeGetTensorImpl()->is_wrapped_number()) {
         host = tensor.clone();
     }
-    // A queued call gives nothing back, and must not keep the caller's tensors: only their memory.
+    // A queued call gives nothing back: it keeps the memory, and neither the caller's tensors nor their storages, which may
+    // have Python objects.
     if (!later) originals_.emplace(host.unsafeGetTensorImpl(), tensor);
     return host;
 }
