@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib.resources import files
+from pathlib import Path
 
+import pytest
 import torch
 
 import torch_fused_lora as tfl
@@ -18,6 +23,71 @@ def test_doctor_reports_and_passes(capsys):
     text = capsys.readouterr().out
     for expected in ("torch 2", "lora_linear  portable", "float32      ok", "bfloat16     ok", "all is well"):
         assert expected in text
+
+
+def test_doctor_on_mps(mps, capsys):
+    assert main(["doctor"]) == 0
+    section = capsys.readouterr().out.partition(f"\nmps: {torch.backends.mps.get_name()}, ")[2]
+    for expected in (
+        f"{torch.backends.mps.get_core_count()} cores",
+        "lora_linear  mps kernels",
+        "inside the Metal kernels",
+        "float32      ok",
+        "bfloat16     ok",
+        "float16      ok",
+        "extension    loaded; in this process ",
+        "copies       ",
+    ):
+        assert expected in section
+
+
+TESTS = Path(__file__).parent
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a Mac has MPS, and the real one")
+
+
+def run_python(*arguments: object, **environment: str) -> tuple[int, str]:
+    """Exit status and output of a process that knows nothing of conftest's device."""
+    clean = {name: value for name, value in os.environ.items() if name != "TORCH_FUSED_LORA_MPS"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=TESTS, env=clean | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@on_linux
+def test_doctor_without_mps():
+    status, text = run_python("-m", "torch_fused_lora", "doctor")
+    assert status == 0
+    assert "mps: none: this torch is built without MPS" in text
+    assert "all is well" in text
+
+
+@on_linux
+@pytest.mark.parametrize("built", [False, True])
+def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
+    extension = tmp_path / "_mps.so"
+    if built:
+        extension.write_text("built for something else")
+    doctor_on_bench = (
+        "import mps_on_linux as m; m.install(); from torch_fused_lora.doctor import doctor; exit(doctor())"
+    )
+    status, text = run_python("-c", doctor_on_bench, TORCH_FUSED_LORA_MPS=str(extension))
+    reason = (
+        f"torch {torch.__version__} could not load it: "
+        if built
+        else "it is not built (_mps.so is missing): on the Mac"
+    )
+    assert status == 1
+    assert f"lora_linear  none, calls raise: the Metal extension is missing, {reason}" in text
+    assert "float32      FAILED: NotImplementedError: lora_linear: device 'mps' needs this package's Metal" in text
+    assert f"extension    {reason}" in text
+
+
+@on_linux
+def test_runner_gives_a_script_the_bench(mps, tmp_path):
+    (tmp_path / "beside.py").write_text("from torch_fused_lora.mps import extension")
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom beside import extension\nprint(extension.reason, sys.argv[1:])")
+    assert run_python(TESTS / "mps_on_linux" / "run.py", script, "--steps", 2) == (0, "loaded ['--steps', '2']\n")
 
 
 def test_doctor_fails_on_wrong_numbers(capsys, monkeypatch):
