@@ -245,7 +245,7 @@ def test_state_goes_between_devices():
         lambda f, x: torch.func.jacrev(f)(x),
         lambda f, x: torch.func.jvp(f, (x,), (x + 1,))[1],
         lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
-        lambda f, x: torch.inference_mode()(f)(x).add_(1),
+        lambda f, x: torch.inference_mode()(lambda x: f(x).add_(1))(x),
     ],
 )
 def test_transforms_equal_cpu(transform):
