@@ -83,8 +83,8 @@ def test_several_kernels_in_one_block(order):
 
 def test_a_kernel_has_no_arguments_of_an_earlier_one():
     y = torch.zeros(4, device="mps")
-    small, add = Kernel(SOURCE, "small"), Kernel(SOURCE, "add")
-    small.run(lambda: (small.encode(y, threads=(4,)), add.encode(threads=(4,))))
+    add = Kernel(SOURCE, "add")
+    add.run(lambda: (add.encode(y, y, 0, torch.tensor(0.0), threads=(4,)), add.encode(threads=(4,))))
     with pytest.raises(RuntimeError, match="add:4: out-of-bounds"):
         torch.mps.synchronize()
 
