@@ -144,6 +144,16 @@ class Batches:
             yield dict(tokens.to(self.device)), torch.tensor(topics, device=self.device)
 
 
+def lora_config(dropout: float) -> LoraConfig:
+    """LoRA on every linear layer of the encoder; the head is trained as it is."""
+    targets = ["query", "key", "value", "dense"]
+    return LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, modules_to_save=["head"])
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     model.train()
     tokens, topics = batch
@@ -161,7 +171,7 @@ def predict(model: nn.Module, batches: list[Batch]) -> Tensor:
 
 
 def accuracy(logits: Tensor, batches: list[Batch]) -> float:
-    return (logits.argmax(1) == torch.cat([topics for _, topics in batches])).double().mean().item()
+    return (logits.argmax(1) == torch.cat([topics for _, topics in batches])).float().mean().item()
 
 
 def peak_bytes(model: nn.Module, batch: Batch) -> int | None:
@@ -218,23 +228,13 @@ def main() -> None:
 
     classifier = TopicClassifier(len(topics)).to(args.device)
     classifier.set_head_to_centroids(batches.short_first(train))
-    config = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        lora_dropout=args.dropout,
-        target_modules=["query", "key", "value", "dense"],
-        modules_to_save=["head"],
-    )
-    stock = get_peft_model(classifier, config)
+    stock = get_peft_model(classifier, lora_config(args.dropout))
     patched = copy.deepcopy(stock)
     print(patch_peft(patched))
 
     models = {"stock": stock, "patched": patched}
     before = {name: accuracy(predict(model, test_batches), test_batches) for name, model in models.items()}
-    optimizers = {
-        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for name, model in models.items()
-    }
+    optimizers = {name: adamw(model) for name, model in models.items()}
     train_batches = batches.shuffled(train)
     probe = next(train_batches)
     kept, peak = {}, {}
