@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -13,9 +14,23 @@ import torch_fused_lora as tfl
 ops = torch.ops.torch_fused_lora
 
 
-def operands(lead=(4,), needs=(True,) * 6):
+CPU = torch.device("cpu")
+
+
+def operands(lead=(4,), needs=(True,) * 6, device=CPU):
     shapes = ((*lead, 3), (5, 3), (5,), (2, 3), (5, 2), ())
-    return [torch.randn(s, dtype=torch.float64).requires_grad_(n) for s, n in zip(shapes, needs, strict=True)]
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    return [torch.randn(s).to(device, dtype).requires_grad_(n) for s, n in zip(shapes, needs, strict=True)]
+
+
+def check_gradients(check, layer, arguments, **options):
+    """gradcheck or gradgradcheck; in float32, all there is on mps, by large steps: they have no truncation error, since
+    the layer and its gradients are linear in each argument, and leave 1e-6 of the values' roundoff."""
+    if arguments[0].dtype == torch.float32:
+        options |= {"eps": 0.5, "atol": 1e-4, "rtol": 1e-4}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Input #. requires gradient and is not a double precision")
+        assert check(layer, arguments, **options)
 
 
 def seeded(dropout_p):
@@ -28,21 +43,38 @@ def seeded(dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 2)])
-def test_gradcheck_and_gradgradcheck(lead, dropout_p):
-    assert gradcheck(seeded(dropout_p), operands(lead))
-    assert gradgradcheck(seeded(dropout_p), operands(lead))
+def test_gradcheck_and_gradgradcheck(device, lead, dropout_p):
+    check_gradients(gradcheck, seeded(dropout_p), operands(lead, device=device))
+    check_gradients(gradgradcheck, seeded(dropout_p), operands(lead, device=device))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_second_order_on_mps_is_the_cpus(mps, dropout_p):
+    """Against float64 on the CPU, whose gradients test_gradcheck_and_gradgradcheck establishes."""
+
+    def second_order(arguments):
+        y = seeded(dropout_p)(*arguments)
+        first = torch.autograd.grad(y.sin().sum(), arguments, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), arguments)
+
+    exact = operands()
+    narrow = [t.detach().float().to(mps).requires_grad_() for t in exact]
+    for order, expected in zip(second_order(narrow), second_order(exact), strict=True):
+        for a, e in zip(order, expected, strict=True):
+            torch.testing.assert_close(a.detach().cpu().double(), e.detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=6) if any(n)])
-def test_every_subset_of_gradients(needs):
+def test_every_subset_of_gradients(device, needs):
     """Right to second order for each of the 63 ways to ask; in particular where x is not kept (lora_A frozen)."""
-    assert gradcheck(tfl.lora_linear, operands(needs=needs), fast_mode=True)
-    assert gradgradcheck(tfl.lora_linear, operands(needs=needs), fast_mode=True)
+    check_gradients(gradcheck, tfl.lora_linear, operands(needs=needs, device=device), fast_mode=True)
+    if device.type == "cpu":  # the double backward is the same aten calls everywhere
+        check_gradients(gradgradcheck, tfl.lora_linear, operands(needs=needs), fast_mode=True)
 
 
-def test_without_bias():
-    x, W, _, A, B, s = operands()
-    assert gradcheck(lambda *a: tfl.lora_linear(a[0], a[1], None, *a[2:]), (x, W, A, B, s))
+def test_without_bias(device):
+    x, W, _, A, B, s = operands(device=device)
+    check_gradients(gradcheck, lambda *a: tfl.lora_linear(a[0], a[1], None, *a[2:]), (x, W, A, B, s))
 
 
 def test_the_backward_operator_alone_is_differentiable():
@@ -86,8 +118,8 @@ LOSSES = pytest.mark.parametrize("loss", [loss_by_wrapper, loss_by_operator])
 
 
 @LOSSES
-def test_func_grad_vmap_and_jvp(loss):
-    x, W, b, A, B, _ = (t.detach() for t in operands())
+def test_func_grad_vmap_and_jvp(device, loss):
+    x, W, b, A, B, _ = (t.detach() for t in operands(device=device))
     leaves = [t.clone().requires_grad_() for t in (x, A, B)]
     expected = torch.autograd.grad(loss(*leaves, W, b), leaves)
     fixed = (W, b)
@@ -143,28 +175,28 @@ def test_vmap_over_dropout_follows_its_randomness():
     torch.testing.assert_close(by_seed, torch.stack(one_by_one))
 
 
-def test_batched_gradients():
-    x, W, b, A, B, s = operands()
+def test_batched_gradients(device):
+    x, W, b, A, B, s = operands(device=device)
     y = tfl.lora_linear(x, W, b, A, B, s)
-    grads = torch.randn(7, *y.shape, dtype=y.dtype)
+    grads = torch.randn(7, *y.shape).to(y)
     batched = torch.autograd.grad(y, (x, A, B), grads, is_grads_batched=True, retain_graph=True)
     for i, grad in enumerate(grads):
         for g, one in zip(batched, torch.autograd.grad(y, (x, A, B), grad, retain_graph=True), strict=True):
             torch.testing.assert_close(g[i], one)
 
 
-def test_after_inference_mode():
+def test_after_inference_mode(device):
     """What inference_mode leaves in caches must still serve training."""
-    a = operands()[:5]
+    a = operands(device=device)[:5]
     with torch.inference_mode():
         assert tfl.lora_linear(*a, 0.123).is_inference()
     tfl.lora_linear(*a, 0.123).sum().backward()
     assert a[0].grad is not None
 
 
-def test_only_what_is_asked_for_is_computed():
+def test_only_what_is_asked_for_is_computed(device):
     """The backward operator returns the gradients asked for and no others; h is not needed without dB."""
-    x, W, _, A, B, s = operands()
+    x, W, _, A, B, s = operands(device=device)
     needs = (True, False, False, True, False, False)
-    grads = ops.lora_linear_backward(torch.randn(4, 5).double(), x, W, A, B, s, None, None, [], [], needs)
+    grads = ops.lora_linear_backward(torch.randn(4, 5).to(x), x, W, A, B, s, None, None, [], [], needs)
     assert [tuple(g.shape) for g in grads] == [(4, 3), (2, 3)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import torch_fused_lora as tfl
@@ -14,11 +15,11 @@ from torch_fused_lora.ops.lora_linear import lora_linear_stacked
 ops = torch.ops.torch_fused_lora
 
 
-def operands(dtype=torch.float32, adapter_dtype=None, lead=(4,), needs=True):
+def operands(dtype=torch.float32, adapter_dtype=None, lead=(4,), needs=True, device="cpu"):
     adapter_dtype = adapter_dtype or dtype
     scaling_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return [
-        torch.randn(s, dtype=d).requires_grad_(needs)
+        torch.randn(s).to(device, d).requires_grad_(needs)
         for s, d in (
             ((*lead, 3), dtype),
             ((5, 3), dtype),
@@ -30,6 +31,9 @@ def operands(dtype=torch.float32, adapter_dtype=None, lead=(4,), needs=True):
     ]
 
 
+# autograd_registration is not implemented for operands on mps and on the CPU (scaling, seed) together.
+ON_MPS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+OPCHECKS = {"cpu": (*ON_MPS, "test_autograd_registration"), "mps": ON_MPS}
 DTYPES = [(torch.float64, None), (torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)]
 
 
@@ -43,26 +47,36 @@ DTYPES = [(torch.float64, None), (torch.float32, None), (torch.bfloat16, torch.f
         (torch.float16, None, (4,), True),
     ],
 )
-def test_opcheck(dtype, adapter_dtype, lead, needs):
-    a = operands(dtype, adapter_dtype, lead, needs)
+def test_opcheck(device, dtype, adapter_dtype, lead, needs):
+    if device.type != "cpu" and dtype == torch.float64:
+        pytest.skip("mps has no float64")
+    opcheck = partial(torch.library.opcheck, test_utils=OPCHECKS[device.type])
+    a = operands(dtype, adapter_dtype, lead, needs, device)
     opcheck(ops.lora_linear, a)
     opcheck(ops._lora_linear, a, {"save_h": not needs})
     opcheck(ops.lora_linear, (a[0], a[1], None, *a[3:]), {"dropout_p": 0.5, "seed": torch.tensor(4)})
     opcheck(ops._lora_linear, (*a, torch.tensor(4), [0.5, 0.0], [1, 1]))
-    grad, h = torch.randn(*lead, 5).to(dtype), torch.randn(a[0][..., 0].numel(), 2).to(a[3].dtype)
+    grad, h = torch.randn(*lead, 5).to(a[0]), torch.randn(a[0][..., 0].numel(), 2).to(a[3])
     x, W, _, A, B, s = a
     opcheck(ops.lora_linear_backward, (grad, x, W, A, B, s, h, None, [], [], [True] * 6))
     opcheck(
         ops.lora_linear_backward,
         (grad, x, W, A, B, s, h, torch.tensor(4), [0.5], [], [True, False, False, True, False, False]),
     )
-    opcheck(ops.dropout_mask, (torch.tensor(4), 0, 3, 5, 0.5, torch.device("cpu")))
+    opcheck(ops.dropout_mask, (torch.tensor(4), 0, 3, 5, 0.5, device))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+BACKENDS = pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "aot_eager"), ("cpu", "inductor"), ("mps", "aot_eager")],  # the bench has no inductor for mps
+    indirect=["device"],
+)
+
+
+@BACKENDS
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[1:3])
-def test_compile_without_a_graph_break(backend, dtype, adapter_dtype):
-    a = operands(dtype, adapter_dtype, (2, 3))
+def test_compile_without_a_graph_break(device, backend, dtype, adapter_dtype):
+    a = operands(dtype, adapter_dtype, (2, 3), device=device)
 
     def layer(*arguments):
         return tfl.lora_linear(*arguments) * 2
@@ -77,11 +91,12 @@ def test_compile_without_a_graph_break(backend, dtype, adapter_dtype):
             torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_dropout_with_and_without_checkpointing(backend):
+@BACKENDS
+def test_compiled_dropout_with_and_without_checkpointing(device, backend):
     """The compiled mask is one mask: dx is zero exactly where the adapter's input was dropped."""
-    x, (A, B) = torch.randn(8, 64, requires_grad=True), (torch.randn(4, 64), torch.randn(5, 4))
-    W = torch.zeros(5, 64)
+    x, A, B = (torch.randn(s).to(device) for s in ((8, 64), (4, 64), (5, 4)))
+    W = torch.zeros(5, 64, device=device)
+    x.requires_grad_()
 
     def layer(x):
         return tfl.lora_linear(x, W, None, A, B, 1.0, 0.5, training=True)
@@ -98,8 +113,8 @@ def test_compiled_dropout_with_and_without_checkpointing(backend):
         torch.testing.assert_close(y.detach(), (x.detach() * ~dropped * 2) @ A.T @ B.T)
 
 
-def test_a_changing_float_scaling_does_not_recompile():
-    a = operands()[:5]
+def test_a_changing_float_scaling_does_not_recompile(device):
+    a = operands(device=device)[:5]
     counter = CompileCounter()
     compiled = torch.compile(lambda s: tfl.lora_linear(*a, s), backend=counter, fullgraph=True)
     for i in range(6):

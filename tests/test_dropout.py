@@ -97,12 +97,12 @@ def test_extreme_probabilities_keep_their_meaning():
     assert keep_mask(0, 0, 0, 0, 5, 0.5, CPU).shape == (0, 5)
 
 
-def operands():
-    return [torch.randn(s, requires_grad=True) for s in ((6, 5), (4, 5), (4,), (2, 5), (4, 2))]
+def operands(device="cpu"):
+    return [torch.randn(s).to(device).requires_grad_() for s in ((6, 5), (4, 5), (4,), (2, 5), (4, 2))]
 
 
-def test_manual_seed_reproduces_and_advances():
-    a = operands()
+def test_manual_seed_reproduces_and_advances(device):
+    a = operands(device)
     torch.manual_seed(1)
     first, second = (tfl.lora_linear(*a, 1.0, 0.5, training=True) for _ in range(2))
     torch.manual_seed(1)
@@ -111,8 +111,25 @@ def test_manual_seed_reproduces_and_advances():
     assert not torch.equal(first, second)
 
 
-def test_eval_and_zero_probability_draw_nothing():
-    a = operands()
+def test_the_same_seed_drops_the_same_on_every_device(mps):
+    """Forward and backward, rows enough for several tiles: where x was dropped, y and dx say so."""
+    x, W = torch.ones(70, 33), torch.zeros(33, 33)
+    A, B = torch.eye(33), torch.eye(33)
+    on_device = []
+    for device in (torch.device("cpu"), mps):
+        own = x.to(device).requires_grad_()
+        torch.manual_seed(9)
+        weights = W.to(device), None, A.to(device), B.to(device)
+        y = tfl.lora_linear(own, *weights, 1.0, 0.4, training=True)
+        (grad,) = torch.autograd.grad(y.sum(), own)
+        on_device.append((y.detach().cpu(), grad.cpu()))
+    for a, b in zip(*on_device, strict=True):
+        assert torch.equal(a != 0, b != 0)
+        torch.testing.assert_close(a, b)
+
+
+def test_eval_and_zero_probability_draw_nothing(device):
+    a = operands(device)
     state = torch.get_rng_state()
     plain = tfl.lora_linear(*a)
     assert torch.equal(tfl.lora_linear(*a, 1.0, 0.5, training=False), plain)
@@ -132,11 +149,11 @@ def test_mean_over_seeds_is_the_layer_without_dropout():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_recomputes_the_mask(use_reentrant, compiled):
+def test_checkpointing_recomputes_the_mask(device, use_reentrant, compiled):
     """The seed comes from the CPU generator, which checkpointing saves: gradients equal those without it."""
     if compiled and use_reentrant:
         pytest.skip("torch.compile does not trace reentrant checkpointing")
-    x, *rest = operands()
+    x, *rest = operands(device)
 
     def layer(x):
         return tfl.lora_linear(x, *rest, 1.0, 0.5, training=True).sin()
@@ -163,11 +180,11 @@ def _backward(y: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> list[torch.T
     return [leaf.grad for leaf in leaves]
 
 
-def test_only_the_seed_is_saved():
+def test_only_the_seed_is_saved(device):
     """For backward: x itself, the parameters, h (M x r) and 0-dim tensors; no mask, no dropped or converted copy."""
-    x = torch.randn(64, 32).bfloat16().requires_grad_()
-    W, b = torch.randn(48, 32).bfloat16(), torch.randn(48).bfloat16()
-    A, B = torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    x = torch.randn(64, 32).to(device, torch.bfloat16).requires_grad_()
+    W, b = torch.randn(48, 32).to(device, torch.bfloat16), torch.randn(48).to(device, torch.bfloat16)
+    A, B = (torch.randn(s).to(device).requires_grad_() for s in ((4, 32), (48, 4)))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = tfl.lora_linear(x, W, b, A, B, 2.0, 0.5, training=True)
@@ -177,9 +194,9 @@ def test_only_the_seed_is_saved():
     y.sum().backward()
 
 
-def test_a_frozen_adapter_input_side_saves_no_x():
-    x = torch.randn(64, 32, requires_grad=True)
-    W, A, B = torch.randn(48, 32), torch.randn(4, 32), torch.randn(48, 4, requires_grad=True)
+def test_a_frozen_adapter_input_side_saves_no_x(device):
+    x, W, A, B = (torch.randn(s).to(device) for s in ((64, 32), (48, 32), (4, 32), (48, 4)))
+    x.requires_grad_(), B.requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         tfl.lora_linear(x, W, None, A, B)

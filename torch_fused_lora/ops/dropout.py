@@ -44,7 +44,7 @@ def keep_mask(
     threshold = min(round(p * 2**32), 2**32 - 1)
     if device.type in ("cuda", "xpu") and _triton_mask() is not None:
         return _triton_mask()(seed, stream, first, threshold, rows, columns, device)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "mps"):  # on mps only torch.func and a double backward want a mask as a tensor
         _warn_host_mask(device.type)
     words = philox(seed, stream, first // 8, (first + count + 7) // 8)
     keep = np.empty((len(words), 2), np.bool_)
