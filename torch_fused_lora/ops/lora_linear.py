@@ -121,7 +121,7 @@ def lora_linear_stacked(
         return _forward_op(*arguments)[0]
     # Where nothing is there to intercept the operator, what the dispatcher would call is called from here: its way
     # from Python through C++ to Python and back takes a tenth of a 1 x 512 x 512 layer.
-    return _with_autograd(_portable_forward if device_type in _PORTABLE else _forward_op, *arguments)[0]
+    return _with_autograd(_portable_forward if device_type in _PORTABLE else _device_forward, *arguments)[0]
 
 
 _PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
@@ -333,7 +333,9 @@ class _LoRALinear(torch.autograd.Function):
             with below_autocast():
                 grads = portable.differentiable_backward(grad, grad_h, *saved, dropout_p, ranks, needs)
         else:
-            direct = direct and type(grad) is Tensor and _unwatched(grad.device.type)
+            # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
+            batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+            direct = batched or (direct and type(grad) is Tensor and _unwatched(grad.device.type))
             with torch._C._AutoDispatchBelowAutograd():
                 grads = (portable.backward if direct else _backward_op)(grad, *saved, dropout_p, ranks, needs)
         found = iter(grads)
@@ -360,7 +362,16 @@ def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, 
 
 @kernel("_lora_linear", "Autograd")
 def _autograd(*arguments):
-    return _differentiable(*arguments) if _transformed() else _with_autograd(_forward_op, *arguments)
+    return _differentiable(*arguments) if _transformed() else _with_autograd(_device_forward, *arguments)
+
+
+def _device_forward(*arguments):
+    """The device's kernel. One in C++ can only raise RuntimeError: what it refuses is said as everywhere."""
+    try:
+        return _forward_op(*arguments)
+    except RuntimeError:
+        _check(*arguments[:-1])
+        raise
 
 
 @kernel("lora_linear_backward", "Autograd", "FuncTorchBatched")
