@@ -48,11 +48,24 @@ BAD_TENSORS = {
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
 @pytest.mark.parametrize("call", [tfl.lora_linear, op], ids=["function", "operator"])
-def test_bad_tensors(call, case):
+def test_bad_tensors(device, call, case):
     name, value, expected = BAD_TENSORS[case]
+    if device.type != "cpu" and value.dtype == torch.float64:
+        pytest.skip("mps has no float64")
+    arguments = {n: t.to(device) for n, t in operands().items()}
+    arguments[name] = value if value.is_meta else value.to(device)
     with pytest.raises(ValueError, match=expected) as caught:
-        call(*operands(**{name: value}).values())
+        call(*arguments.values())
     assert f"{tuple(value.shape)}" in str(caught.value) or "device" in expected
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_A", "lora_B"])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_an_operand_left_on_the_cpu(mps, name, rows):
+    arguments = {n: t if n == name else t.to(mps) for n, t in operands(x=torch.randn(rows, 4)).items()}
+    for call in (tfl.lora_linear, op):
+        with pytest.raises(ValueError, match=f"{name if name != 'x' else 'weight'}: expected .* device"):
+            call(*arguments.values())
 
 
 def test_mixed_devices_name_the_argument():
