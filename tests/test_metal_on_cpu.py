@@ -296,6 +296,12 @@ def test_counters_are_exact():
     assert counters.threadgroup_bytes == 33 * 4
 
 
+def test_load_and_store_of_one_element_both_count():
+    k = kernel("device float* y, uint i [[thread_position_in_grid]]", "y[i] += 1;")
+    counters = run(k, 32, torch.zeros(32), trace=True).counters
+    assert (counters.loaded[0], counters.stored[0]) == (128, 128)
+
+
 def test_tensor_is_bound_from_its_first_element():
     storage = torch.zeros(10)
     run(kernel("device float* y, uint i [[thread_position_in_grid]]", "y[i] += i + 1;"), 3, storage[4:6])
