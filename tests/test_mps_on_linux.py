@@ -137,6 +137,7 @@ def test_operators_without_an_mps_kernel_are_refused():
         lambda x: x.topk(2).values,
         lambda x: torch.view_as_complex(x.view(2, 3, 2, 2)).abs(),
         lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.tensor([True, True, False], device=x.device)),
         lambda x: F.conv1d(x, x[:, :, :2], torch.ones(2, device=x.device)),
     ],
 )

@@ -12,6 +12,7 @@
 #include <ATen/ops/view_native.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "counters.h"
@@ -216,7 +217,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& input, const Te
 Tensor scaled_dot_product_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                     const std::optional<Tensor>& mask, double dropout_p, bool is_causal,
                                     std::optional<double> scale, bool enable_gqa) {
-    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, mask, dropout_p, is_causal, {}, scale, enable_gqa));
+    std::optional<Tensor> added = mask;  // a boolean mask says which keys take part; the math wants what to add
+    if (mask.has_value() && mask->scalar_type() == at::kBool) {
+        added = at::zeros_like(*mask, query.options()).masked_fill_(mask->logical_not(), -INFINITY);
+    }
+    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, added, dropout_p, is_causal, {}, scale, enable_gqa));
 }
 
 }  // namespace
