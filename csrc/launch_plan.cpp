@@ -78,7 +78,10 @@ const char* check(const Problem& p) {
 /// such as lora_delta_half_float_2_4_2_plain.
 class Variant {
  public:
-  explicit Variant(const char* family) : family_(family), name_(family) {}
+  explicit Variant(const char* family) : family_(family), name_(family) {
+    name_.reserve(64);
+    arguments_.reserve(64);
+  }
 
   Variant& add(const std::string& argument, const std::string& in_name) {
     arguments_ += (arguments_.empty() ? "" : ", ") + argument;

@@ -66,10 +66,12 @@ const char* name_of(ScalarType dtype) {
   }
 }
 
-void expect(bool holds, const char* name, const Tensor& got, const std::string& expected) {
+/// The parts of `expected` are put together only where they are needed.
+template <typename... Parts>
+void expect(bool holds, const char* name, const Tensor& got, const Parts&... expected) {
   if (holds) return;
   STD_TORCH_CHECK(
-      false, "lora_linear: ", name, ": expected ", expected, "; got shape ", shape_of(got), ", ",
+      false, "lora_linear: ", name, ": expected ", expected..., "; got shape ", shape_of(got), ", ",
       name_of(got.scalar_type()), got.is_cpu() ? ", on cpu" : ", on mps");
 }
 
@@ -99,19 +101,17 @@ void check_adapters(
     const Tensor& like, const char* like_name, int64_t K, int64_t N, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
     const std::vector<int64_t>& ranks) {
-  const std::string k = std::to_string(K), n = std::to_string(N);
   expect(is_supported(like.scalar_type()), like_name, like, "float16, bfloat16 or float32, which device mps has");
-  expect(lora_A.dim() == 2 && lora_A.size(1) == K && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, " + k + ")");
+  expect(lora_A.dim() == 2 && lora_A.size(1) == K && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, ", K, ")");
   const int64_t r = lora_A.size(0);
-  expect(has_shape(lora_B, {N, r}), "lora_B", lora_B, "shape (" + n + ", " + std::to_string(r) + ")");
+  expect(has_shape(lora_B, {N, r}), "lora_B", lora_B, "shape (", N, ", ", r, ")");
   const ScalarType dtype = lora_A.scalar_type();
-  const std::string like_dtype = name_of(like.scalar_type());
   expect(
       !lora_A.is_cpu() && (dtype == like.scalar_type() || dtype == ScalarType::Float), "lora_A", lora_A,
-      like_dtype + " or torch.float32, on mps");
+      name_of(like.scalar_type()), " or torch.float32, on mps");
   expect(
       !lora_B.is_cpu() && lora_B.scalar_type() == dtype, "lora_B", lora_B,
-      std::string("lora_A's dtype ") + name_of(dtype) + ", on mps");
+      "lora_A's dtype ", name_of(dtype), ", on mps");
   expect(scaling.dim() == 0 && scaling.scalar_type() == ScalarType::Float, "scaling", scaling, "a 0-dim float32 tensor");
   if (!seed.has_value()) return;
   expect(
@@ -163,15 +163,14 @@ std::tuple<Tensor, Tensor> forward(
     const std::vector<int64_t>& ranks, bool save_h) {
   expect(weight.dim() == 2, "weight", weight, "shape (N, K)");
   const int64_t N = weight.size(0), K = weight.size(1);
-  const std::string because = ", since weight is " + shape_of(weight);
-  expect(x.dim() >= 1 && x.size(x.dim() - 1) == K, "x", x, "shape (..., " + std::to_string(K) + ")" + because);
+  expect(x.dim() >= 1 && x.size(x.dim() - 1) == K, "x", x, "shape (..., ", K, "), since weight is (", N, ", ", K, ")");
   expect(
       weight.scalar_type() == x.scalar_type() && !weight.is_cpu(), "weight", weight,
-      std::string("x's dtype ") + name_of(x.scalar_type()) + ", on mps");
+      "x's dtype ", name_of(x.scalar_type()), ", on mps");
   if (bias.has_value()) {
     expect(
         has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias,
-        "shape (" + std::to_string(N) + ",), x's dtype and device");
+        "shape (", N, ",), x's dtype and device");
   }
   check_adapters(x, "x", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
 
@@ -236,7 +235,7 @@ std::vector<Tensor> backward(
              need_scaling = needs[5];
   expect(lora_A.dim() == 2 && lora_B.dim() == 2, "lora_A", lora_A, "two dimensions, as lora_B");
   const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
-  expect(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., " + std::to_string(N) + ")");
+  expect(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., ", N, ")");
   check_adapters(grad, "grad", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
   Layer layer(grad.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
   Problem& problem = layer.problem;

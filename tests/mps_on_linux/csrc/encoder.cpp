@@ -78,13 +78,13 @@ void Encoder::set_bytes(uint32_t index, const void* data, size_t size) {
 }
 
 void Encoder::check(const Binding& binding, const ExecutorParameter& parameter) const {
-    const auto where = c10::str(kernel_->name, ": buffer ", parameter.index);
+    const auto where = [&] { return c10::str(kernel_->name, ": buffer ", parameter.index); };
     if (binding.block) {
         const size_t alignment = parameter.space == executor_constant ? std::max(parameter.alignment, 4u) : parameter.alignment;
-        TORCH_CHECK(binding.offset % alignment == 0, where, ": offset ", binding.offset, " is not a multiple of ", alignment);
+        TORCH_CHECK(binding.offset % alignment == 0, where(), ": offset ", binding.offset, " is not a multiple of ", alignment);
     } else if (!binding.bytes.empty()) {
-        TORCH_CHECK(parameter.space != executor_device, where, " is written by the kernel and bound to a constant");
-        TORCH_CHECK(binding.bytes.size() >= parameter.size, where, " takes ", parameter.size, " bytes, not ", binding.bytes.size());
+        TORCH_CHECK(parameter.space != executor_device, where(), " is written by the kernel and bound to a constant");
+        TORCH_CHECK(binding.bytes.size() >= parameter.size, where(), " takes ", parameter.size, " bytes, not ", binding.bytes.size());
     }
 }
 
