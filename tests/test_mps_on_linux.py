@@ -71,7 +71,7 @@ def test_released_memory_comes_back_as_nan():
 
 
 def test_the_host_cannot_touch_device_memory():
-    read = "m.install(); x = torch.ones(9, device='mps'); ctypes.string_at(x.data_ptr())"
+    read = "m.install(); x = torch.ones(9, device='mps'); ctypes.string_at(x.data_ptr(), 4)"
     done = run_python(f"import ctypes, torch, mps_on_linux as m; {read}")
     assert done.returncode == -signal.SIGSEGV
 
