@@ -2,20 +2,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import mps_on_linux
 import pytest
 import torch
 from hypothesis import settings
 
+from mps_on_linux import run
+
 # Shared, noisy machines: no deadline; the same examples on every run, so that a failure is everybody's.
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
-
-ROOT = Path(__file__).parent.parent
 
 
 def _install_mps() -> str | None:
@@ -24,9 +22,7 @@ def _install_mps() -> str | None:
         return None if torch.backends.mps.is_available() else "this Mac has no MPS"
     if shutil.which("g++") is None:
         return "the mps bench is compiled by g++, which is not installed"
-    mps_on_linux.install()
-    sources = [*sorted((ROOT / "csrc").glob("*.*")), *sorted((ROOT / "metal").glob("*.*"))]
-    os.environ["TORCH_FUSED_LORA_MPS"] = str(mps_on_linux.extension(ROOT / "setup.py", sources))
+    run.install()
     return None
 
 

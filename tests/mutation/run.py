@@ -149,7 +149,12 @@ EDITS = [
     Edit(GRAD, "sum += partial", "sum = partial"),
     Edit(GRAD, "split < splits.x", "split + 1 < splits.x"),
 ]
-EQUIVALENT: dict[Edit, str] = {}
+EQUIVALENT = {
+    Edit(
+        DELTA, "column_end - n", "N - n"
+    ): "EQUIVALENT: n, and a column_end other than N, are multiples of a run's eight, "
+    "so that both counts exceed a run or are the same",
+}
 
 
 class Failures:
