@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from reference import Layer
-from test_lora_linear import DTYPES, seeded_masks
 
 import torch_fused_lora as tfl
+from reference import HALF, Layer
+from test_lora_linear import DTYPES, seeded_masks
 from torch_fused_lora.doctor import self_test
 from torch_fused_lora.ops.dropout import keep_mask
 
@@ -15,9 +17,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 CUDA = torch.device("cuda")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _context_of_the_autograd_thread():
+    """Torch warns once when the first cuBLAS call of a process is made in backward; warnings are errors here."""
+    x = torch.randn(2, 2, device=CUDA, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x.mm(x).sum().backward()
+
+
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("rows", [1, 77, 1500])
+@pytest.mark.parametrize("rows", [1, 77, 1500])  # 1500: lora_triton.py
 def test_against_float64(dtype, adapter_dtype, dropout_p, rows):
     K, N, r = 130, 96, 5
     x, W, b = ((torch.randn(s) * K**-0.25).to(dtype) for s in ((rows, K), (N, K), (N,)))
@@ -31,8 +42,10 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows):
     )
     for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
         if name in found:
-            if dtype == torch.bfloat16 and adapter_dtype == torch.float32:  # adapters split in two halves
-                exact.terms += 2 * 2**7  # each split: 2**-17 = 2**7 units of float32
+            if dtype in HALF and adapter_dtype == torch.float32:  # `lora_triton._dot`: h or z, then what is made of it
+                exact.terms += (2 + 3) * 2**8  # 2**-16 is 2**8 units of float32
+            if dtype in HALF and name == "y":  # of a single row, torch's own product is rounded before the bias
+                exact.rounded = exact.rounded + (x.double() @ W.double().T).abs()
             exact.check(found[name].cpu(), name)
 
 
@@ -44,8 +57,9 @@ def test_masks_are_those_of_the_cpu(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_doctor(dtype):
-    error, allowed = self_test(CUDA, dtype)
+@pytest.mark.parametrize("rows", [3, 33])
+def test_doctor(dtype, rows):
+    error, allowed = self_test(CUDA, dtype, rows)
     assert error <= allowed
 
 

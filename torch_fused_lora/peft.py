@@ -37,7 +37,7 @@ class Linear(lora.Linear):
         if not adapters:
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
-        weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+        weight, bias = _weight_and_bias(base)
         if type(base) is Conv1D:
             weight = weight.t()
         for adapter in adapters:
@@ -46,7 +46,7 @@ class Linear(lora.Linear):
                 bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
         if len(adapters) == 1:
             lora_A, lora_B, _, scaling, dropout_p = adapters[0]
-            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, (dropout_p,))
+            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, (dropout_p,) if dropout_p else ())
         stacked_A = torch.cat([adapter.lora_A for adapter in adapters])
         stacked_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
         ranks = [adapter.lora_A.shape[0] for adapter in adapters]
@@ -76,7 +76,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         return []
     dtype = x.dtype
     autocast = autocast_enabled(x.device.type)
-    if dtype == torch.float64 if autocast else _tensor(base, "weight").dtype != dtype:
+    if dtype == torch.float64 if autocast else _weight_and_bias(base)[0].dtype != dtype:
         return []
     all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     all_dropouts = modules["lora_dropout"]._modules
@@ -87,7 +87,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         A, B, dropout = all_A[name], all_B[name], all_dropouts[name]
         if _why_not_adapter(layer, name, A, B, dropout):
             return []
-        lora_A, lora_B = _tensor(A, "weight"), _tensor(B, "weight")
+        lora_A, (lora_B, bias) = _weight_and_bias(A)[0], _weight_and_bias(B)
         adapter_dtype = adapters[0].lora_A.dtype if adapters else lora_A.dtype
         if not autocast and (
             not lora_A.dtype == lora_B.dtype == adapter_dtype
@@ -95,7 +95,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         ):
             return []
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        adapters.append(_Adapter(lora_A, lora_B, _tensor(B, "bias"), layer.scaling[name], p))
+        adapters.append(_Adapter(lora_A, lora_B, bias, layer.scaling[name], p))
     return adapters
 
 
@@ -103,7 +103,7 @@ def _why_not_base(base: nn.Module) -> str | None:
     """Why no call of a layer over this base can be fused, or None."""
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"base layer is a {type(base).__module__}.{type(base).__qualname__}, not exactly nn.Linear or Conv1D"
-    reason = _why_not_modules(base)
+    reason = _why_not_linear(base)
     return f"base layer has {reason}" if reason else None
 
 
@@ -115,34 +115,33 @@ def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, 
         return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
         return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
-    reason = _why_not_modules(A, B, dropout)
+    reason = _why_not_linear(A) or _why_not_linear(B) or _why_not_called(dropout)
     return f"adapter {name!r} has {reason}" if reason else None
 
 
-_PLAIN_TYPES = (nn.Parameter, Tensor, NoneType)
+def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
+    """The module's weight and bias. FSDP1 puts plain views of its flat parameter in the parameters' place."""
+    fields = module.__dict__
+    get = fields["_parameters"].get
+    return get("weight", fields.get("weight")), get("bias", fields.get("bias"))
 
 
-def _tensor(module: nn.Module, name: str) -> Any:
-    """The module's weight or bias. FSDP1 puts plain views of its flat parameter in the parameters' place."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else module.__dict__.get(name)
+_PLAIN_TYPES = frozenset((nn.Parameter, Tensor, NoneType))
+_REPLACED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
 
 
-def _why_not_modules(*modules: nn.Module) -> str | None:
-    """Why reading these modules' weights and biases would not do what calling the modules does, or None."""
-    for module in modules:
-        for name in ("weight", "bias"):
-            if type(_tensor(module, name)) not in _PLAIN_TYPES:
-                return f"a {name} that is a {type(_tensor(module, name)).__qualname__}, a tensor subclass"
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
-            return "hooks or a replaced forward"
-    return None
+def _why_not_linear(module: nn.Module) -> str | None:
+    """Why reading this module's weight and bias would not do what calling the module does, or None."""
+    weight, bias = _weight_and_bias(module)
+    if type(weight) not in _PLAIN_TYPES or type(bias) not in _PLAIN_TYPES:
+        name, value = ("bias", bias) if type(weight) in _PLAIN_TYPES else ("weight", weight)
+        return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
+    return _why_not_called(module)
+
+
+def _why_not_called(module: nn.Module) -> str | None:
+    """Why calling this module does more than its class's forward, or None."""
+    return "hooks or a replaced forward" if any(map(module.__dict__.get, _REPLACED)) else None
 
 
 def _why_not_all_adapters(layer: lora.Linear) -> str | None:

@@ -26,6 +26,7 @@ from types import NoneType
 import torch
 from torch import Tensor
 
+from ..mps import extension
 from . import portable
 from .dropout import draw_seed
 from .library import AUTOCAST_KEYS, NAMESPACE, autocast_enabled, below_autocast, define, fake, kernel
@@ -248,15 +249,20 @@ def _check_backward(grad, x, weight, lora_A, lora_B, h, needs):
 # ------------------------------------------------------------------------------------------ kernels and shapes
 
 
-@kernel("_lora_linear", "CompositeExplicitAutograd")
 def _portable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
-        raise NotImplementedError(
-            "lora_linear: no Metal kernels are installed for device 'mps', and this version of torch-fused-lora "
-            "ships none; run on the CPU, or leave the model unpatched (torch_fused_lora.unpatch_peft)"
-        )
     _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     return portable.forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+
+
+@kernel("_lora_linear", "CompositeExplicitAutograd")
+def _portable_kernel(x, weight, bias, lora_A, *arguments):
+    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
+        raise NotImplementedError(
+            f"lora_linear: device 'mps' needs this package's Metal extension, and {extension.reason}; "
+            "or leave the model unpatched (torch_fused_lora.unpatch_peft)"
+        )
+    y, h = _portable_forward(x, weight, bias, lora_A, *arguments)
+    return y, lora_A.new_empty(0) if h is None else h
 
 
 @kernel("_lora_linear", "FuncTorchBatched")
@@ -306,7 +312,7 @@ class _LoRALinear(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             y, h = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
         ctx.set_materialize_grads(False)
-        if not save_h:
+        if not save_h and h is not None:
             ctx.mark_non_differentiable(h)
         ctx.save_for_backward(
             x if need_A or need_weight else None,

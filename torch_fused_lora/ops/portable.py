@@ -3,7 +3,7 @@
 The cost of a LoRA layer is not its arithmetic but touching the full-width output again and again. So the base
 product comes first, by torch's own GEMM, and the rank-r product is added to it in place. Where operands have to be
 converted (float32 adapters over a half base) or masked (dropout), that happens by blocks of rows; no temporary
-grows with the width and the number of rows.
+grows with the width and the number of rows. On an NVIDIA GPU conversion is left to the kernels of `lora_triton.py`.
 
 `differentiable_forward` and `differentiable_backward` are the same formulas out of place, in calls that autograd
 can follow: for torch.func, forward-mode AD and double backward.
@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +27,23 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
-    """The base product, then y += s h Bᵀ in place with h = x̃ Aᵀ: the full-width output is touched once more."""
+    """The base product, then y += s h Bᵀ in place with h = x̃ Aᵀ: the full-width output is touched once more.
+
+    Returns (y, h), h None unless it is to be saved.
+    """
     x_rows = flat(x)
     y = F.linear(x_rows, weight, bias)
     # A number where reading it does not synchronise with the device.
     scale = scaling.item() if scaling.is_cpu else scaling
-    dtype = _operand_dtype(x_rows, lora_A, seed)
-    if seed is None and _in_one_piece(x_rows, lora_A, lora_B, dtype):
-        wide, A = _cast(x_rows, dtype), _narrow(lora_A, dtype)
-        h = F.linear(wide, A) if wide.dtype == A.dtype else _matmul(wide, A.t())
-        _add_product_(y, h, _narrow(lora_B, dtype).t(), scale)
-        h = _cast(h, lora_A.dtype)
+    A, B = _operands(lora_A, lora_B, seed)
+    if seed is None and _in_one_piece(x_rows, A, B):
+        h = F.linear(_widened(x_rows, A), A)
+        _add_product_(y, h, B.t(), scale)
+    elif seed is None and (kernels := _triton_kernels(x_rows)):
+        h = kernels.add_delta_(y, x_rows, A, B, scale)
     else:
-        h = _add_delta_by_blocks_(y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h)
-    return _unflat(y, x), h if save_h else lora_A.new_empty(0)
+        h = _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h)
+    return _unflat(y, x), _cast(h, lora_A.dtype) if save_h else None
 
 
 def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
@@ -50,23 +54,26 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
     grad_x = grad_rows.mm(weight) if need_x else None
     # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
     grad_A = grad_h = None
-    dtype = _operand_dtype(grad_rows, lora_A, seed)
-    if seed is None and _in_one_piece(grad_rows, lora_A, lora_B, dtype):
-        wide = _cast(grad_rows, dtype)
+    A, B = _operands(lora_A, lora_B, seed)
+    if seed is None and _in_one_piece(grad_rows, A, B):
+        wide = _widened(grad_rows, A)
         if need_x or need_A:
-            z = _matmul(wide, _narrow(lora_B, dtype)).mul_(scaling)
+            z = wide.mm(B).mul_(scaling)
         if need_x:
-            _add_product_(grad_x, z, _narrow(lora_A, dtype))
+            _add_product_(grad_x, z, A)
         if need_A:
-            grad_A = _matmul(z.t(), _cast(x_rows, dtype))
+            grad_A = z.t().mm(_widened(x_rows, A))
         if need_B or need_scaling:
-            h = _narrow(h, dtype)
-            grad_h = _matmul(wide.t(), h if need_scaling else h * scaling)
+            h = _widened(h, A)
+            grad_h = wide.t().mm(h if need_scaling else h * scaling)
     elif need_x or need_A or need_B or need_scaling:
         x_side = x_rows if need_A else None
-        grad_A, grad_h = _backward_by_blocks(
-            grad_rows, grad_x, x_side, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype, need_scaling
-        )
+        if h is not None and not need_scaling:
+            h = _widened(h, A) * scaling
+        if seed is None and (kernels := _triton_kernels(grad_rows)):
+            grad_A, grad_h = kernels.backward(grad_rows, grad_x, x_side, A, B, scaling, h)
+        else:
+            grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
     grads = []
     if need_x:
         grads.append(_unflat(grad_x, grad))
@@ -83,45 +90,40 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
     return grads
 
 
-def _add_delta_by_blocks_(y, x_rows, lora_A, lora_B, scale, seed, dropout_p, ranks, dtype, save_h):
+def _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h):
     """``y += s h Bᵀ`` over blocks of rows, converted and masked a block at a time; returns h if asked."""
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
     groups = adapters(seed, dropout_p, ranks, A.shape[0])
     size = block_rows(A, B)
     saved = []
     for start in range(0, max(y.shape[0], 1), size):
         rows = slice(start, start + size)
-        x_block = x_rows[rows].to(dtype)
+        x_block = _widened(x_rows[rows], A)
         masks = _masks(groups, seed, start, x_block.shape[0], A)
         parts = [F.linear(dropped(x_block, mask), A[rank]) for (rank, _), mask in zip(groups, masks, strict=True)]
         h = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         _add_product_(y[rows], h, B.t(), scale)
         if save_h:
-            saved.append(h.to(lora_A.dtype))
+            saved.append(h)
     return torch.cat(saved) if save_h else None
 
 
-def _backward_by_blocks(
-    grad_rows, grad_x, x_rows, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, dtype, need_scaling
-):
+def _backward_by_blocks(grad_rows, grad_x, x_rows, A, B, scaling, h, seed, dropout_p, ranks):
     """Over blocks of rows: ``grad_x += mask ⊙ (z A)`` in place; returns zᵀ x̃ and dYᵀ h, None where not asked for."""
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
     grad_A = A.new_zeros(A.shape) if x_rows is not None else None
     grad_h = B.new_zeros(B.shape) if h is not None else None
     groups = adapters(seed, dropout_p, ranks, A.shape[0])
     size = block_rows(A, B)
     for start in range(0, grad_rows.shape[0], size):
         rows = slice(start, start + size)
-        grad_block = grad_rows[rows].to(dtype)
+        grad_block = _widened(grad_rows[rows], A)
         if grad_h is not None:
-            h_block = h[rows].to(dtype)
-            grad_h.addmm_(grad_block.t(), h_block if need_scaling else h_block * scaling)
+            grad_h.addmm_(grad_block.t(), _widened(h[rows], A))
         if grad_A is None and grad_x is None:
             continue
         z = grad_block.mm(B).mul_(scaling)
         masks = _masks(groups, seed, start, z.shape[0], A)
         if grad_A is not None:
-            x_block = x_rows[rows].to(dtype)
+            x_block = _widened(x_rows[rows], A)
             for (rank, _), mask in zip(groups, masks, strict=True):
                 grad_A[rank].addmm_(z[:, rank].t(), dropped(x_block, mask))
         if grad_x is None:
@@ -134,57 +136,33 @@ def _backward_by_blocks(
     return grad_A, grad_h
 
 
-def _operand_dtype(rows: Tensor, lora_A: Tensor, seed: Tensor | None) -> torch.dtype:
-    """In which dtype the rows of a full-width operand are multiplied: their own, or float32 for half rows.
-
-    Half rows stay as they are where the device multiplies them with float32 sums in hardware, and the adapters are
-    half too or can be split (`_matmul`). A CPU without such hardware is two to four times faster through float32.
-    """
-    if rows.dtype not in HALF:
-        return rows.dtype
-    native = not rows.is_cpu and seed is None and (lora_A.dtype == rows.dtype or _splits(rows))
-    return rows.dtype if native else torch.float32
+def _operands(lora_A: Tensor, lora_B: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The adapters in the dtype in which rows meet them: their own, but float32 for half adapters under dropout, whose
+    factor 1 / (1 - p) is no half, and on a CPU, which is faster there where the processor multiplies no halves."""
+    if lora_A.dtype in HALF and (lora_A.is_cpu or seed is not None):
+        return lora_A.float(), lora_B.float()
+    return lora_A, lora_B
 
 
-def _splits(rows: Tensor) -> bool:
-    """Whether float32 adapters meet these rows as two bfloat16 halves. Few rows are not worth the extra launches."""
-    return rows.dtype == torch.bfloat16 and rows.is_cuda and rows.shape[0] > 512 and torch.version.hip is None
+def _in_one_piece(rows: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether all rows are converted at once, or nothing is converted."""
+    return rows.dtype is A.dtype or (rows.shape[0] <= block_rows(A, B) and _triton_kernels(rows) is None)
 
 
-def _narrow(lora: Tensor, dtype: torch.dtype) -> Tensor:
-    """An adapter, h or z as it meets rows of ``dtype``: float32 stays float32."""
-    return lora if lora.dtype == torch.float32 else _cast(lora, dtype)
+def _triton_kernels(rows: Tensor) -> ModuleType | None:
+    """The module of Triton kernels for half rows and float32 adapters; None where aten calls serve as well."""
+    return _import_triton_kernels() if rows.is_cuda and rows.shape[0] > 1024 else None
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b in the wider of the two dtypes.
-
-    Where one is bfloat16 and the other float32, the float32 one is split into a high and a low bfloat16 half: two
-    products with float32 sums on the matrix units instead of a float32 copy of the full-width operand. The halves
-    hold 16 bits, so the result is within 2**-17 of its magnitude, a hundredth of a bfloat16 rounding.
-    """
-    if a.dtype == b.dtype:
-        return a.mm(b) if a.shape[1] != 1 else a * b  # an outer product is slow as a GEMM
-    if b.dtype == torch.float32:
-        high, low = _halves(b)
-        return _mm_float32(a, torch.cat([high, low], 1)).view(a.shape[0], 2, b.shape[1]).sum(1)
-    high, low = _halves(a)
-    return _mm_float32(torch.cat([high, low]), b).view(2, a.shape[0], b.shape[1]).sum(0)
-
-
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two bfloat16 matrices as float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float().mm(b.float())
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    high = x.bfloat16()
-    return high, (x - high).bfloat16()
-
-
-def _in_one_piece(rows: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all rows fit a block, or need no block since nothing is converted."""
-    return rows.dtype == dtype or rows.shape[0] <= block_rows(lora_A, lora_B)
+@functools.cache
+def _import_triton_kernels() -> ModuleType | None:
+    if torch.version.hip is not None:
+        return None
+    try:
+        from . import lora_triton
+    except ImportError:
+        return None
+    return lora_triton
 
 
 def block_rows(A: Tensor, B: Tensor) -> int:
@@ -225,17 +203,19 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
     """``out += scale · a b``, summed in float32 (float64 for float64) and rounded once to out's dtype."""
     if isinstance(scale, Tensor):
         a, scale = a * scale, 1.0
-    if out.dtype == a.dtype:
+    if out.dtype is a.dtype:
         out.addmm_(a, b, alpha=scale)
-    elif _splits(out):  # as in `_matmul`; the product of the two low halves is below the rounding of float32
-        (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
-        out.addmm_(torch.cat([a_high, a_low, a_high], 1), torch.cat([b_high, b_high, b_low]), alpha=scale)
     else:
-        out.copy_(out.to(a.dtype).addmm_(a, b, alpha=scale))
+        out.copy_(out.float().addmm_(a, b, alpha=scale))
+
+
+def _widened(rows: Tensor, A: Tensor) -> Tensor:
+    """Rows as they meet the adapters: in float32 where the dtypes differ."""
+    return rows if rows.dtype is A.dtype else rows.float()
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a `to` that does nothing still takes a microsecond
+    return x if x.dtype is dtype else x.to(dtype)  # a `to` that does nothing still takes a microsecond
 
 
 def flat(x: Tensor) -> Tensor:
