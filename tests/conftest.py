@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import mps_on_linux
 from mps_on_linux import run
 
 # Shared, noisy machines: no deadline; the same examples on every run, so that a failure is everybody's.
@@ -20,8 +20,8 @@ def _install_mps() -> str | None:
     """Give this process device "mps" and the extension, before torch_fused_lora looks for them; or why it has none."""
     if torch.backends.mps.is_built():  # a Mac: the real ones
         return None if torch.backends.mps.is_available() else "this Mac has no MPS"
-    if shutil.which("g++") is None:
-        return "the mps bench is compiled by g++, which is not installed"
+    if reason := mps_on_linux.why_unavailable():
+        return reason
     run.install()
     return None
 
