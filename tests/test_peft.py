@@ -272,6 +272,12 @@ def decline_adapter_hook():
     return model, "adapter 'default' has hooks"
 
 
+def decline_dropout_hook():
+    model = build(target_modules=["first"], lora_dropout=0.1)
+    model.base_model.model.first.lora_dropout["default"].register_forward_hook(lambda *_: None)
+    return model, "hook"
+
+
 def decline_replaced_forward():
     model = build(target_modules=["first"])
     base = model.base_model.model.first.base_layer
@@ -311,6 +317,7 @@ def decline_other_layers():
         decline_dora,
         decline_base_hook,
         decline_adapter_hook,
+        decline_dropout_hook,
         decline_replaced_forward,
         decline_linear_subclass,
         decline_tensor_subclass,

@@ -42,6 +42,12 @@ for M, K, N, r, dtype, layout in (
     for name, found in zip(names, torch.autograd.grad(y, [*operands, scaling][: len(names)], grad), strict=True):
         if name in exact:
             exact[name].check(found, name)
+with torch.no_grad():
+    x, W, _, A, B = operands
+    y, z = torch.zeros(M, N, dtype=dtype), torch.zeros(M, N, dtype=dtype)
+    lora_triton.add_delta_(y, x, A, B, 0.5)
+    lora_triton.add_delta_(z, x, A, B, torch.tensor(0.5))
+    assert torch.equal(y, z) and y.any()
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
