@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import sys
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from torch import Tensor
 import metal_on_cpu
 
 ROOT = Path(__file__).parent.parent
+_EMBED_METAL = runpy.run_path(str(ROOT / "csrc" / "embed_metal.py"))
+assemble, embed = _EMBED_METAL["assemble"], _EMBED_METAL["embed"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -57,11 +59,6 @@ class Launch(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """csrc/launch_plan.cpp, with the sources of metal/ embedded as setup.py embeds them."""
-    sys.path.insert(0, str(ROOT / "csrc"))
-    try:
-        from embed_metal import embed
-    finally:
-        sys.path.pop(0)
     sources = ROOT / "build" / "tests" / "metal_sources.cpp"
     embed(ROOT / "metal", sources)
     path = metal_on_cpu.build_shared([ROOT / "csrc" / "launch_plan.cpp", sources], "launch_plan", ["-std=c++17"])

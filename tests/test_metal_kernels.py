@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from launch_plan import Kernels
+import metal_on_cpu
+from launch_plan import ROOT, Kernels, assemble
 from reference import Exact
-from torch_fused_lora.ops.dropout import keep_mask
+from torch_fused_lora.ops.dropout import keep_mask, philox
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]
@@ -284,6 +285,30 @@ def test_trace_has_no_findings_and_lane_orders_agree_bit_for_bit(shape, dtypes, 
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+DRAW = """
+[[kernel]] void draw(
+    device uchar* kept [[buffer(0)]], constant uint2& seed [[buffer(1)]], constant ulong& first [[buffer(2)]],
+    constant uint2& stream_threshold [[buffer(3)]], uint i [[thread_position_in_grid]]) {
+  const Dropout dropout = {seed, stream_threshold.x, stream_threshold.y, 1.0f};
+  kept[i] = dropout.keep_eight(first + i);
+}
+"""
+
+
+def test_mask_of_a_tensor_past_4_gib_and_at_the_threshold():
+    stream, first, counters = 3, (1 << 33) + 5, 64
+    words = philox(SEED, stream, first, first + counters)
+    threshold = int(words[17])  # met exactly: kept
+    rotated = words << 16 | words >> 16
+    expected = torch.tensor([word >= threshold for pair in zip(words, rotated, strict=True) for word in pair])
+    kept = torch.zeros(counters, dtype=torch.uint8)
+    kernel = metal_on_cpu.compile(assemble(ROOT / "metal" / "dropout.h") + DRAW, strict=True)["draw"]
+    constants = [value.to_bytes(8, "little") for value in (SEED, first, stream | threshold << 32)]
+    kernel.dispatch(threads=(counters, 1, 1), group=(counters, 1, 1), arguments=[kept, *constants])
+    bits = kept.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1
+    assert torch.equal(bits.bool().flatten(), expected)
 
 
 def test_only_z():
