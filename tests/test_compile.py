@@ -15,6 +15,12 @@ from torch_fused_lora.ops.lora_linear import lora_linear_stacked
 ops = torch.ops.torch_fused_lora
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet():
+    """Dynamo counts the recompilations of a function over the whole process, and gives up after eight."""
+    torch.compiler.reset()
+
+
 def operands(dtype=torch.float32, adapter_dtype=None, lead=(4,), needs=True, device="cpu"):
     adapter_dtype = adapter_dtype or dtype
     scaling_dtype = torch.float64 if dtype == torch.float64 else torch.float32
