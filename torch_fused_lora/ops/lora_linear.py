@@ -274,7 +274,12 @@ def _differentiable(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout
 @kernel("lora_linear_backward", "CompositeExplicitAutograd")
 def _portable_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
     _check_backward(grad, x, weight, lora_A, lora_B, h, needs)
-    return portable.backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
+    return _found(portable.backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs))
+
+
+def _found(grads):
+    """The gradients that were asked for: the operator's Tensor[] holds no None."""
+    return [grad for grad in grads if grad is not None]
 
 
 @fake("_lora_linear")
@@ -306,8 +311,9 @@ class _LoRALinear(torch.autograd.Function):
     # The classic form, forward(ctx, ...): with setup_context apart a call costs about twice as much.
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, kernel):
-        need_x, need_weight, _, need_A, need_B, need_scaling, *_ = ctx.needs_input_grad
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, options):
+        seed, dropout_p, ranks, kernel = options
+        need_x, need_weight, _, need_A, need_B, need_scaling, _ = ctx.needs_input_grad
         save_h = need_B or need_scaling
         with torch._C._AutoDispatchBelowAutograd():
             y, h = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
@@ -329,7 +335,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_h):
         if grad is None and grad_h is None:
-            return (None,) * 10
+            return (None,) * 7
         needs = ctx.needs_input_grad[:6]
         dropout_p, ranks, y_shape, y_dtype, direct = ctx.options
         saved = ctx.saved_tensors
@@ -343,9 +349,12 @@ class _LoRALinear(torch.autograd.Function):
             batched = torch._C._functorch.is_legacy_batchedtensor(grad)
             direct = batched or (direct and type(grad) is Tensor and _unwatched(grad.device.type))
             with torch._C._AutoDispatchBelowAutograd():
-                grads = (portable.backward if direct else _backward_op)(grad, *saved, dropout_p, ranks, needs)
-        found = iter(grads)
-        return *[next(found) if need else None for need in needs], None, None, None, None
+                if direct:
+                    grads = portable.backward(grad, *saved, dropout_p, ranks, needs)
+                else:
+                    found = iter(_backward_op(grad, *saved, dropout_p, ranks, needs))
+                    grads = [next(found) if need else None for need in needs]
+        return *grads, None
 
 
 # Function.apply without its functorch bookkeeping: `_with_autograd` runs under no transform.
@@ -361,7 +370,7 @@ def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, 
         or (bias is not None and bias.requires_grad)
         or scaling.requires_grad
     ):
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, kernel)
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, (seed, dropout_p, ranks, kernel))
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 
@@ -385,7 +394,7 @@ def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
     arguments = (x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
     if _transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return portable.differentiable_backward(grad, None, *arguments)
+        return _found(portable.differentiable_backward(grad, None, *arguments))
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(grad, *arguments)
 

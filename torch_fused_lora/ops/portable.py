@@ -24,6 +24,7 @@ from torch import Tensor
 from .dropout import keep_mask
 
 HALF = (torch.float16, torch.bfloat16)
+_FEW = 16  # rows that are never split into blocks
 
 
 def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
@@ -47,7 +48,10 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), r
 
 
 def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
-    """z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h; ds = Σ (dYᵀ h) ⊙ B."""
+    """z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h; ds = Σ (dYᵀ h) ⊙ B.
+
+    Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
+    """
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
     grad_rows = flat(grad)
     x_rows = flat(x) if x is not None else None
@@ -74,20 +78,14 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
             grad_A, grad_h = kernels.backward(grad_rows, grad_x, x_side, A, B, scaling, h)
         else:
             grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
-    grads = []
-    if need_x:
-        grads.append(_unflat(grad_x, grad))
-    if need_weight:
-        grads.append(grad_rows.t().mm(x_rows))
-    if need_bias:
-        grads.append(grad_rows.sum(0))
-    if need_A:
-        grads.append(_cast(grad_A, lora_A.dtype))
-    if need_B:
-        grads.append(_cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype))
-    if need_scaling:
-        grads.append((grad_h * lora_B).sum().to(scaling.device, scaling.dtype))
-    return grads
+    return (
+        _unflat(grad_x, grad) if need_x else None,
+        grad_rows.t().mm(x_rows) if need_weight else None,
+        grad_rows.sum(0) if need_bias else None,
+        _cast(grad_A, lora_A.dtype) if need_A else None,
+        _cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype) if need_B else None,
+        (grad_h * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
+    )
 
 
 def _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h):
@@ -146,7 +144,9 @@ def _operands(lora_A: Tensor, lora_B: Tensor, seed: Tensor | None) -> tuple[Tens
 
 def _in_one_piece(rows: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether all rows are converted at once, or nothing is converted."""
-    return rows.dtype is A.dtype or (rows.shape[0] <= block_rows(A, B) and _triton_kernels(rows) is None)
+    if rows.dtype is A.dtype or rows.shape[0] <= _FEW:
+        return True
+    return rows.shape[0] <= block_rows(A, B) and _triton_kernels(rows) is None
 
 
 def _triton_kernels(rows: Tensor) -> ModuleType | None:
@@ -172,7 +172,7 @@ def block_rows(A: Tensor, B: Tensor) -> int:
     wait a scheduler's time slice for its threads, so that few large blocks win by far.
     """
     elements = 1 << (21 if A.is_cpu else 24)
-    return max(elements // max(A.shape[1], B.shape[0], 1), 16)
+    return max(elements // max(A.shape[1], B.shape[0], 1), _FEW)
 
 
 def adapters(
@@ -263,21 +263,20 @@ def differentiable_backward(grad, grad_h, x, weight, lora_A, lora_B, scaling, h,
     if grad_h is not None:
         z = z + grad_h
     x_rows = flat(x) if x is not None else None
-    grads = []
+    grad_x = grad_A = None
     if need_x or need_A:
         masks = _whole_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
     if need_x:
         delta = functools.reduce(torch.add, [dropped(z[:, rank] @ lora_A[rank], mask) for rank, mask in masks])
-        grads.append((grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1]))
-    if need_weight:
-        grads.append(grad_rows.t() @ x_rows)
-    if need_bias:
-        grads.append(grad_rows.sum(0))
+        grad_x = (grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
     if need_A:
         wide = x_rows.to(lora_A.dtype)
-        grads.append(torch.cat([z[:, rank].t() @ dropped(wide, mask) for rank, mask in masks]))
-    if need_B:
-        grads.append((wide_grad.t() @ h) * scaling)
-    if need_scaling:
-        grads.append(((wide_grad.t() @ h) * lora_B).sum().to(scaling.device, scaling.dtype))
-    return grads
+        grad_A = torch.cat([z[:, rank].t() @ dropped(wide, mask) for rank, mask in masks])
+    return (
+        grad_x,
+        grad_rows.t() @ x_rows if need_weight else None,
+        grad_rows.sum(0) if need_bias else None,
+        grad_A,
+        (wide_grad.t() @ h) * scaling if need_B else None,
+        ((wide_grad.t() @ h) * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
+    )
