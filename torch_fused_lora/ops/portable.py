@@ -55,22 +55,23 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
     grad_rows = flat(grad)
     x_rows = flat(x) if x is not None else None
-    grad_x = grad_rows.mm(weight) if need_x else None
     # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
-    grad_A = grad_h = None
+    grad_x = grad_A = grad_h = None
     A, B = _operands(lora_A, lora_B, seed)
     if seed is None and _in_one_piece(grad_rows, A, B):
         wide = _widened(grad_rows, A)
         if need_x or need_A:
             z = wide.mm(B).mul_(scaling)
-        if need_x:
-            _add_product_(grad_x, z, A)
         if need_A:
             grad_A = z.t().mm(_widened(x_rows, A))
         if need_B or need_scaling:
             h = _widened(h, A)
             grad_h = wide.t().mm(h if need_scaling else h * scaling)
+        if need_x:  # after what is small: the weight drives all else out of a CPU's caches
+            grad_x = grad_rows.mm(weight)
+            _add_product_(grad_x, z, A)
     elif need_x or need_A or need_B or need_scaling:
+        grad_x = grad_rows.mm(weight) if need_x else None
         x_side = x_rows if need_A else None
         if h is not None and not need_scaling:
             h = _widened(h, A) * scaling
