@@ -135,7 +135,7 @@ void lora_delta(
       const short r = i / (WIDTH / RUN), c = i % (WIDTH / RUN) * RUN;
       const uint m = row + r, n = column + c;
       if (m < M && n < column_end) {
-        const uint count = column_end - n;
+        const uint count = N - n;  // a split of the columns ends at a multiple of a run, or at N
         Run delta = rows.run(r, c);
         if (MASK == Mask::output) {
           delta = dropout.apply(delta, ulong(m) * N + n);

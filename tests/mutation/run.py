@@ -110,7 +110,7 @@ EDITS = [
     Edit(DELTA, "fma(delta.low, float4(scaling), sum.low)", "delta.low * scaling"),
     Edit(DELTA, "ulong(m) * N + n", "ulong(m) * N"),
     Edit(DELTA, "m < M && n < column_end", "m <= M && n < column_end"),
-    Edit(DELTA, "column_end - n", "N - n"),
+    Edit(DELTA, "count = N - n", "count = RUN"),
     Edit(DELTA, "min(N, column_begin + n_columns.y)", "column_begin + n_columns.y"),
     Edit(DELTA, "lora_B + ulong(ranks.x) * B_strides.y", "lora_B"),
     Edit(DELTA, "lora_A + ulong(ranks.x) * A_strides.x", "lora_A"),
@@ -150,10 +150,10 @@ EDITS = [
     Edit(GRAD, "split < splits.x", "split + 1 < splits.x"),
 ]
 EQUIVALENT = {
-    Edit(
-        DELTA, "column_end - n", "N - n"
-    ): "EQUIVALENT: n, and a column_end other than N, are multiples of a run's eight, "
-    "so that both counts exceed a run or are the same",
+    Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"): "EQUIVALENT: every access to a tile goes through its "
+    "stride; the padding serves the memory banks alone",
+    Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)", 1): "EQUIVALENT: a wide row of y has a multiple "
+    "of four elements (launch plan) and a run starts at a multiple of eight: the count is four, or eight and more",
 }
 
 
