@@ -16,7 +16,7 @@ namespace {
 // ------------------------------------------------------------------------------------------------ what is planned with
 
 constexpr uint32_t kMaxRanks = 256;         // ranks of one launch: what h in registers and the tiles in 32 KiB hold
-constexpr uint32_t kDecodeRows = 8;         // rows of x from which reading W once beats torch's own matmul
+constexpr uint32_t kDecodeRows = 8;         // rows of x up to which lora_decode has sums in registers; not timed
 constexpr uint32_t kDecodeSimdgroups = 16;  // as in lora_decode.metal
 constexpr uint32_t kGradSimdgroups = 8;     // as in lora_grad.metal
 constexpr uint32_t kManyRows = 1024;        // from here on lora_delta reads x once; fewer rows may split the columns
@@ -192,7 +192,8 @@ const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t inde
   // twice the least possible. With many rows the rows alone fill the GPU.
   uint64_t splits = 1;
   if (M < kManyRows && column_tiles > 0) {
-    const double size = bytes(problem.dtype), adapter_size = bytes(problem.adapter_dtype), ranks = slice.end - slice.begin;
+    const double size = bytes(problem.dtype), adapter_size = bytes(problem.adapter_dtype);
+    const double ranks = slice.end - slice.begin;
     const double x = M * K * size, y = M * N * size, A = ranks * K * adapter_size, B = ranks * N * adapter_size;
     const double least = x + y + A + B;
     const uint64_t wanted = std::min<uint64_t>(ceil_div(problem.gpu_cores, row_tiles), column_tiles);
@@ -247,7 +248,7 @@ const char* tfl_plan_delta_dx(
 
 uint32_t tfl_decodes(const Problem* problem) {
   // Dropout stays with lora_delta. A weight with unit stride along N (a transposed Conv1D) would be read a line a
-  // element here, and is read well by torch's matmul. The rank: h of all rows has to fit threadgroup memory.
+  // element here, and is left to torch's matmul. The rank: h of all rows has to fit threadgroup memory.
   const bool rows_contiguous = problem->weight.col_stride == 1 || problem->weight.cols <= 1;
   return problem->x.rows <= kDecodeRows && problem->dropout_p == nullptr && rows_contiguous &&
       problem->lora_A.rows <= kMaxRanks;

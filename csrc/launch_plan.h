@@ -43,7 +43,8 @@ struct Launch {
 extern "C" {
 
 // Each planning function returns null, or why the problem cannot be launched: a text that names the operand.
-// `index` counts the dispatches of the problem from 0; `*launch` is left alone past the last one, with `*count` dispatches.
+// `index` counts the dispatches of the problem from 0, of which there are `*count`; past the last one `*launch` is left
+// alone.
 
 /// y = x W^T + b + s (x A^T) B^T in one pass. Tensors: x, weight, bias, lora_A, lora_B, y, h, scaling.
 const char* tfl_plan_decode(const Problem*, uint32_t index, Launch*, uint32_t* count);

@@ -1,4 +1,4 @@
-// lora_linear on device "mps": the kernels of _lora_linear and lora_linear_backward, which torch_fused_lora/ops defines.
+// lora_linear on device "mps": the kernels of _lora_linear and lora_linear_backward, defined in torch_fused_lora/ops.
 //
 // No synchronisation, no commit, no read of device memory: check, plan, allocate, encode.
 #include <torch/csrc/stable/library.h>
@@ -112,7 +112,8 @@ void check_adapters(
   expect(
       !lora_B.is_cpu() && lora_B.scalar_type() == dtype, "lora_B", lora_B,
       "lora_A's dtype ", name_of(dtype), ", on mps");
-  expect(scaling.dim() == 0 && scaling.scalar_type() == ScalarType::Float, "scaling", scaling, "a 0-dim float32 tensor");
+  const bool scaling_fits = scaling.dim() == 0 && scaling.scalar_type() == ScalarType::Float;
+  expect(scaling_fits, "scaling", scaling, "a 0-dim float32 tensor");
   if (!seed.has_value()) return;
   expect(
       seed->dim() == 0 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(), "seed", *seed,
@@ -120,7 +121,8 @@ void check_adapters(
   int64_t sum = ranks.empty() ? r : 0;
   for (int64_t rank : ranks) sum += rank;
   STD_TORCH_CHECK(
-      sum == r && dropout_p.size() == (ranks.empty() ? 1 : ranks.size()), "lora_linear: ranks: expected one for each of ",
+      sum == r && dropout_p.size() == (ranks.empty() ? 1 : ranks.size()),
+      "lora_linear: ranks: expected one for each of ",
       dropout_p.size(), " dropout_p, ", r, " in all; got ", ranks.size(), " that sum to ", sum);
   for (double p : dropout_p) {
     STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "lora_linear: dropout_p: expected probabilities in [0, 1); got ", p);
@@ -244,7 +246,8 @@ std::vector<Tensor> backward(
   problem.x.rows = dy.operand.rows;
   const int64_t M = static_cast<int64_t>(dy.operand.rows);
   const auto given = [&](const char* name, const OptionalTensor& tensor, bool shape_fits) {
-    STD_TORCH_CHECK(tensor.has_value(), "lora_linear_backward: ", name, ": expected a tensor for these needs, got None");
+    STD_TORCH_CHECK(
+        tensor.has_value(), "lora_linear_backward: ", name, ": expected a tensor for these needs, got None");
     expect(shape_fits, name, *tensor, "the shape that grad, lora_A and lora_B imply");
   };
   if (need_A || need_weight) {
@@ -295,7 +298,9 @@ std::vector<Tensor> backward(
     const std::vector<int64_t> no_dimensions;
     add_gradients(
         std::nullopt, unscaled_dB,
-        torch::stable::full(no_dimensions, 1.0, ScalarType::Float, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+        torch::stable::full(
+            no_dimensions, 1.0, ScalarType::Float, std::nullopt,
+            torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   }
   encode(batches);
 

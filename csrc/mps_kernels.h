@@ -26,7 +26,8 @@ struct Batch {
 /// refuses with.
 std::vector<Launch> plan_all(const std::function<const char*(uint32_t, Launch*, uint32_t*)>& plan);
 
-/// Encodes the batches in order, in one command block. Compiles what is not compiled yet; no synchronisation, no commit.
+/// Encodes the batches in order, in one command block. Compiles what is not compiled yet; no synchronisation, no
+/// commit.
 /// Throws where a kernel does not compile or a call of the shim fails, naming the kernel, torch's and the system's
 /// version; the process stays usable, and a kernel that did not compile is tried again by the next call.
 void encode(const std::vector<Batch>& batches);

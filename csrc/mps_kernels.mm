@@ -1,5 +1,6 @@
 #include "mps_kernels.h"
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -24,13 +25,12 @@ std::map<const char*, AOTIMetalKernelFunctionHandle> kernels;  // by Launch::sou
       (reason.empty() ? "" : ": " + reason));
 }
 
-/// torch's own text for the last failed call, where the running torch offers it.
+/// torch's own text for the last failed call. The running torch has it from 2.13 on; the stable ABI that this is built
+/// for does not, so it is looked up by name.
 std::string last_error() {
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
-  return torch_exception_get_what_without_backtrace();
-#else
-  return "torch printed its reason to stderr";
-#endif
+  using Text = const char* (*)();
+  static const auto text = reinterpret_cast<Text>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return text != nullptr ? text() : "torch printed its reason to stderr";
 }
 
 /// The launch's compiled kernel. torch's own pipeline cache has no lock, hence ours; the libraries are never deleted.

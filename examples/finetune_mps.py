@@ -1,6 +1,6 @@
 """Fine-tune all-MiniLM-L6-v2 with PEFT LoRA on a Mac's GPU, every LoRA layer by the Metal kernels.
 
-    pip install --no-build-isolation ".[examples]"      # in the source folder, on the Mac
+    pip install ".[examples]"  # in the source folder, on the Mac
     python examples/finetune_mps.py
 
 The task, the model and the data are those of finetune_encoder.py. When the adapter is trained, it is saved, and stock

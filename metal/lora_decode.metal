@@ -1,16 +1,16 @@
 // lora_decode: y = x W^T + b + s (x A^T) B^T for one to eight rows of x, in one pass over W; one dispatch, no scratch.
 //
 // Algorithm. A threadgroup owns a range of W's rows, as many as give every core one threadgroup (or up to four, where
-//   that is nearly free). It first computes all of h = x A^T, a simdgroup a rank, then takes its rows of W, W_ROWS a simdgroup at a time. The low-rank term costs no
-//   reduction of its own: each lane adds s h[j] B[n, j], for every 32nd j, to its share of the dot product with W[n],
-//   and one simd_sum finishes both.
-// Tile. A chunk of x (4096 / M columns), as float, in 16 KiB of threadgroup memory; h in another 8 KiB.
+//   that is nearly free). It first computes all of h = x A^T, a simdgroup a rank, then takes its rows of W, W_ROWS a
+//   simdgroup at a time. The low-rank term costs no reduction of its own: each lane adds s h[j] B[n, j], for every
+//   32nd j, to its share of the dot product with W[n], and one simd_sum finishes both.
+// Tile. A chunk of x (4096 / M columns or a little less), as float, in 16 KiB of threadgroup memory; h in 8 KiB more.
 // Threads. 512, 16 simdgroups. A lane reads 16 bytes of a row of W at a time: 512 contiguous bytes a simdgroup, W_ROWS
 //   rows at once.
 // Bytes. W, B, b and y are touched exactly once: the least possible. Every threadgroup reads x and A again, (M + r) K
-//   elements: with one a core on 40 cores, 0.17 of a 4096 x 4096 W at rank 16 (counted; x and A fit the cache).
-//   At rank 64 it is 0.63: from about there two dispatches, x A^T once and then W, move fewer bytes; one still saves
-//   a launch.
+//   elements: with one a core on 40 cores, 0.17 of a 4096 x 4096 W at rank 16 (counted by the executor). At rank 64
+//   it would be 0.63 (the same formula): from about there two dispatches, x A^T once and then W, request fewer bytes;
+//   one still saves a launch. How much of it a cache serves is not modelled, and nothing was timed.
 // Rounding. Once: base, bias and low-rank term are summed in float32.
 #include "operands.h"
 
@@ -28,7 +28,7 @@ struct Sums {
   float of[ROWS][M];
 };
 
-/// sums.of[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, this lane's share. VECTOR elements
+/// sums.of[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, a lane's share. VECTOR elements
 /// of a row are read at once: 1, or 16 bytes' worth where rows are contiguous and aligned.
 template <short VECTOR, short ROWS, short M, typename U>
 void accumulate(

@@ -4,14 +4,15 @@
 //
 // Algorithm. A threadgroup owns ROWS rows (8, 16 or 32). Stage 1 walks over K in tiles and accumulates h = x A^T in
 //   simdgroup matrices: each simdgroup has eight of the rows, all ranks, and every K_SLICES-th block of eight columns.
-//   The slices are summed through threadgroup memory, in a fixed order, and h stays in registers from then on.
+//   The slices are summed through threadgroup memory, in a fixed order; h stays in registers from then on.
 //   Stage 2 walks over N in tiles: delta = h B^T, then y is read, added to, rounded once and written.
 // Tile. x: ROWS x WIDTH, A: RANKS x WIDTH, B: WIDTH x RANKS; WIDTH is 64, 32 or 16 as the rank grows, so that both
-//   tiles fit 32 KiB up to rank 256 (at rank 16, 14 KB: two or more threadgroups a core).
-// Threads. 32 * ROWS / 8 * K_SLICES: 256 at rank 128 and below. One x and one y run of eight elements a thread and tile.
+//   tiles fit 32 KiB up to rank 256 (at rank 16 they take 14 KB).
+// Threads. 256: 32 lanes * ROWS / 8 * K_SLICES. Fewer where few rows meet a rank above 64, whose narrower tiles have
+//   fewer slices. At rank 64 and below and 32 rows, one run of eight elements of x and of y a thread and tile.
 // Bytes. x is read once, y read and written once: the least possible. A and B are read once per ROWS rows, which
-//   for 32 rows and rank r adds r / 32 of the bytes of x and y. With few rows the launch plan splits N over
-//   threadgroups to fill the GPU; each of them reads x and A again, and the plan bounds that.
+//   for 32 rows and rank r adds r / 32 of the bytes of x and y (all counted by the executor). With few
+//   rows the launch plan splits N over threadgroups to fill the GPU; each of them reads x and A again, within a bound.
 // Rounding. Sums are float32; y + delta is rounded once to y's type. With `save_h`, h is stored, rounded to A's type.
 #include "tiles.h"
 
@@ -70,7 +71,8 @@ void lora_delta(
     h_blocks[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
   const Matrix<T> x_matrix = matrix(x, M, K, x_levels, x_strides, (flags & DELTA_WIDE_X) != 0);
-  const Matrix<TA> A_matrix = matrix(lora_A + ulong(ranks.x) * A_strides.x, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0);
+  device const TA* const A_slice = lora_A + ulong(ranks.x) * A_strides.x;
+  const Matrix<TA> A_matrix = matrix(A_slice, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0);
   const ATile A_tile = {rank_floats};
   for (uint k = 0; k < K; k += WIDTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -116,7 +118,8 @@ void lora_delta(
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // Stage 2: y += s h B^T.
-  const Matrix<TA> B_matrix = matrix(lora_B + ulong(ranks.x) * B_strides.y, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0);
+  device const TA* const B_slice = lora_B + ulong(ranks.x) * B_strides.y;
+  const Matrix<TA> B_matrix = matrix(B_slice, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0);
   const BTile B_tile = {rank_floats};
   const bool wide_y = (flags & DELTA_WIDE_Y) != 0;
   constexpr short RUNS = ROWS * WIDTH / RUN;

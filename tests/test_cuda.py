@@ -42,7 +42,8 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows):
     )
     for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
         if name in found:
-            if dtype in HALF and adapter_dtype == torch.float32:  # `lora_triton._dot`: h or z, then what is made of it
+            if rows > 1024 and dropout_p == 0 and dtype in HALF and adapter_dtype == torch.float32:
+                # `lora_triton._dot`: h or z, then what is made of it
                 exact.terms += (2 + 3) * 2**8  # 2**-16 is 2**8 units of float32
             if dtype in HALF and name == "y":  # of a single row, torch's own product is rounded before the bias
                 exact.rounded = exact.rounded + (x.double() @ W.double().T).abs()

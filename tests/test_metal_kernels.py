@@ -319,6 +319,31 @@ def test_mask_of_a_tensor_past_4_gib_and_at_the_threshold():
     assert torch.equal(bits.bool().flatten(), expected)
 
 
+LOCATE = """
+[[kernel]] void locate(
+    device const half* data [[buffer(0)]], device ulong* offset [[buffer(1)]], constant uint2& levels [[buffer(2)]],
+    constant uint2& strides [[buffer(3)]], constant uint2& row_col [[buffer(4)]]) {
+  const Matrix<half> m = matrix(data, 9, 9, levels, strides, false);
+  *offset = ulong(m.at(row_col.x, row_col.y) - data);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer_stride", "row_stride", "col_stride"),
+    [(9, 0, 2**31 + 5, 1), (9, 0, 1, 2**31 + 5), (2, 2**31 + 5, 7, 1), (2, 3, 2**31 + 5, 1)],
+)
+def test_offsets_are_64_bit(inner, outer_stride, row_stride, col_stride):
+    """Where an element lies that is more than 4 GiB away, told without reading it."""
+    row, col = 7, 6
+    offset = torch.zeros(1, dtype=torch.int64)
+    words = [pair[0] | pair[1] << 32 for pair in ((inner, outer_stride), (row_stride, col_stride), (row, col))]
+    kernel = metal_on_cpu.compile(assemble(ROOT / "metal" / "operands.h") + LOCATE, strict=True)["locate"]
+    arguments = [torch.zeros(8, dtype=F16), offset, *(word.to_bytes(8, "little") for word in words)]
+    kernel.dispatch(threads=(1, 1, 1), group=(1, 1, 1), arguments=arguments)
+    assert offset.item() == row // inner * outer_stride + row % inner * row_stride + col * col_stride
+
+
 def test_only_z():
     _, _, _, A, B, dy = layer(50, 40, 130, 16)
     kernels = Kernels(trace=True)

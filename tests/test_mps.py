@@ -293,6 +293,7 @@ def test_what_cannot_be_launched(failure):
     assert re.match(rf"torch_fused_lora: kernel {message} \(torch 2\S+, macOS .*, Apple M1 Max \(bench\)\)", first), (
         first
     )
+    assert "sabotage" in first or "#error" not in arguments[-1]  # the compiler's own text
     assert second == first
     assert after == "[136.0]"  # 8 + 2 * 8 * 8
 
