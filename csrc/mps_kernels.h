@@ -4,9 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <functional>
-#include <initializer_list>
 #include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "launch_plan.h"
@@ -24,13 +25,24 @@ struct Batch {
 
 /// All dispatches of a problem: `plan(index, &launch, &count)` is one of the functions of launch_plan.h. Throws what it
 /// refuses with.
-std::vector<Launch> plan_all(const std::function<const char*(uint32_t, Launch*, uint32_t*)>& plan);
+template <typename Plan>
+std::vector<Launch> plan_all(const Plan& plan) {
+  std::vector<Launch> launches;
+  uint32_t count = 1;
+  while (launches.size() < count) {
+    Launch& launch = launches.emplace_back();
+    if (const char* error = plan(static_cast<uint32_t>(launches.size() - 1), &launch, &count)) {
+      throw std::runtime_error(std::string("torch_fused_lora: ") + error);
+    }
+  }
+  return launches;
+}
 
 /// Encodes the batches in order, in one command block. Compiles what is not compiled yet; no synchronisation, no
 /// commit.
 /// Throws where a kernel does not compile or a call of the shim fails, naming the kernel, torch's and the system's
 /// version; the process stays usable, and a kernel that did not compile is tried again by the next call.
-void encode(const std::vector<Batch>& batches);
+void encode(std::span<const Batch> batches);
 
 /// The GPU's cores, which tfl_configure was told.
 uint32_t gpu_cores();

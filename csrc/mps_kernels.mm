@@ -8,8 +8,6 @@
 #include <atomic>
 #include <map>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 
 namespace torch_fused_lora {
 namespace {
@@ -111,20 +109,7 @@ void encode_block(AOTIMetalKernelFunctionHandle, void* user_data) {
 
 }  // namespace
 
-std::vector<Launch> plan_all(const std::function<const char*(uint32_t, Launch*, uint32_t*)>& plan) {
-  std::vector<Launch> launches;
-  uint32_t count = 1;
-  while (launches.size() < count) {
-    Launch launch = {};
-    if (const char* error = plan(static_cast<uint32_t>(launches.size()), &launch, &count)) {
-      throw std::runtime_error(std::string("torch_fused_lora: ") + error);
-    }
-    launches.push_back(launch);
-  }
-  return launches;
-}
-
-void encode(const std::vector<Batch>& batches) {
+void encode(std::span<const Batch> batches) {
   Block block;
   for (const Batch& batch : batches) {
     for (const Launch& launch : batch.launches) {

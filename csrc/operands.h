@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <vector>
 
 #include "launch_plan.h"
 
@@ -21,32 +20,36 @@ struct Rows {
 void count_contiguous_copy();
 
 inline Rows rows_of(const torch::stable::Tensor& tensor) {
+  // The leading dimensions, folded where memory allows: the last two levels, the inner one second.
   struct Level {
     int64_t size, stride;
   };
-  std::vector<Level> levels;  // of the leading dimensions, the outermost first, folded where memory allows
+  Level outer = {}, inner = {};
+  int count = 0;
   const int64_t dims = tensor.dim();
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < dims; ++d) {
     const Level level = {tensor.size(d), tensor.stride(d)};
     rows *= level.size;
     if (level.size == 1) continue;
-    if (!levels.empty() && levels.back().stride == level.size * level.stride) {
-      levels.back() = {levels.back().size * level.size, level.stride};
+    if (count > 0 && inner.stride == level.size * level.stride) {
+      inner = {inner.size * level.size, level.stride};
     } else {
-      levels.push_back(level);
+      outer = inner;
+      inner = level;
+      ++count;
     }
   }
   const int64_t cols = tensor.size(dims - 1), col_stride = cols > 1 ? tensor.stride(dims - 1) : 1;
-  const int64_t row_stride = levels.empty() ? cols : levels.back().stride;
-  if (rows > 0 && cols > 0 && (levels.size() > 2 || (col_stride != 1 && row_stride != 1))) {
+  const int64_t row_stride = count == 0 ? cols : inner.stride;
+  if (rows > 0 && cols > 0 && (count > 2 || (col_stride != 1 && row_stride != 1))) {
     count_contiguous_copy();
     return rows_of(torch::stable::contiguous(tensor));
   }
-  const bool two = levels.size() == 2;
+  const bool two = count == 2;
   const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
   const Operand operand = {
-      u(rows), u(cols), u(two ? levels[1].size : rows), u(two ? levels[0].stride : 0), u(row_stride), u(col_stride),
+      u(rows), u(cols), u(two ? inner.size : rows), u(two ? outer.stride : 0), u(row_stride), u(col_stride),
       u(tensor.storage_offset())};
   return {tensor, operand};
 }

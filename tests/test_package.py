@@ -117,6 +117,10 @@ def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):
     for result in document["results"]:
         assert result["rounds"] >= 5
         assert result["patched_tax"]["low"] <= result["patched_tax"]["median"] <= result["patched_tax"]["high"]
+    for cost, mode in zip(document["host_cost"], ("no_grad", "recording"), strict=True):
+        assert f"host cost, {mode}: lora_linear" in text
+        assert cost["mode"] == mode
+        assert cost["lora_linear_us"] > 0 < cost["ratio"]["median"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 

@@ -3,6 +3,8 @@
 Three layers over the same base are timed in one process, interleaved: in every round each of them runs once, in
 a new random order, so that what slows the machine for a while slows all three. What is reported is the median of
 the rounds' ratios, with the quartiles as its spread; times of different rounds are never compared.
+
+Beside it the host's cost: what a call of `lora_linear` takes of the CPU before the device has done anything.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_fused_lora.ops.lora_linear import lora_linear
 from torch_fused_lora.peft import patch_peft
 
 
@@ -179,6 +183,44 @@ def saved_bytes(step: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(storages.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class HostCost:
+    """Microseconds of the calling thread's CPU time, at best, a call of `lora_linear` on 1 x 16 tensors of a device, of
+    F.linear on CPU tensors of the same shape, and the ratio of the two over the rounds. "no_grad" or "recording"."""
+
+    mode: str
+    linear_us: float
+    lora_linear_us: float
+    ratio: Ratio
+
+
+def host_cost(device: torch.device, mode: str, rounds: int = 41, calls: int = 200) -> HostCost:
+    """Interleaved; other processes are not in the times, nor what a device does on its own."""
+    recording = mode == "recording"
+    shapes = (1, 16), (16, 16), (16,), (4, 16), (16, 4)
+    x, weight, bias, lora_A, lora_B = (
+        torch.randn(shape, device=device).requires_grad_(recording and len(shape) == 2) for shape in shapes
+    )
+    plain = [torch.randn(shape, device="cpu") for shape in shapes[:3]]
+    plain[0].requires_grad_(recording)
+
+    def microseconds(call: Callable[[], object]) -> float:
+        _synchronize(device)
+        started = time.thread_time()
+        for _ in range(calls):
+            call()
+        return (time.thread_time() - started) / calls * 1e6
+
+    times = []
+    with torch.set_grad_enabled(recording):
+        for _ in range(rounds + 1):  # the first one warms up
+            linear = microseconds(lambda: F.linear(*plain))
+            times.append((linear, microseconds(lambda: lora_linear(x, weight, bias, lora_A, lora_B, 0.5))))
+    linear_us, lora_linear_us = zip(*times[1:], strict=True)
+    ratio = Ratio.of([a / b for a, b in zip(lora_linear_us, linear_us, strict=True)])
+    return HostCost(mode, min(linear_us), min(lora_linear_us), ratio)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from . import measure
-from .measure import Ratio, Result
+from .measure import HostCost, Ratio, Result
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,7 +26,8 @@ DIRECTIONS = ("forward", "forward+backward")
 
 
 def bench(device: str | None, shapes: list[str], seconds: float, threads: int | None, out: Path) -> list[Result]:
-    """Measure every case of the chosen shape sets in both directions; print the table, write JSON and plot.
+    """Measure every case of the chosen shape sets in both directions, and the host's cost of a call; print the tables,
+    write JSON and plot.
 
     Args:
         device: torch device; None for the accelerator if there is one, else the CPU.
@@ -46,6 +47,9 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
     ]
     environment = _environment(chosen)
     console.print(" ".join(f"{key} {value}," for key, value in environment.items()).rstrip(","))
+    costs = [measure.host_cost(chosen, mode) for mode in ("no_grad", "recording")]
+    for cost in costs:
+        console.print(host_cost_line(cost))
     for direction in DIRECTIONS:
         rows = [result for result in results if result.direction == direction]
         console.print(_table(direction, rows))
@@ -53,7 +57,11 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
         patched = statistics.geometric_mean([result.patched_tax.median for result in rows])
         console.print(f"geometric mean of the {direction} tax: stock PEFT {stock:.3f}, patched {patched:.3f}\n")
     out.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment, "results": [dataclasses.asdict(result) for result in results]}
+    document = {
+        "environment": environment,
+        "host_cost": [dataclasses.asdict(cost) for cost in costs],
+        "results": [dataclasses.asdict(result) for result in results],
+    }
     (out / "bench.json").write_text(json.dumps(document, indent=1))
     _plot(results, out / "bench.png")
     console.print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")
@@ -73,6 +81,14 @@ def _table(direction: str, results: list[Result]) -> Table:
         ratios = [_show(r) for r in (result.peft_tax, result.patched_tax, result.patched_over_peft)]
         table.add_row(str(result.case), f"{result.linear_ms:.3f}", *ratios, saved)
     return table
+
+
+def host_cost_line(cost: HostCost) -> str:
+    """One line of text."""
+    return (
+        f"host cost, {cost.mode}: lora_linear {cost.lora_linear_us:.1f} us a call, F.linear on the CPU "
+        f"{cost.linear_us:.1f} us; ratio {_show(cost.ratio)}"
+    )
 
 
 def _show(ratio: Ratio) -> str:

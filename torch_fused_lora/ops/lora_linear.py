@@ -48,6 +48,7 @@ define(
 )
 _ops = getattr(torch.ops, NAMESPACE)
 _forward_op = _ops._lora_linear.default
+_call_forward = _forward_op._op  # the same, without the Python frame of its __call__
 _backward_op = _ops.lora_linear_backward.default
 
 
@@ -86,12 +87,14 @@ def lora_linear(
         TypeError: an argument is not a tensor (scaling: a tensor or a number).
         ValueError: a shape, dtype or device that does not fit; dropout_p outside [0, 1).
     """
-    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    tensors = (x, weight, lora_A, lora_B)
+    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
+        for name, value in zip(("x", "weight", "lora_A", "lora_B"), tensors, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
-    if not isinstance(dropout_p, numbers.Real):
+    if not isinstance(dropout_p, (float, numbers.Real)):  # float first: to ask an abstract class is slow
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
@@ -118,7 +121,7 @@ def lora_linear_stacked(
         dropout_p = ranks = ()
     arguments = (x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     device_type = x.device.type
-    if not _unwatched(device_type) or not _PLAIN_TYPES.issuperset(map(type, arguments[:5])):
+    if not _unwatched(device_type) or not _PLAIN_OR_NONE.issuperset(map(type, arguments[:5])):
         return _forward_op(*arguments)[0]
     # Where nothing is there to intercept the operator, what the dispatcher would call is called from here: its way
     # from Python through C++ to Python and back takes a tenth of a 1 x 512 x 512 layer.
@@ -126,7 +129,8 @@ def lora_linear_stacked(
 
 
 _PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, NoneType))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN_TYPES | {NoneType}
 
 
 def _unwatched(device_type: str) -> bool:
@@ -153,7 +157,7 @@ def _as_scaling(scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(scaling, Tensor):
         return scaling if scaling.dtype == wanted or not scaling.is_floating_point() else scaling.to(wanted)
-    if type(scaling) is not float and not isinstance(scaling, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scaling, (float, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scaling: expected a number or a 0-dim Tensor, got {type(scaling).__name__}")
     if torch.compiler.is_compiling():
         # A product keeps a float that changes from call to call symbolic; torch.tensor(scaling) recompiles.
@@ -383,7 +387,7 @@ def _autograd(*arguments):
 def _device_forward(*arguments):
     """The device's kernel. One in C++ can only raise RuntimeError: what it refuses is said as everywhere."""
     try:
-        return _forward_op(*arguments)
+        return _call_forward(*arguments)
     except RuntimeError:
         _check(*arguments[:-1])
         raise
