@@ -133,18 +133,18 @@ def test_a_changing_float_scaling_does_not_recompile(device):
     assert counter.frame_count == 1
 
 
-def test_dynamic_shapes_compile_once():
-    _, *rest = operands()
+def test_dynamic_shapes_compile_once(device):
+    _, *rest = operands(device=device)
     counter = CompileCounter()
     compiled = torch.compile(tfl.lora_linear, backend=counter, fullgraph=True, dynamic=True)
     for rows in (6, 9, 12):  # other numbers than K, N and r, which would be taken for them
-        x = torch.randn(rows, 3)
+        x = torch.randn(rows, 3, device=device)
         torch.testing.assert_close(compiled(x, *rest), tfl.lora_linear(x, *rest))
     assert counter.frame_count == 1
 
 
-def test_compiled_func_grad():
-    x, W, b, A, B, _ = operands(needs=False)
+def test_compiled_func_grad(device):
+    x, W, b, A, B, _ = operands(needs=False, device=device)
 
     def loss(A):
         return tfl.lora_linear(x, W, b, A, B, 0.5).sin().sum()
@@ -164,12 +164,12 @@ class Module(torch.nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(strict):
-    model, x = Module().eval(), torch.randn(4, 3)
+def test_export(device, strict):
+    model, x = Module().eval().to(device), torch.randn(4, 3, device=device)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes}
     assert any(target.startswith("torch_fused_lora.") for target in targets), targets
-    y = torch.randn(9, 3)
+    y = torch.randn(9, 3, device=device)
     torch.testing.assert_close(program.module()(y), model(y))
     torch.testing.assert_close(program.run_decompositions().module()(y), model(y))
 
@@ -185,17 +185,17 @@ def test_fake_tensors_do_not_leak_into_the_scaling_cache():
     assert all(type(grad) is torch.Tensor and torch.isfinite(grad).all() for grad in grads)
 
 
-def test_a_profile_names_the_operator():
-    a = operands()
+def test_a_profile_names_the_operator(device):
+    a = operands(device=device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         tfl.lora_linear(*a).sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert {"torch_fused_lora::_lora_linear", "torch_fused_lora::lora_linear_backward"} <= names
 
 
-def test_stacked_adapters_compile():
-    x, W, b = (torch.randn(s) for s in ((4, 3), (5, 3), (5,)))
-    A, B = torch.randn(3, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+def test_stacked_adapters_compile(device):
+    x, W, b, A, B = (torch.randn(s, device=device) for s in ((4, 3), (5, 3), (5,), (3, 3), (5, 3)))
+    A.requires_grad_(), B.requires_grad_()
     compiled = torch.compile(lora_linear_stacked, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(
         compiled(x, W, b, A, B, 1.0, (0.0, 0.0), (1, 2)), lora_linear_stacked(x, W, b, A, B, 1.0)

