@@ -23,6 +23,8 @@ from mps_on_linux import counters, no_leaks, reset_counters
 if sys.platform != "linux" or not torch.backends.mps.is_built():
     pytest.skip("for the bench, which tests/conftest.py installs on Linux", allow_module_level=True)
 
+from mps_on_linux.shim import Kernel
+
 TESTS = Path(__file__).parent
 
 
@@ -228,9 +230,10 @@ def test_random_numbers():
     assert torch.equal(torch.randn(5, device="mps", generator=generator), first)
 
 
-def test_state_goes_between_devices():
+@pytest.mark.parametrize("zipped", [True, False])  # what pickle.dumps does with a model is the format without
+def test_state_goes_between_devices(zipped):
     layer, file = nn.Linear(5, 4).to("mps"), io.BytesIO()
-    torch.save(layer.state_dict(), file)
+    torch.save(layer.state_dict(), file, _use_new_zipfile_serialization=zipped)
     file.seek(0)
     assert torch.load(file)["weight"].device.type == "mps"
     file.seek(0)
@@ -286,6 +289,21 @@ def test_long_queues_start_by_themselves():
     assert x.item() == 2000
 
 
+@pytest.mark.parametrize(("blocks", "dispatches"), [(2000, 1), (1, 2000)])
+def test_long_queues_of_kernels_start_between_command_blocks(blocks, dispatches):
+    x = torch.zeros(1, device="mps")
+    count = Kernel("kernel void count(device float* x) { x[0] += 1; }", "count")
+
+    def encode():
+        for _ in range(dispatches):
+            count.encode(x, threads=(1,))
+
+    for _ in range(blocks):
+        count.run(encode)
+    assert (counters().commits, counters().synchronisations) == (1, 0)
+    assert x.item() == 2000
+
+
 def test_inputs_live_until_they_are_used():
     x = torch.ones(1000, device="mps")
     torch.mps.synchronize()
@@ -300,11 +318,19 @@ def test_inputs_live_until_they_are_used():
 
 
 def test_commands_run_outside_of_what_surrounds_the_wait():
-    x = torch.ones(3, device="mps", requires_grad=True)
-    y = x * 2
+    x = torch.ones(3).to("mps").requires_grad_()
+    y, z = x * 2, x.cumsum(0)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         torch.mps.synchronize()
-    assert y.tolist() == [2, 2, 2]
+    assert (y.tolist(), z.tolist()) == ([2, 2, 2], [1, 2, 3])
+
+
+def test_commands_run_outside_of_what_surrounded_the_call():
+    with torch.inference_mode():
+        x = torch.ones(3).to("mps")
+        y = F.linear(x, torch.ones(2, 3, device="mps"))
+    torch.mps.synchronize()
+    assert (x.tolist(), y.tolist()) == ([1, 1, 1], [3, 3])
 
 
 def test_host_tensors_are_read_when_the_operator_is_called():

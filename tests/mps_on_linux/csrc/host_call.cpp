@@ -4,11 +4,11 @@
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 
 #include "generator.h"
+#include "plain_dispatch.h"
 
 namespace bench {
 namespace {
@@ -36,13 +36,6 @@ bool returns_only_tensors(const c10::FunctionSchema& schema) {
         return (list ? list->getElementType() : result.type())->kind() == c10::TypeKind::TensorType;
     });
 }
-
-// A call below everything that PyTorch wraps around operators: no autograd, autocast, transforms or Python modes.
-struct PlainDispatch {
-    c10::impl::ExcludeDispatchKeyGuard guard{
-        c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset | c10::python_ks |
-        c10::functorch_transforms_ks | c10::DispatchKeySet({c10::DispatchKey::Functionalize, c10::DispatchKey::PythonDispatcher})};
-};
 
 }  // namespace
 

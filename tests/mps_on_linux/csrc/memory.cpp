@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 namespace bench {
@@ -41,7 +42,16 @@ class Arena {
         const size_t pages = pages_for(size);
         std::byte* end = take(pages) + pages * page;
         ++use.allocations, ++use.live_buffers, use.live_bytes += size;
-        return c10::make_intrusive<Block>(size, pages, end - round_up(size, alignment));
+        auto block = c10::make_intrusive<Block>(size, pages, end - round_up(size, alignment));
+        live_.emplace(block->host, block.get());
+        return block;
+    }
+
+    // The block that starts at an address of a tensor, or null.
+    Block* find(const void* device_address) {
+        const std::lock_guard lock(mutex_);
+        const auto found = live_.find(static_cast<const std::byte*>(device_address) + span);
+        return found == live_.end() ? nullptr : found->second;
     }
 
     // Memory that nobody owns is all 0xFF: a dangling reader sees NaN, and the next owner starts from it.
@@ -49,6 +59,7 @@ class Arena {
         memset(block.host, 0xff, block.size);
         const std::lock_guard lock(mutex_);
         std::byte* begin = block.host + round_up(block.size, alignment) - block.pages * page;
+        live_.erase(block.host);
         --use.live_buffers, use.live_bytes -= block.size, use.cached_bytes += block.pages * page;
         warm_[block.pages].push_back(begin);
         if (use.cached_bytes > max_cached) release();
@@ -98,6 +109,7 @@ class Arena {
     std::byte* host_;
     size_t top_ = page;  // the first page is a guard
     std::map<size_t, std::vector<std::byte*>> warm_, cold_;  // begins of free blocks, by pages
+    std::unordered_map<const std::byte*, Block*> live_;      // by their host address
 };
 
 Arena& arena() {
@@ -149,8 +161,10 @@ c10::Allocator* host_allocator() { return allocator<c10::kCPU>(); }
 BlockPtr block_of(const c10::Storage& storage) {
     const c10::DataPtr& data = storage.data_ptr();
     if (!data) return {};
-    TORCH_CHECK(data.get_deleter() == release_block, "mps bench: this memory is not the device's");
-    return share(*static_cast<Block*>(data.get_context()));
+    if (data.get_deleter() == release_block) return share(*static_cast<Block*>(data.get_context()));
+    Block* block = arena().find(data.get());  // the address of a buffer is one too: torch::from_blob, for one
+    TORCH_CHECK(block, "mps bench: this memory is not the device's");
+    return share(*block);
 }
 
 c10::Storage host_alias(const c10::Storage& storage) { return storage_of(block_of(storage), storage.nbytes(), c10::kCPU); }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "counters.h"
+#include "plain_dispatch.h"
 
 namespace bench {
 
@@ -15,18 +16,24 @@ Queue& queue() {
 }
 
 void Queue::push(Command command) {
-    size_t pending;
     {
         const std::lock_guard lock(pending_mutex_);
         pending_.push_back(std::move(command));
-        pending = pending_.size();
     }
-    if (pending >= max_pending && !in_command_block()) drain();
+    if (!in_command_block()) run_ahead();
+}
+
+void Queue::run_ahead() {
+    if (pending() >= max_pending) drain();
 }
 
 void Queue::submit() {
+    if (pending()) count(Event::commit);
+}
+
+size_t Queue::pending() {
     const std::lock_guard lock(pending_mutex_);
-    if (!pending_.empty()) count(Event::commit);
+    return pending_.size();
 }
 
 bool Queue::take_pending(std::deque<Command>& commands) {
@@ -40,6 +47,7 @@ void Queue::drain() {
     std::optional<CommandError> error;
     {
         const std::lock_guard lock(running_mutex_);
+        const PlainDispatch plain;  // whatever surrounds the wait, or surrounded the call
         std::deque<Command> commands;
         while (!error && take_pending(commands)) {
             count(Event::commit);

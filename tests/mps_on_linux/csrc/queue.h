@@ -22,10 +22,14 @@ class Queue {
     void submit();       // a commit: nothing changes for the caller
     void drain();        // run all that is queued; throws the first failure and drops what comes after it
     void synchronise();  // drain, counted: on a Mac the host would wait here
-    // Commands are run early once this many wait, as a real queue starts work long before anybody waits for it.
+
+    // Drains if max_pending commands wait, as a real queue starts work long before anybody waits for it. Every push asks
+    // for that, and the end of a command block for what was pushed inside.
+    void run_ahead();
     static constexpr size_t max_pending = 1024;
 
   private:
+    size_t pending();
     bool take_pending(std::deque<Command>& commands);
 
     std::mutex pending_mutex_, running_mutex_;

@@ -65,8 +65,11 @@ AOTITorchError aoti_torch_mps_run_command_block(AOTIMetalKernelFunctionHandle fu
                                                 aoti_torch_mps_command_block_callback_t callback, void* user_data) {
     AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
         kernel_of(func);
-        const CommandBlock block;
-        callback(func, user_data);
+        {
+            const CommandBlock block;
+            callback(func, user_data);
+        }
+        queue().run_ahead();
     });
 }
 
