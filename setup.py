@@ -8,12 +8,23 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc"))
 from embed_metal import embed  # noqa: E402
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the stable ABI that one binary serves every later torch with
+COMPILE = ["-std=c++20", "-O2", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+COMPILE += ["-fno-sized-deallocation"]  # as torch's own macOS binaries: they import no sized delete
+LINK = ["-Wl,-rpath,@loader_path/../torch/lib"] if sys.platform == "darwin" else []
+
+
+class PythonFreeWheel(bdist_wheel):
+    """The extension makes no call of Python: one wheel serves every CPython 3."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 def extension_build():
@@ -31,12 +42,16 @@ def extension_build():
     extension = CppExtension(
         "torch_fused_lora._mps",
         ["csrc/lora_linear.mm", "csrc/mps_kernels.mm", "csrc/launch_plan.cpp", str(sources.relative_to(ROOT))],
-        extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
+        extra_compile_args=COMPILE,
+        extra_link_args=LINK,
         py_limited_api=True,
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+        "cmdclass": {
+            "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+            "bdist_wheel": PythonFreeWheel,
+        },
     }
 
 
