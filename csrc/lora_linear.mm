@@ -30,7 +30,7 @@ std::atomic<uint64_t> contiguous_copies{0};
 template <typename Result, typename... Arguments>
 Result call(const char* name, const char* overload, const Arguments&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  check_status(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION), name);
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
@@ -49,8 +49,10 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtyp
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device_type, like.get_device_index(), &made));
+  const auto status = aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device_type, like.get_device_index(),
+      &made);
+  check_status(status, "allocating an output");
   return Tensor(made);
 }
 

@@ -44,6 +44,9 @@ std::vector<Launch> plan_all(const Plan& plan) {
 /// version; the process stays usable, and a kernel that did not compile is tried again by the next call.
 void encode(std::span<const Batch> batches);
 
+/// Throws, unless the call of torch's C interface that `what` names succeeded, with torch's own text where it has one.
+void check_status(int32_t status, const char* what);
+
 /// The GPU's cores, which tfl_configure was told.
 uint32_t gpu_cores();
 

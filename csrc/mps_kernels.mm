@@ -124,6 +124,11 @@ void encode(std::span<const Batch> batches) {
   if (block.failed != nullptr) fail(block.failed->launch->kernel, block.call, block.reason);
 }
 
+void check_status(int32_t status, const char* what) {
+  if (status == AOTI_TORCH_SUCCESS) return;
+  throw std::runtime_error(std::string("torch_fused_lora: ") + what + " failed: " + last_error());
+}
+
 uint32_t gpu_cores() { return cores; }
 
 }  // namespace torch_fused_lora

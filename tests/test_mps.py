@@ -173,6 +173,16 @@ def test_one_copy_of_what_has_none():
     assert extension.contiguous_copies == before + 1
 
 
+def test_scaling_and_seed_may_lie_anywhere_in_their_storage():
+    """What binds a tensor of the CPU as a constant copies its storage from the start."""
+    x, *rest = operands(12, needs=False)
+    scalings, seeds = torch.tensor([1e6, 0.5]), torch.tensor([1, 2])
+    operator = torch.ops.torch_fused_lora.lora_linear
+    expected = operator(x, *rest, scalings[1].clone(), 0.5, seeds[1].clone())
+    assert torch.equal(operator(x, *rest, scalings[1], 0.5, seeds[1]), expected)
+    assert not torch.equal(operator(x, *rest, scalings[1], 0.5, seeds[0]), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24), (0,)])
 def test_no_rows(start, shape):
     _, weight, bias, lora_A, lora_B = operands(K=shape[-1])
@@ -296,6 +306,15 @@ def test_what_cannot_be_launched(failure):
     assert "sabotage" in first or "#error" not in arguments[-1]  # the compiler's own text
     assert second == first
     assert after == "[136.0]"  # 8 + 2 * 8 * 8
+
+
+@pytest.mark.parametrize("M", [1, 64])
+def test_out_of_memory_says_so(M):
+    """One element stands for a weight of 2**38 bytes; the product of 64 rows is torch's own to allocate."""
+    one, N = torch.ones(1, 1, device="mps"), 2**36
+    with pytest.raises(RuntimeError, match="MPS backend out of memory"):
+        tfl.lora_linear(one.expand(M, 1), one.expand(N, 1), None, one, one.expand(N, 1))
+    assert tfl.lora_linear(one, one, None, one, one).item() == 2
 
 
 def test_without_the_extension():
