@@ -131,7 +131,7 @@ def _pip(command: str, *arguments: str) -> str:
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--retries", "1", "--timeout", "30", *TARGET]
     words = [sys.executable, "-m", "pip", command, *options, *arguments]
     done = subprocess.run(words, capture_output=True, text=True)
-    if "connection broken" in done.stderr:
+    if done.returncode and "connection broken" in done.stderr:
         raise UnreachableError(f"pip reached no registry that has {arguments[-1]} for macOS")
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}\n{done.stderr}")
