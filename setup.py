@@ -11,7 +11,8 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "csrc"))
+CSRC = ROOT / "csrc"
+sys.path.insert(0, str(CSRC))
 from embed_metal import embed  # noqa: E402
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the stable ABI that one binary serves every later torch with
@@ -41,7 +42,7 @@ def extension_build():
     embed(ROOT / "metal", sources)
     extension = CppExtension(
         "torch_fused_lora._mps",
-        ["csrc/lora_linear.mm", "csrc/mps_kernels.mm", "csrc/launch_plan.cpp", str(sources.relative_to(ROOT))],
+        [str(path.relative_to(ROOT)) for path in (*sorted(CSRC.glob("*.mm")), *sorted(CSRC.glob("*.cpp")), sources)],
         extra_compile_args=COMPILE,
         extra_link_args=LINK,
         py_limited_api=True,

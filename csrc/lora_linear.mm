@@ -2,37 +2,19 @@
 //
 // No synchronisation, no commit, no read of device memory: check, plan, allocate, encode.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
-#include <atomic>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "lora_plan.h"
 #include "mps_kernels.h"
-#include "operands.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+#include "tensors.h"
 
 namespace torch_fused_lora {
 namespace {
 
-std::atomic<uint64_t> contiguous_copies{0};
-
-// ---------------------------------------------------------------------------------------------- operators of torch's
-
-template <typename Result, typename... Arguments>
-Result call(const char* name, const char* overload, const Arguments&... arguments) {
-  StableIValue stack[] = {torch::stable::detail::from(arguments)...};
-  check_status(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION), name);
-  return torch::stable::detail::to<Result>(stack[0]);
-}
+constexpr Expect expect = {"lora_linear"};
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   return call<Tensor>("aten::linear", "", x, weight, bias);
@@ -41,80 +23,6 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
 Tensor multiply(const Tensor& a, const Tensor& b) { return call<Tensor>("aten::mul", "Tensor", a, b); }
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
-/// Contiguous, on like's device, straight from the shim: by its name in the dispatcher it takes twice as long.
-Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle made;
-  const auto status = aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device_type, like.get_device_index(),
-      &made);
-  check_status(status, "allocating an output");
-  return Tensor(made);
-}
-
-Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty(shape, like, dtype);
-}
-
-std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
-  shape.back() = last;
-  return shape;
-}
-
-// -------------------------------------------------------------------------------------------------------------- checks
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  return text + (tensor.dim() == 1 ? ",)" : ")");
-}
-
-const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    default: return "another dtype";
-  }
-}
-
-/// The parts of `expected` are put together only where they are needed.
-template <typename... Parts>
-void expect(bool holds, const char* name, const Tensor& got, const Parts&... expected) {
-  if (holds) return;
-  STD_TORCH_CHECK(
-      false, "lora_linear: ", name, ": expected ", expected..., "; got shape ", shape_of(got), ", ",
-      name_of(got.scalar_type()), got.is_cpu() ? ", on cpu" : ", on mps");
-}
-
-bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
-  int64_t d = 0;
-  for (int64_t size : shape) {
-    if (tensor.size(d++) != size) return false;
-  }
-  return true;
-}
-
-Scalar scalar(ScalarType dtype) {
-  return dtype == ScalarType::Float ? Scalar::float32 : dtype == ScalarType::Half ? Scalar::float16 : Scalar::bfloat16;
-}
-
-bool is_supported(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-}
-
-/// What set_arg_tensor binds as a constant: a 0-dim tensor whose storage starts with its value.
-Tensor constant(const Tensor& tensor) {
-  return tensor.is_cpu() && tensor.storage_offset() != 0 ? torch::stable::clone(tensor) : tensor;
-}
 
 void check_adapters(
     const Tensor& like, const char* like_name, int64_t K, int64_t N, const Tensor& lora_A, const Tensor& lora_B,
@@ -240,7 +148,7 @@ Batch plan_gradients(
   Binding partial_dA = dA, partial_dB = dB;
   if (splits > 1) {
     const auto partial = [&](const Tensor& whole) {
-      return empty({splits, whole.size(0), whole.size(1)}, whole, aoti_torch_dtype_float32());
+      return empty_float({splits, whole.size(0), whole.size(1)}, whole);
     };
     if (dA.has_value()) partial_dA = partial(*dA);
     if (dB.has_value()) partial_dB = partial(*dB);
@@ -349,13 +257,9 @@ std::vector<Tensor> backward(
 
 }  // namespace
 
-void count_contiguous_copy() { ++contiguous_copies; }
-
 STABLE_TORCH_LIBRARY_IMPL(torch_fused_lora, MPS, m) {
   m.impl("_lora_linear", TORCH_BOX(&forward));
   m.impl("lora_linear_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace torch_fused_lora
-
-uint64_t tfl_contiguous_copies() { return torch_fused_lora::contiguous_copies; }

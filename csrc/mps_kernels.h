@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "launch_plan.h"
+#include "launch.h"
 
 namespace torch_fused_lora {
 
@@ -23,8 +23,7 @@ struct Batch {
   std::vector<Binding> buffers, constants;
 };
 
-/// All dispatches of a problem: `plan(index, &launch, &count)` is one of the functions of launch_plan.h. Throws what it
-/// refuses with.
+/// All dispatches of a problem: `plan(index, &launch, &count)` calls a planning function. Throws what it refuses with.
 template <typename Plan>
 std::vector<Launch> plan_all(const Plan& plan) {
   std::vector<Launch> launches;

@@ -1,7 +1,7 @@
 // lora_grad: dA = s z^T x~ and dB = s dY^T h, both in one dispatch, where z = dY B and h = x~ A^T are M x r.
 //
 // Deterministic: no atomics. Where too few threadgroups would run, the rows are split over several, which write
-// partial sums; lora_grad_sum adds them in order, in one more dispatch.
+// partial sums; sum_splits adds them in order, in one more dispatch.
 //
 // Algorithm. A gradient is C x r = (M x C)^T (M x r), with C = K for dA and N for dB. A threadgroup owns COLS of the C
 //   columns, all ranks of its slice and all rows of its split; it walks over the rows in tiles, and each of the eight
@@ -135,29 +135,5 @@ void lora_grad(
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
-  }
-}
-
-/// dA and dB from `splits` partial sums each, added in order. One thread an element of both.
-template <typename TA>
-[[kernel, max_total_threads_per_threadgroup(256)]]
-void lora_grad_sum(
-    device const float* partial_dA [[buffer(0)]],
-    device const float* partial_dB [[buffer(1)]],
-    device TA* dA [[buffer(2)]],
-    device TA* dB [[buffer(3)]],
-    constant uint2& elements [[buffer(4)]],  // of dA, of dB
-    constant uint2& splits [[buffer(5)]],
-    uint index [[thread_position_in_grid]]) {
-  const bool is_dA = index < elements.x;
-  const uint i = is_dA ? index : index - elements.x, count = is_dA ? elements.x : elements.y;
-  device const float* const partial = is_dA ? partial_dA : partial_dB;
-  device TA* const out = is_dA ? dA : dB;
-  if (i < count) {
-    float sum = 0.0f;
-    for (uint split = 0; split < splits.x; ++split) {
-      sum += partial[ulong(split) * count + i];
-    }
-    out[i] = static_cast<TA>(sum);
   }
 }

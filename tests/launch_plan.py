@@ -58,10 +58,10 @@ class Launch(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """csrc/launch_plan.cpp, with the sources of metal/ embedded as setup.py embeds them."""
+    """The C++ of csrc/, with the sources of metal/ embedded as setup.py embeds them."""
     sources = ROOT / "build" / "tests" / "metal_sources.cpp"
     embed(ROOT / "metal", sources)
-    path = metal_on_cpu.build_shared([ROOT / "csrc" / "launch_plan.cpp", sources], "launch_plan", ["-std=c++17"])
+    path = metal_on_cpu.build_shared([*sorted((ROOT / "csrc").glob("*.cpp")), sources], "launch_plan", ["-std=c++17"])
     plan = ctypes.CDLL(str(path))
     for name in ("tfl_plan_decode", "tfl_plan_delta", "tfl_plan_delta_dx", "tfl_plan_grad"):
         getattr(plan, name).restype = ctypes.c_char_p
@@ -134,7 +134,7 @@ class Kernels:
         if splits > 1:
             partial = tuple(fresh(torch.empty(0), splits, *t.shape) if t is not None else None for t in out)
         for launch in launches:
-            if launch.kernel.startswith(b"lora_grad_sum"):
+            if launch.kernel.startswith(b"sum_splits"):
                 self._dispatch(launch, (*partial, *out))
             else:
                 self._dispatch(launch, (x, z, dy, h, *partial, scalar(scaling), seed_tensor(seed)))

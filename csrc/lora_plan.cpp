@@ -1,11 +1,9 @@
-#include "launch_plan.h"
+#include "lora_plan.h"
 
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
-#include <map>
-#include <mutex>
-#include <string>
+
+#include "planning.h"
 
 // metal/, each family with its headers inlined: csrc/embed_metal.py writes them when the extension is built.
 extern const char lora_decode_source[], lora_delta_source[], lora_grad_source[];
@@ -22,46 +20,6 @@ constexpr uint32_t kGradSimdgroups = 8;     // as in lora_grad.metal
 constexpr uint32_t kManyRows = 1024;        // from here on lora_delta reads x once; fewer rows may split the columns
 constexpr double kRereads = 0.05;           // of W's bytes, that more than one threadgroup a core may cost
 
-uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
-
-uint32_t bytes(Scalar dtype) { return dtype == Scalar::float32 ? 4 : 2; }
-
-const char* msl(Scalar dtype) {
-  switch (dtype) {
-    case Scalar::float32: return "float";
-    case Scalar::float16: return "half";
-    default: return "bfloat";
-  }
-}
-
-uint64_t pack(uint64_t low, uint64_t high) { return low | high << 32; }
-
-uint64_t levels(const Operand& m) { return pack(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
-
-uint64_t strides(const Operand& m) { return pack(m.row_stride, m.col_stride); }
-
-/// Whether runs of elements along the dimension of unit stride are aligned to `quantum` elements wherever they start at
-/// a multiple of it.
-bool aligned(const Operand& m, uint64_t quantum) {
-  const bool along_cols = m.col_stride == 1;
-  if (!along_cols && m.row_stride != 1) return false;
-  const uint64_t across = along_cols ? (m.rows > 1 ? m.row_stride : 0) : (m.cols > 1 ? m.col_stride : 0);
-  const uint64_t outer = m.inner < m.rows ? m.outer_stride : 0;
-  return m.offset % quantum == 0 && across % quantum == 0 && outer % quantum == 0;
-}
-
-Operand transposed(const Operand& m) {
-  return {m.cols, m.rows, m.cols, 0, m.col_stride, m.row_stride, m.offset};
-}
-
-/// Null if every extent and stride fits the kernels' 32-bit arguments.
-const char* check(const Operand& m, const char* error) {
-  for (uint64_t value : {m.rows, m.cols, m.outer_stride, m.row_stride, m.col_stride}) {
-    if (value > UINT32_MAX) return error;
-  }
-  return nullptr;
-}
-
 const char* check(const Problem& p) {
   for (const char* error : {
            check(p.x, "x: a dimension or stride of 2**32 elements or more"),
@@ -72,55 +30,6 @@ const char* check(const Problem& p) {
     if (error != nullptr) return error;
   }
   return nullptr;
-}
-
-/// One instantiation of a kernel family: its template arguments as they stand in the source, and a name made of them,
-/// such as lora_delta_half_float_2_4_2_plain.
-class Variant {
- public:
-  explicit Variant(const char* family) : family_(family), name_(family) {
-    name_.reserve(64);
-    arguments_.reserve(64);
-  }
-
-  Variant& add(const std::string& argument, const std::string& in_name) {
-    arguments_ += (arguments_.empty() ? "" : ", ") + argument;
-    name_ += "_" + in_name;
-    return *this;
-  }
-  Variant& add(const std::string& argument) { return add(argument, argument); }
-  Variant& add(uint32_t argument) { return add(std::to_string(argument)); }
-
-  /// The family's text and one instantiation line, put together once a process.
-  void assemble(const char* text, Launch& launch) const {
-    static std::mutex mutex;
-    static std::map<std::string, std::string> sources;
-    std::lock_guard<std::mutex> lock(mutex);
-    auto [found, is_new] = sources.try_emplace(name_);
-    if (is_new) {
-      const std::string function = family_ + "<" + arguments_ + ">";
-      found->second = std::string(text) + "\ntemplate [[host_name(\"" + name_ + "\")]] [[kernel]] decltype(" +
-          function + ") " + function + ";\n";
-    }
-    launch.kernel = found->first.c_str();
-    launch.source = found->second.c_str();
-  }
-
- private:
-  std::string family_, name_, arguments_;
-};
-
-void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64_t z = 1) {
-  const uint32_t threads[3] = {static_cast<uint32_t>(x * group), static_cast<uint32_t>(y), static_cast<uint32_t>(z)};
-  const uint32_t groups[3] = {group, 1, 1};
-  std::memcpy(launch.threads, threads, sizeof threads);
-  std::memcpy(launch.group, groups, sizeof groups);
-}
-
-void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint64_t> words) {
-  launch.tensors = tensors;
-  launch.word_count = static_cast<uint32_t>(words.size());
-  std::copy(words.begin(), words.end(), launch.words);
 }
 
 /// A slice of the stacked ranks that one launch covers: at most kMaxRanks of one adapter, or of all where none drops.
@@ -336,12 +245,7 @@ const char* tfl_plan_grad(
          levels(problem->dy), strides(problem->dy), pack(flags, slice.stream), dropout_words(slice.p),
          pack(r, A_tiles)});
   } else if (index < *count) {
-    const uint64_t A_elements = need_A ? r * K : 0, B_elements = need_B ? r * N : 0;
-    Variant("lora_grad_sum")
-        .add(msl(problem->adapter_dtype))
-        .assemble(lora_grad_source, *launch);
-    set_grid(*launch, 256, ceil_div(A_elements + B_elements, 256));
-    set_arguments(*launch, 4, {pack(A_elements, B_elements), pack(splits, 0)});
+    plan_sum(problem->adapter_dtype, need_A ? r * K : 0, need_B ? r * N : 0, splits, launch);
   }
   return nullptr;
 }

@@ -1,21 +1,9 @@
-// The launch plan: which kernel runs a problem, and with what grid, threads and arguments.
-//
-// Plain C++, no torch and no Metal in it. The extension links it; the tests load the same file through its C
-// functions, so that what is tested is what is launched.
+// The launch plan of the LoRA kernels: which one runs a problem, and with what grid, threads and arguments.
 #pragma once
 
-#include <cstdint>
+#include "launch.h"
 
 namespace torch_fused_lora {
-
-enum class Scalar : int32_t { float32, float16, bfloat16 };
-
-/// A matrix in device memory. Strides and offset count elements. Its rows come in two levels, as the flattened leading
-/// dimensions of a 3-D tensor do: row i starts at (i / inner) * outer_stride + (i % inner) * row_stride.
-/// One level: inner >= rows.
-struct Operand {
-  uint64_t rows, cols, inner, outer_stride, row_stride, col_stride, offset;
-};
 
 /// One LoRA layer on one GPU. x is M x K, weight N x K, lora_A r x K, lora_B N x r, y and dy M x N; h and z are M x r,
 /// y, h, z and all gradients contiguous. The adapters are stacked along r: `ranks` of `adapters` entries, each dropped
@@ -27,17 +15,6 @@ struct Problem {
   uint32_t has_bias, save_h, gpu_cores, adapters;
   const uint32_t* ranks;
   const double* dropout_p;  // null: no dropout
-};
-
-/// One dispatch. Buffers [0, tensors) are the kernel's tensors in the order its signature gives them, the rest `words`,
-/// eight bytes each. `threads` are totals, multiples of `group`. The strings live as long as the process, and `source`
-/// is the same pointer for the same text: it can be the key of a library cache.
-struct Launch {
-  const char* source;
-  const char* kernel;
-  uint32_t threads[3], group[3];
-  uint32_t tensors, word_count;
-  uint64_t words[12];
 };
 
 extern "C" {
@@ -57,7 +34,7 @@ const char* tfl_plan_delta(const Problem*, uint32_t index, Launch*, uint32_t* co
 const char* tfl_plan_delta_dx(const Problem*, uint32_t only_z, uint32_t index, Launch*, uint32_t* count);
 
 /// dA and dB, those asked for. Tensors: x, z, dy, h, dA, dB, scaling, seed. Where `*splits` > 1, dA and dB there are
-/// float32 partial sums, with the split as a leading dimension, and the last dispatch is lora_grad_sum with the tensors
+/// float32 partial sums, with the split as a leading dimension, and the last dispatch is sum_splits with the tensors
 /// partial dA, partial dB, dA, dB.
 const char* tfl_plan_grad(
     const Problem*, uint32_t need_A, uint32_t need_B, uint32_t index, Launch*, uint32_t* count, uint32_t* splits);

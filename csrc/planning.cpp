@@ -1,0 +1,76 @@
+#include "planning.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+extern const char sum_splits_source[];
+
+namespace torch_fused_lora {
+
+const char* msl(Scalar dtype) {
+  switch (dtype) {
+    case Scalar::float32: return "float";
+    case Scalar::float16: return "half";
+    default: return "bfloat";
+  }
+}
+
+uint64_t levels(const Operand& m) { return pack(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
+
+uint64_t strides(const Operand& m) { return pack(m.row_stride, m.col_stride); }
+
+bool aligned(const Operand& m, uint64_t quantum) {
+  const bool along_cols = m.col_stride == 1;
+  if (!along_cols && m.row_stride != 1) return false;
+  const uint64_t across = along_cols ? (m.rows > 1 ? m.row_stride : 0) : (m.cols > 1 ? m.col_stride : 0);
+  const uint64_t outer = m.inner < m.rows ? m.outer_stride : 0;
+  return m.offset % quantum == 0 && across % quantum == 0 && outer % quantum == 0;
+}
+
+Operand transposed(const Operand& m) {
+  return {m.cols, m.rows, m.cols, 0, m.col_stride, m.row_stride, m.offset};
+}
+
+const char* check(const Operand& m, const char* error) {
+  for (uint64_t value : {m.rows, m.cols, m.outer_stride, m.row_stride, m.col_stride}) {
+    if (value > UINT32_MAX) return error;
+  }
+  return nullptr;
+}
+
+void Variant::assemble(const char* text, Launch& launch) const {
+  static std::mutex mutex;
+  static std::map<std::string, std::string> sources;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto [found, is_new] = sources.try_emplace(name_);
+  if (is_new) {
+    const std::string function = family_ + "<" + arguments_ + ">";
+    found->second = std::string(text) + "\ntemplate [[host_name(\"" + name_ + "\")]] [[kernel]] decltype(" +
+        function + ") " + function + ";\n";
+  }
+  launch.kernel = found->first.c_str();
+  launch.source = found->second.c_str();
+}
+
+void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y, uint64_t z) {
+  const uint32_t threads[3] = {static_cast<uint32_t>(x * group), static_cast<uint32_t>(y), static_cast<uint32_t>(z)};
+  const uint32_t groups[3] = {group, 1, 1};
+  std::memcpy(launch.threads, threads, sizeof threads);
+  std::memcpy(launch.group, groups, sizeof groups);
+}
+
+void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint64_t> words) {
+  launch.tensors = tensors;
+  launch.word_count = static_cast<uint32_t>(words.size());
+  std::copy(words.begin(), words.end(), launch.words);
+}
+
+void plan_sum(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits, Launch* launch) {
+  Variant("sum_splits").add(msl(dtype)).assemble(sum_splits_source, *launch);
+  set_grid(*launch, 256, ceil_div(first_elements + second_elements, 256));
+  set_arguments(*launch, 4, {pack(first_elements, second_elements), pack(splits, 0)});
+}
+
+}  // namespace torch_fused_lora

@@ -1,0 +1,67 @@
+// What every launch plan is made with.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "launch.h"
+
+namespace torch_fused_lora {
+
+inline uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
+
+inline uint32_t bytes(Scalar dtype) { return dtype == Scalar::float32 ? 4 : 2; }
+
+/// The type's name in a Metal source.
+const char* msl(Scalar dtype);
+
+/// Two 32-bit numbers as one argument, a `constant uint2&` of the kernel.
+inline uint64_t pack(uint64_t low, uint64_t high) { return low | high << 32; }
+
+/// The `levels` and `strides` of a kernel's Matrix.
+uint64_t levels(const Operand& m);
+uint64_t strides(const Operand& m);
+
+Operand transposed(const Operand& m);
+
+/// Whether runs of elements along the dimension of unit stride are aligned to `quantum` elements wherever they start at
+/// a multiple of it.
+bool aligned(const Operand& m, uint64_t quantum);
+
+/// Null if every extent and stride fits the kernels' 32-bit arguments, else `error`.
+const char* check(const Operand& m, const char* error);
+
+/// One instantiation of a kernel family: its template arguments as they stand in the source, and a name made of them,
+/// such as lora_delta_half_float_2_4_2_plain.
+class Variant {
+ public:
+  explicit Variant(const char* family) : family_(family), name_(family) {
+    name_.reserve(64);
+    arguments_.reserve(64);
+  }
+
+  Variant& add(const std::string& argument, const std::string& in_name) {
+    arguments_ += (arguments_.empty() ? "" : ", ") + argument;
+    name_ += "_" + in_name;
+    return *this;
+  }
+  Variant& add(const std::string& argument) { return add(argument, argument); }
+  Variant& add(uint32_t argument) { return add(std::to_string(argument)); }
+
+  /// The family's text and one instantiation line, put together once a process.
+  void assemble(const char* text, Launch& launch) const;
+
+ private:
+  std::string family_, name_, arguments_;
+};
+
+/// Threadgroups of `group` threads along x.
+void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64_t z = 1);
+
+void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint64_t> words);
+
+/// sum_splits: two results of so many elements (none: 0) from `splits` float32 partial sums each. Tensors: the partial
+/// sums of the first and of the second, the first, the second.
+void plan_sum(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits, Launch* launch);
+
+}  // namespace torch_fused_lora

@@ -1,0 +1,117 @@
+#include "tensors.h"
+
+#include <algorithm>
+#include <atomic>
+
+namespace torch_fused_lora {
+namespace {
+
+std::atomic<uint64_t> contiguous_copies{0};
+
+/// Straight from the shim: by its name in the dispatcher it takes twice as long.
+Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle made;
+  const auto status = aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device_type, like.get_device_index(),
+      &made);
+  check_status(status, "allocating an output");
+  return Tensor(made);
+}
+
+}  // namespace
+
+Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(shape, like, dtype);
+}
+
+Tensor empty_float(const std::vector<int64_t>& shape, const Tensor& like) {
+  return empty(shape, like, aoti_torch_dtype_float32());
+}
+
+std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
+  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
+Rows rows_of(const Tensor& tensor) {
+  // The leading dimensions, folded where memory allows: the last two levels, the inner one second.
+  struct Level {
+    int64_t size, stride;
+  };
+  Level outer = {}, inner = {};
+  int count = 0;
+  const int64_t dims = tensor.dim();
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < dims; ++d) {
+    const Level level = {tensor.size(d), tensor.stride(d)};
+    rows *= level.size;
+    if (level.size == 1) continue;
+    if (count > 0 && inner.stride == level.size * level.stride) {
+      inner = {inner.size * level.size, level.stride};
+    } else {
+      outer = inner;
+      inner = level;
+      ++count;
+    }
+  }
+  const int64_t cols = tensor.size(dims - 1), col_stride = cols > 1 ? tensor.stride(dims - 1) : 1;
+  const int64_t row_stride = count == 0 ? cols : inner.stride;
+  if (rows > 0 && cols > 0 && (count > 2 || (col_stride != 1 && row_stride != 1))) {
+    ++contiguous_copies;
+    return rows_of(torch::stable::contiguous(tensor));
+  }
+  const bool two = count == 2;
+  const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
+  const Operand operand = {
+      u(rows), u(cols), u(two ? inner.size : rows), u(two ? outer.stride : 0), u(row_stride), u(col_stride),
+      u(tensor.storage_offset())};
+  return {tensor, operand};
+}
+
+bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
+  int64_t d = 0;
+  for (int64_t size : shape) {
+    if (tensor.size(d++) != size) return false;
+  }
+  return true;
+}
+
+Scalar scalar(ScalarType dtype) {
+  return dtype == ScalarType::Float ? Scalar::float32 : dtype == ScalarType::Half ? Scalar::float16 : Scalar::bfloat16;
+}
+
+bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+Tensor constant(const Tensor& tensor) {
+  return tensor.is_cpu() && tensor.storage_offset() != 0 ? torch::stable::clone(tensor) : tensor;
+}
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    default: return "another dtype";
+  }
+}
+
+std::string describe(const Tensor& tensor) {
+  std::string text = "shape (";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  text += tensor.dim() == 1 ? ",), " : "), ";
+  return text + name_of(tensor.scalar_type()) + (tensor.is_cpu() ? ", on cpu" : ", on mps");
+}
+
+}  // namespace torch_fused_lora
+
+uint64_t tfl_contiguous_copies() { return torch_fused_lora::contiguous_copies; }

@@ -1,0 +1,31 @@
+// sum_splits: a sum over all rows, from the partial sums of several threadgroups; of two results in one dispatch.
+//
+// Algorithm. One thread an element of a result, which adds the element's partial sums in order: deterministic.
+// Threads. 256. Bytes. Every partial sum is read once, every element written once: the least possible.
+// Rounding. Sums are float32; a result is rounded once to its type.
+#include <metal_stdlib>
+
+using namespace metal;
+
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]]
+void sum_splits(
+    device const float* first_partial [[buffer(0)]],  // splits x elements.x
+    device const float* second_partial [[buffer(1)]],
+    device T* first [[buffer(2)]],
+    device T* second [[buffer(3)]],
+    constant uint2& elements [[buffer(4)]],  // of the first result, of the second
+    constant uint2& splits [[buffer(5)]],
+    uint index [[thread_position_in_grid]]) {
+  const bool is_first = index < elements.x;
+  const uint i = is_first ? index : index - elements.x, count = is_first ? elements.x : elements.y;
+  device const float* const partial = is_first ? first_partial : second_partial;
+  device T* const out = is_first ? first : second;
+  if (i < count) {
+    float sum = 0.0f;
+    for (uint split = 0; split < splits.x; ++split) {
+      sum += partial[ulong(split) * count + i];
+    }
+    out[i] = static_cast<T>(sum);
+  }
+}
