@@ -1,4 +1,5 @@
-"""Pytest plugin: of PEFT's tests, run those that concern LoRA, and write what came of each to ``--outcomes FILE``."""
+"""Pytest plugin: of PEFT's tests, run those that concern LoRA, on ``--device``, and write what came of each to
+``--outcomes FILE``."""
 
 from __future__ import annotations
 
@@ -10,12 +11,19 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig
+from peft.utils import infer_device
 
 outcomes: dict[str, str] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, required=True)
+    parser.addoption("--device", required=True, help="on which PEFT's tests have to run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (device := infer_device()) != config.getoption("--device"):
+        raise pytest.UsageError(f"PEFT's tests would run on {device} here: --device {device}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,9 +48,13 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A test is reported on after setup, call and teardown; the first of them that did not pass is its outcome."""
+    """A test is reported on after setup, call and teardown; the first of them that did not pass is its outcome. What
+    fails in both runs has to fail for the same reason."""
+    if not hasattr(report.longrepr, "reprcrash") and report.failed:
+        pytest.exit(report.longreprtext, returncode=3)  # xdist: a process crashed in this test
     if outcomes.get(report.nodeid, "passed") == "passed":
-        outcomes[report.nodeid] = report.outcome
+        reason = f": {report.longrepr.reprcrash.message.splitlines()[0]}" if report.failed else ""
+        outcomes[report.nodeid] = report.outcome + reason
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

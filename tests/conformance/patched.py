@@ -1,46 +1,57 @@
 """Pytest plugin: patch every LoRA Linear from the moment it is built, and write ``--calls FILE``: the forward calls
-of LoRA Linears, each with its kind, whether the operator ran in it, and its test."""
+of LoRA Linears, each with its kind, whether the operator ran in it, and its test; and on the mps bench, the Metal
+kernels that were dispatched."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from peft.tuners import lora
 from torch import nn
 
 import torch_fused_lora.peft as fused
 
 calls: Counter[tuple[str, bool, str]] = Counter()  # (kind, operator ran, test)
-operator_runs = 0
+operator_calls = 0
+bench = sys.modules.get("mps_on_linux")  # on_mps.py imports it where it is needed
+dispatches: Counter[str] = Counter()  # by kernel
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--calls", type=Path, required=True)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     _patch_layers_as_they_are_built()
-    _count_operator_runs()
+    _count_operator_calls()
     for cls in (lora.Linear, fused.Linear):
-        _count_calls(cls)
+        _count_calls(cls, config.getoption("--device"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    rows = list(calls.items())
+    if bench:
+        dispatches.update(bench.counters().dispatches)
+    counts = {"calls": list(calls.items()), "dispatches": dict(dispatches)}
     if hasattr(session.config, "workeroutput"):  # a process of xdist hands its counts to the controller
-        session.config.workeroutput["calls"] = rows
+        session.config.workeroutput["counts"] = counts
     else:
-        session.config.getoption("--calls").write_text(json.dumps(rows))
+        session.config.getoption("--calls").write_text(json.dumps(counts))
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node) -> None:
-    calls.update(dict(node.workeroutput["calls"]))
+def pytest_testnodedown(node, error: object) -> None:
+    if error:  # it crashed; outcomes.py ends the run
+        return
+    counts = node.workeroutput["counts"]
+    calls.update(dict(counts["calls"]))
+    dispatches.update(counts["dispatches"])
 
 
 def _patch_layers_as_they_are_built() -> None:
@@ -55,19 +66,24 @@ def _patch_layers_as_they_are_built() -> None:
     lora.Linear.update_layer = update_and_patch
 
 
-def _count_operator_runs() -> None:
+def _count_operator_calls() -> None:
     operator = fused.lora_linear_stacked
 
     @functools.wraps(operator)
     def counted(*args, **kwargs):
-        global operator_runs
-        operator_runs += 1
+        global operator_calls
+        operator_calls += 1
         return operator(*args, **kwargs)
 
     fused.lora_linear_stacked = counted
 
 
-def _count_calls(cls: type[lora.Linear]) -> None:
+def _operator_runs() -> int:
+    """How often the operator ran so far. On the bench, what counts is a kernel on its way to the device."""
+    return sum(bench.counters().dispatches.values()) if bench else operator_calls
+
+
+def _count_calls(cls: type[lora.Linear], device: str) -> None:
     """Count the forward calls of layers of exactly this class; hooks have had their say when forward is entered."""
     forward = cls.forward
 
@@ -75,19 +91,21 @@ def _count_calls(cls: type[lora.Linear]) -> None:
     def counted(layer: lora.Linear, *args, **kwargs):
         if type(layer) is not cls:  # a subclass that calls super().forward()
             return forward(layer, *args, **kwargs)
-        kind, runs_before = _kind(layer, *args, **kwargs), operator_runs
+        kind, runs_before = _kind(layer, device, *args, **kwargs), _operator_runs()
         result = forward(layer, *args, **kwargs)
         test = os.environ["PYTEST_CURRENT_TEST"].split("[")[0].split("::")[-1]
-        calls[kind, operator_runs > runs_before, test] += 1
+        calls[kind, _operator_runs() > runs_before, test] += 1
         return result
 
     cls.forward = counted
 
 
-def _kind(layer: lora.Linear, x: object, *args: object, **kwargs: object) -> str:
+def _kind(layer: lora.Linear, device: str, x: torch.Tensor, *args: object, **kwargs: object) -> str:
     """What PEFT's own forward would do, read from PEFT's state: the code under test is not asked."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     variants = {type(layer.lora_variant[name]).__name__ for name in active if name in layer.lora_variant}
+    if x.device.type != device:
+        return f"on {x.device.type}"
     if args or kwargs:
         return f"extra arguments: {', '.join(sorted(kwargs))}"
     if layer.disable_adapters:
