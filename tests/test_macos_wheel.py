@@ -88,7 +88,8 @@ def run(*words: str | Path | None, **environment: str) -> subprocess.CompletedPr
 def test_same_bytes_again_and_for_the_whole_range(wheel, torches, tmp_path):
     """Built in another folder and linked against the oldest torch: reproducible, and one binary for all."""
     again = built(torches.newest, torches.oldest, torches.newest.stubs, tmp_path)
-    assert again.name == wheel.name == "torch_fused_lora-0.1.0-py3-none-macosx_14_0_arm64.whl"
+    assert again.name == wheel.name
+    assert wheel.name.endswith("-py3-none-macosx_14_0_arm64.whl")
     assert again.read_bytes() == wheel.read_bytes()
 
 
@@ -113,7 +114,7 @@ def test_source_build_against_the_oldest_torch(torches, tmp_path):
 
 def test_dependency_is_the_proven_range(torches):
     supported = requirement().specifier
-    assert {torches.oldest.version, torches.newest.version} <= set(supported.filter([t.version for t in torches]))
+    assert all(supported.contains(torch.version) for torch in torches)
     major, minor = torches.newest.version.release[:2]
     assert not supported.contains(f"{major}.{minor + 1}"), f"nothing proves torch {major}.{minor + 1}"
     major, minor = torches.oldest.version.release[:2]
@@ -293,20 +294,19 @@ def test_every_kernel_source_is_inside(binary):
     data = binary.read_bytes()
     for name, text in FAMILIES.items():
         assert text.encode() + b"\0" in data, name
-    assert {family_of(source) for source in launched_sources()} == FAMILIES.keys()
+    assert {family_of(source) for source in launched_sources()} >= {"lora_decode", "lora_delta", "lora_grad"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shader_source_is_what_torch_compiles(family, record_property):
+def test_shader_source_is_what_torch_compiles(family):
     """ASCII, MSL 3.1 (the lint's rules, over headers that declare nothing newer), no include left."""
     text = FAMILIES[family]
     assert text.isascii()
     assert '#include "' not in text
     assert len(text) < 65536  # the string literal that every C++ compiler has to take
-    record_property("characters", len(text))
-    for source in launched_sources():
-        if family_of(source) == family and "bfloat" in source.removeprefix(text):
-            assert lint(source) == [], source.removeprefix(text)
+    launched = [source.removeprefix(text) for source in launched_sources() if family_of(source) == family]
+    for instantiation in [line for line in launched if "bfloat" in line] or [""]:
+        assert lint(text + instantiation) == [], instantiation
 
 
 # ------------------------------------------------------------------------------------------------ setup.py on a Mac
@@ -335,7 +335,8 @@ def test_setup_py_compiles_on_a_mac_what_is_compiled_here(calls, torches, monkey
     compiles = [call for _, call in calls if "-c" in call]
     assert {target for target, _ in calls} == {".".join(map(str, OLDEST_MACOS))}
     sources = {Path(word).name for call in compiles for word in call if word.endswith((".mm", ".cpp"))}
-    assert sources == {"metal_sources.cpp", *(path.name for path in (ROOT / "csrc").glob("*.[mc][mp]*"))}
+    written = {path.name for path in (ROOT / "csrc").rglob("*") if path.suffix in (".mm", ".cpp")}
+    assert sources == written | {"metal_sources.cpp"}
     monkeypatch.setenv("MACOSX_DEPLOYMENT_TARGET", "14.0")
     for call in compiles:
         ours = command_for(call, torches.newest.stubs)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch_plan import assemble
 from macos_wheel.binary import PLACE, problems
 from macos_wheel.build import build
 from macos_wheel.compiler import linker
@@ -43,6 +44,9 @@ def main() -> int:
         found += problems(binary, (oldest, newest), newest.stubs)
         for library, symbols in sorted(imports(binary).items()):
             print(f"\n{library}: {len(symbols)} symbols", *sorted(symbols), sep="\n  ")
+        print("\nMetal sources")
+        for source in sorted((ROOT / "metal").glob("*.metal")):
+            print(f"  {source.stem}: {len(assemble(source)):,} characters")
         if not found:
             out.mkdir(parents=True, exist_ok=True)
             shutil.copy(wheels[0], out)
