@@ -13,7 +13,7 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtyp
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made;
   const auto status = aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, device_type, like.get_device_index(),
@@ -26,7 +26,7 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtyp
 
 Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty(shape, like, dtype);
 }
 

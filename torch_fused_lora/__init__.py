@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .mps import extension
 from .nn import LoRALinear
 from .ops.lora_linear import lora_linear
+from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
 
 if TYPE_CHECKING:
     from .peft import patch_peft, unpatch_peft
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 extension.load()
 
 __version__ = "0.1.0"
-__all__ = ["LoRALinear", "lora_linear", "patch_peft", "unpatch_peft"]
+__all__ = ["LoRALinear", "lora_linear", "patch_peft", "rms_norm", "softmax", "unpatch_peft"]
 
 
 def __getattr__(name: str) -> object:

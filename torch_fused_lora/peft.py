@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ except ImportError as error:
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
     ) from error
 
-from .ops.library import autocast_enabled
+from .ops.library import PLAIN_OR_NONE, autocast_enabled
 from .ops.lora_linear import lora_linear_stacked
 from .ops.portable import HALF
 
@@ -126,15 +125,14 @@ def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
     return get("weight", fields.get("weight")), get("bias", fields.get("bias"))
 
 
-_PLAIN_TYPES = frozenset((nn.Parameter, Tensor, NoneType))
 _REPLACED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
 
 
 def _why_not_linear(module: nn.Module) -> str | None:
     """Why reading this module's weight and bias would not do what calling the module does, or None."""
     weight, bias = _weight_and_bias(module)
-    if type(weight) not in _PLAIN_TYPES or type(bias) not in _PLAIN_TYPES:
-        name, value = ("bias", bias) if type(weight) in _PLAIN_TYPES else ("weight", weight)
+    if type(weight) not in PLAIN_OR_NONE or type(bias) not in PLAIN_OR_NONE:
+        name, value = ("bias", bias) if type(weight) in PLAIN_OR_NONE else ("weight", weight)
         return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
     return _why_not_called(module)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import NoneType
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,11 @@ def fake(name: str) -> Callable[[_F], _F]:
     return register
 
 
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether an operator (with its namespace) has a kernel of a device type's own."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, device_type.upper())
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type; False where torch knows no autocast (it raises for meta)."""
     return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
@@ -60,3 +66,24 @@ _autocast_keyset = functools.reduce(
 def below_autocast() -> torch._C._ExcludeDispatchKeyGuard:
     """A context in which autocast casts nothing: what an operator's own kernels run in."""
     return torch._C._ExcludeDispatchKeyGuard(_autocast_keyset)
+
+
+PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))  # subclasses want to see the calls made with them
+PLAIN_OR_NONE = PLAIN_TYPES | {NoneType}
+
+
+def unwatched(device_type: str) -> bool:
+    """No compiler, dispatch mode, autocast, profiler, functorch transform or forward-mode AD wants to see calls."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or autocast_enabled(device_type)
+        or torch.autograd._profiler_enabled()
+        or transformed()
+    )
+
+
+def transformed() -> bool:
+    """Inside torch.func (vmap, grad, jvp, ...) or forward-mode AD, which need differentiable aten calls."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

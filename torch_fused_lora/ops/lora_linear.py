@@ -21,7 +21,6 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from types import NoneType
 
 import torch
 from torch import Tensor
@@ -29,7 +28,19 @@ from torch import Tensor
 from ..mps import extension
 from . import portable
 from .dropout import draw_seed
-from .library import AUTOCAST_KEYS, NAMESPACE, autocast_enabled, below_autocast, define, fake, kernel
+from .library import (
+    AUTOCAST_KEYS,
+    NAMESPACE,
+    PLAIN_OR_NONE,
+    PLAIN_TYPES,
+    PORTABLE,
+    below_autocast,
+    define,
+    fake,
+    kernel,
+    transformed,
+    unwatched,
+)
 
 define(
     "lora_linear",
@@ -88,7 +99,7 @@ def lora_linear(
         ValueError: a shape, dtype or device that does not fit; dropout_p outside [0, 1).
     """
     tensors = (x, weight, lora_A, lora_B)
-    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):
         for name, value in zip(("x", "weight", "lora_A", "lora_B"), tensors, strict=True):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
@@ -121,32 +132,11 @@ def lora_linear_stacked(
         dropout_p = ranks = ()
     arguments = (x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     device_type = x.device.type
-    if not _unwatched(device_type) or not _PLAIN_OR_NONE.issuperset(map(type, arguments[:5])):
+    if not unwatched(device_type) or not PLAIN_OR_NONE.issuperset(map(type, arguments[:5])):
         return _forward_op(*arguments)[0]
     # Where nothing is there to intercept the operator, what the dispatcher would call is called from here: its way
     # from Python through C++ to Python and back takes a tenth of a 1 x 512 x 512 layer.
-    return _with_autograd(_portable_forward if device_type in _PORTABLE else _device_forward, *arguments)[0]
-
-
-_PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN_OR_NONE = _PLAIN_TYPES | {NoneType}
-
-
-def _unwatched(device_type: str) -> bool:
-    """No compiler, dispatch mode, autocast, profiler, functorch transform or forward-mode AD wants to see calls."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or autocast_enabled(device_type)
-        or torch.autograd._profiler_enabled()
-        or _transformed()
-    )
-
-
-def _transformed() -> bool:
-    """Inside torch.func (vmap, grad, jvp, ...) or forward-mode AD, which need differentiable aten calls."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _with_autograd(_portable_forward if device_type in PORTABLE else _device_forward, *arguments)[0]
 
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
@@ -351,7 +341,7 @@ class _LoRALinear(torch.autograd.Function):
         else:
             # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
             batched = torch._C._functorch.is_legacy_batchedtensor(grad)
-            direct = batched or (direct and type(grad) is Tensor and _unwatched(grad.device.type))
+            direct = batched or (direct and type(grad) is Tensor and unwatched(grad.device.type))
             with torch._C._AutoDispatchBelowAutograd():
                 if direct:
                     grads = portable.backward(grad, *saved, dropout_p, ranks, needs)
@@ -381,7 +371,7 @@ def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, 
 
 @kernel("_lora_linear", "Autograd")
 def _autograd(*arguments):
-    return _differentiable(*arguments) if _transformed() else _with_autograd(_device_forward, *arguments)
+    return _differentiable(*arguments) if transformed() else _with_autograd(_device_forward, *arguments)
 
 
 def _device_forward(*arguments):
@@ -397,7 +387,7 @@ def _device_forward(*arguments):
 def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
     arguments = (x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
-    if _transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+    if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _found(portable.differentiable_backward(grad, None, *arguments))
     with torch._C._AutoDispatchBelowAutograd():
         return _backward_op(grad, *arguments)

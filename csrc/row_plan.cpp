@@ -1,0 +1,169 @@
+#include "row_plan.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "planning.h"
+
+// metal/, each family with its headers inlined: csrc/embed_metal.py writes them when the extension is built.
+extern const char rms_norm_source[], softmax_source[];
+
+namespace torch_fused_lora {
+namespace {
+
+constexpr uint32_t kSimdgroupElements = 32 * 8;    // of a row, as in rows.h
+constexpr uint32_t kRowSimdgroups = 16;            // at most; longer rows are looped over
+constexpr uint32_t kGroupSimdgroups = 8;           // at least; shorter rows share a threadgroup
+constexpr uint32_t kCoreSimdgroups = 32;           // that keep a core's loads in flight; not timed
+constexpr uint32_t kSplitRows = 16;                // at least, of each partial sum of dweight; not timed
+constexpr uint64_t kManyGroups = uint64_t{1} << 20;  // keeps a grid's threads below 2**32
+
+/// How the rows of a problem lie in threadgroups.
+struct Layout {
+  uint64_t M, H, blocks;  // blocks of the rows that a group has at once
+  uint32_t row_simdgroups, group_simdgroups;
+  bool held;
+
+  explicit Layout(const Operand& x) : M(x.rows), H(x.cols), row_simdgroups(1) {
+    while (row_simdgroups < kRowSimdgroups && row_simdgroups * kSimdgroupElements < H) row_simdgroups *= 2;
+    group_simdgroups = std::max(row_simdgroups, kGroupSimdgroups);
+    held = H <= row_simdgroups * kSimdgroupElements;
+    blocks = ceil_div(M, group_simdgroups / row_simdgroups);
+  }
+
+  /// One dispatch, or none where there are no elements.
+  uint32_t launches() const { return M > 0 && H > 0 ? 1 : 0; }
+
+  /// Groups that fill the GPU and walk over the blocks, where walking saves bytes.
+  uint64_t walking_groups(uint32_t gpu_cores) const {
+    return std::min<uint64_t>(blocks, std::max<uint64_t>(gpu_cores * kCoreSimdgroups / group_simdgroups, 1));
+  }
+
+  void assemble(Variant variant, const char* text, uint64_t groups, Launch* launch) const {
+    variant.add(row_simdgroups).add(held ? "true" : "false", held ? "held" : "looped").assemble(text, *launch);
+    set_grid(*launch, 32 * group_simdgroups, groups);
+  }
+};
+
+const char* check(const RowProblem& problem) {
+  if (const char* error = check(problem.x, "x: a dimension or stride of 2**32 elements or more")) return error;
+  if (const char* error = check(problem.grad, "grad: a dimension or stride of 2**32 elements or more")) return error;
+  return problem.weight_stride > UINT32_MAX ? "weight: a stride of 2**32 elements or more" : nullptr;
+}
+
+bool wide(const Operand& m) { return m.col_stride == 1 && aligned(m, 4); }
+
+// -------------------------------------------------------------------------------------------------------- rms_norm
+
+// As in rms_norm.metal.
+constexpr uint32_t kNormWideX = 1, kNormWideGrad = 2, kNormWideWeight = 4, kNormWideOut = 8;
+constexpr uint32_t kNormHasWeight = 16, kNormSaveRstd = 32, kNormNeedX = 64, kNormNeedWeight = 128;
+
+Scalar weight_type(const RowProblem& problem) { return problem.has_weight ? problem.weight_dtype : problem.dtype; }
+
+/// The flags that forward and backward share.
+uint32_t norm_flags(const RowProblem& problem) {
+  uint32_t flags = problem.has_weight ? kNormHasWeight : 0;
+  if (problem.weight_stride == 1 && problem.weight_offset % 4 == 0) flags |= kNormWideWeight;
+  if (wide(problem.x)) flags |= kNormWideX;
+  if (problem.x.cols % 4 == 0) flags |= kNormWideOut;
+  return flags;
+}
+
+}  // namespace
+
+const char* tfl_plan_rms_norm(
+    const RowProblem* problem, double eps, uint32_t save_rstd, uint32_t index, Launch* launch, uint32_t* count) {
+  if (const char* error = check(*problem)) return error;
+  const Layout layout(problem->x);
+  *count = layout.launches();
+  if (index >= *count) return nullptr;
+
+  const float eps_value = static_cast<float>(eps);
+  uint32_t eps_bits;
+  std::memcpy(&eps_bits, &eps_value, sizeof eps_bits);
+  const uint32_t flags = norm_flags(*problem) | (save_rstd ? kNormSaveRstd : 0);
+  layout.assemble(
+      Variant("rms_norm").add(msl(problem->dtype)).add(msl(weight_type(*problem))), rms_norm_source,
+      layout.walking_groups(problem->gpu_cores), launch);
+  set_arguments(
+      *launch, 4,
+      {pack(layout.M, layout.H), pack(layout.blocks, flags), levels(problem->x), strides(problem->x),
+       pack(problem->weight_stride, eps_bits)});
+  return nullptr;
+}
+
+const char* tfl_plan_rms_norm_backward(
+    const RowProblem* problem, uint32_t need_x, uint32_t need_weight, uint32_t index, Launch* launch, uint32_t* count,
+    uint32_t* splits) {
+  if (const char* error = check(*problem)) return error;
+  const Layout layout(problem->x);
+  // With dweight a group is a split, which writes H sums that are read once more: it has some rows to itself. One that
+  // adds up in memory does so in float32, in partial sums: two of them at least where the weight is narrower.
+  uint64_t groups = layout.walking_groups(problem->gpu_cores);
+  if (need_weight) {
+    const uint64_t least = layout.held || problem->weight_dtype == Scalar::float32 ? 1 : 2;
+    groups = std::min(groups, std::max(ceil_div(layout.M, kSplitRows), std::min(least, layout.M)));
+  }
+  *splits = need_weight ? static_cast<uint32_t>(std::max<uint64_t>(groups, 1)) : 1;
+  *count = layout.launches() * (*splits > 1 ? 2 : 1);
+
+  if (index == 0 && *count > 0) {
+    const char* const out = *splits > 1 ? "float" : msl(weight_type(*problem));
+    const uint32_t flags = norm_flags(*problem) | (wide(problem->grad) ? kNormWideGrad : 0) |
+        (need_x ? kNormNeedX : 0) | (need_weight ? kNormNeedWeight : 0);
+    layout.assemble(
+        Variant("rms_norm_backward").add(msl(problem->dtype)).add(msl(weight_type(*problem))).add(out),
+        rms_norm_source, groups, launch);
+    set_arguments(
+        *launch, 6,
+        {pack(layout.M, layout.H), pack(layout.blocks, flags), levels(problem->grad), strides(problem->grad),
+         levels(problem->x), strides(problem->x), pack(problem->weight_stride, 0)});
+  } else if (index < *count) {
+    plan_sum(problem->weight_dtype, layout.H, 0, *splits, launch);
+  }
+  return nullptr;
+}
+
+// --------------------------------------------------------------------------------------------------------- softmax
+
+namespace {
+
+constexpr uint32_t kSoftmaxWideX = 1, kSoftmaxWideGrad = 2, kSoftmaxWideOut = 4;  // as in softmax.metal
+
+uint32_t softmax_flags(const RowProblem& problem) {
+  return (wide(problem.x) ? kSoftmaxWideX : 0) | (wide(problem.grad) ? kSoftmaxWideGrad : 0) |
+      (problem.x.cols % 4 == 0 ? kSoftmaxWideOut : 0);
+}
+
+}  // namespace
+
+const char* tfl_plan_softmax(const RowProblem* problem, uint32_t index, Launch* launch, uint32_t* count) {
+  if (const char* error = check(*problem)) return error;
+  const Layout layout(problem->x);
+  *count = layout.launches();
+  if (index >= *count) return nullptr;
+  const uint64_t groups = std::min(layout.blocks, kManyGroups);
+  layout.assemble(Variant("softmax").add(msl(problem->dtype)), softmax_source, groups, launch);
+  set_arguments(
+      *launch, 2,
+      {pack(layout.M, layout.H), pack(layout.blocks, softmax_flags(*problem)), levels(problem->x),
+       strides(problem->x)});
+  return nullptr;
+}
+
+const char* tfl_plan_softmax_backward(const RowProblem* problem, uint32_t index, Launch* launch, uint32_t* count) {
+  if (const char* error = check(*problem)) return error;
+  const Layout layout(problem->x);
+  *count = layout.launches();
+  if (index >= *count) return nullptr;
+  const uint64_t groups = std::min(layout.blocks, kManyGroups);
+  layout.assemble(Variant("softmax_backward").add(msl(problem->dtype)), softmax_source, groups, launch);
+  set_arguments(
+      *launch, 3,
+      {pack(layout.M, layout.H), pack(layout.blocks, softmax_flags(*problem)), levels(problem->grad),
+       strides(problem->grad), levels(problem->x), strides(problem->x)});
+  return nullptr;
+}
+
+}  // namespace torch_fused_lora

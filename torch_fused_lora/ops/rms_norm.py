@@ -1,0 +1,314 @@
+"""``rms_norm``: x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv:1910.07467), with its own backward.
+
+Three operators are registered:
+
+``rms_norm(x, weight, eps) -> y``
+    The public one: `_rms_norm` without rstd.
+``_rms_norm(x, weight, eps) -> (y, rstd)``
+    rstd = (mean(x²) + eps)^-½, a number a row, (..., 1), in float32 (float64 for float64): all that backward keeps
+    beside x and weight.
+``rms_norm_backward(grad, x, weight, rstd, needs) -> Tensor[]``
+    Of dx and dweight those asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..mps import extension
+from .library import (
+    AUTOCAST_KEYS,
+    NAMESPACE,
+    PLAIN_OR_NONE,
+    PORTABLE,
+    below_autocast,
+    define,
+    fake,
+    has_kernel,
+    kernel,
+    transformed,
+    unwatched,
+)
+from .portable import flat
+
+define("rms_norm", "(Tensor x, Tensor? weight, float eps=1e-6) -> Tensor")
+define("_rms_norm", "(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
+define("rms_norm_backward", "(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, bool[2] needs) -> Tensor[]")
+_ops = getattr(torch.ops, NAMESPACE)
+_forward_op = _ops._rms_norm.default
+_backward_op = _ops.rms_norm_backward.default
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension (RMSNorm, arXiv:1910.07467).
+
+    Args:
+        x: (..., H), 1-D or more, any strides; float16, bfloat16, float32 or float64.
+        weight: (H,), of x's dtype or float32, or None for none.
+        eps: added to the mean of squares.
+
+    Returns:
+        (..., H) in x's dtype, contiguous. All is computed in float32 (float64 for float64) and rounded once.
+
+    Differentiable twice; saves x, weight and one number a row. Under autocast as torch.nn.functional.rms_norm: cast to
+    float32 on CUDA and XPU, as it is elsewhere.
+
+    Raises:
+        TypeError: x or weight is not a tensor.
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
+    device_type = x.device.type
+    if unwatched(device_type) and PLAIN_OR_NONE.issuperset(map(type, (x, weight))):
+        # What the dispatcher would call, without its way through C++ and back.
+        return _with_autograd(_portable_forward if device_type in PORTABLE else _device_forward, x, weight, eps)[0]
+    return _forward_op(x, weight, eps)[0]
+
+
+@kernel("rms_norm", "CompositeImplicitAutograd", "FuncTorchBatched")
+def _public(x, weight, eps=1e-6):
+    return _forward_op(x, weight, eps)[0]
+
+
+def _check(x, weight):
+    def refuse(name: str, value: Tensor, expected: str) -> None:
+        got = f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+        raise ValueError(f"rms_norm: {name}: expected {expected}; got {got}")
+
+    if x.dim() < 1 or x.shape[-1] < 1:
+        refuse("x", x, "shape (..., H) with H >= 1")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        refuse("x", x, "float16, bfloat16, float32 or float64")
+    if weight is None:
+        return
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        refuse("weight", weight, f"shape ({x.shape[-1]},), the last dimension of x, on x's device {x.device}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        refuse("weight", weight, f"x's dtype {x.dtype} or torch.float32")
+
+
+def _check_backward(grad, x, weight, rstd):
+    _check(x, weight)
+    rows = (*x.shape[:-1], 1)
+    for name, value, shape in (("grad", grad, x.shape), ("rstd", rstd, rows)):
+        if value.shape != shape:
+            raise ValueError(
+                f"rms_norm_backward: {name}: expected shape {tuple(shape)}; got {tuple(value.shape)}, {value.dtype}"
+            )
+
+
+# ------------------------------------------------------------------------------------------ kernels and shapes
+
+
+@functools.cache
+def torch_is_fused(device_type: str) -> bool:
+    """Whether this torch computes F.rms_norm, forward and backward, in one kernel each on a device type."""
+    return all(has_kernel(f"aten::_fused_rms_norm{part}", device_type) for part in ("", "_backward"))
+
+
+def _use_aten(x, weight):
+    return torch_is_fused(x.device.type) and weight is not None and weight.dtype == x.dtype
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+_BLOCK = 1 << 19  # elements of a half x that are converted at a time
+
+
+def _blocks(rows, wide_dtype):
+    """Slices of the rows, all of them in one where nothing is converted or they are few."""
+    M, H = rows.shape
+    size = M if rows.dtype is wide_dtype else max(_BLOCK // H, 1)
+    return [slice(None)] if size >= M else [slice(start, start + size) for start in range(0, M, size)]
+
+
+def _portable_forward(x, weight, eps):
+    _check(x, weight)
+    if _use_aten(x, weight):
+        return torch.ops.aten._fused_rms_norm(x.contiguous(), x.shape[-1:], weight, eps)
+    wide_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # The norm of a row is a pass that writes nothing.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype)
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+    def normed(x, rstd):
+        found = x * rstd
+        return found if weight is None else found.mul_(weight)
+
+    blocks = _blocks(x_rows := flat(x), wide_dtype)
+    if len(blocks) == 1:
+        return normed(x, rstd).to(x.dtype).contiguous(), rstd
+    y, rstd_rows = x.new_empty(x.shape), flat(rstd)
+    for block in blocks:
+        flat(y)[block] = normed(x_rows[block], rstd_rows[block])
+    return y, rstd
+
+
+def _portable_backward(grad, x, weight, rstd, needs):
+    """dx = rstd (g w - x rstd² mean(g w x)) and dweight = (g x)ᵀ rstd: the sums are products with vectors."""
+    _check_backward(grad, x, weight, rstd)
+    if _use_aten(x, weight):
+        return torch.ops.aten._fused_rms_norm_backward(
+            grad.contiguous(), x.contiguous(), x.shape[-1:], rstd, weight, needs
+        )
+    H, wide_dtype = x.shape[-1], rstd.dtype
+    grad_rows, x_rows, rstd_rows = flat(grad), flat(x), flat(rstd)
+    w = x.new_ones(H, dtype=wide_dtype) if weight is None else weight.to(wide_dtype)
+    dx = x.new_empty(x.shape) if needs[0] else None
+    dweight = x.new_zeros(H, dtype=wide_dtype) if needs[1] else None
+    for block in _blocks(x_rows, wide_dtype):
+        g, rows, scale = grad_rows[block].to(wide_dtype), x_rows[block].to(wide_dtype), rstd_rows[block]
+        product = torch.mul(g, rows, out=rows.new_empty(rows.shape))
+        if dweight is not None:
+            dweight.addmv_(product.t(), scale[:, 0])
+        if dx is not None:
+            pull = product.mv(w)[:, None].mul_(scale.square()).div_(-H)
+            torch.mul(g, w, out=product).addcmul_(rows, pull)
+            torch.mul(product, scale, out=flat(dx)[block])
+    return dx, dweight if dweight is None else dweight.to(weight.dtype)
+
+
+@kernel("_rms_norm", "CompositeExplicitAutograd")
+def _portable_kernel(x, weight, eps):
+    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
+        raise NotImplementedError(
+            f"rms_norm: device 'mps' needs this package's Metal extension, and {extension.reason}; "
+            "or use torch.nn.functional.rms_norm"
+        )
+    return _portable_forward(x, weight, eps)
+
+
+@kernel("rms_norm_backward", "CompositeExplicitAutograd")
+def _portable_backward_kernel(grad, x, weight, rstd, needs):
+    found = _portable_backward(grad, x, weight, rstd, needs)
+    return [gradient for gradient, need in zip(found, needs, strict=True) if need]
+
+
+def _gradients(grad, x, weight, rstd, needs):
+    """dx = rstd (g w - x̂ mean(g w x̂)) and dweight = Σ g x̂ with x̂ = x rstd, in differentiable aten calls."""
+    normed, found = x * rstd, []
+    if needs[0]:
+        scaled = _wide(grad) if weight is None else grad * weight.to(rstd.dtype)
+        mean = (scaled * normed).mean(-1, keepdim=True)
+        found.append(((scaled - normed * mean) * rstd).to(x.dtype).contiguous())
+    if needs[1]:
+        found.append((grad * normed).flatten(0, -2).sum(0).to(weight.dtype))
+    return found
+
+
+def _differentiable(x, weight, eps):
+    """The forward in differentiable aten calls, for functorch transforms and forward-mode AD."""
+    _check(x, weight)
+    rstd = _rstd(x, eps)
+    y = x * rstd
+    return (y if weight is None else y * weight).to(x.dtype).contiguous(), rstd
+
+
+def _rstd(x, eps):
+    return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
+
+
+kernel("_rms_norm", "FuncTorchBatched")(_differentiable)
+
+
+@fake("_rms_norm")
+def _fake(x, weight, eps):
+    _check(x, weight)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=dtype)
+
+
+@fake("rms_norm_backward")
+def _fake_backward(grad, x, weight, rstd, needs):
+    _check_backward(grad, x, weight, rstd)
+    gradients = (x.new_empty(x.shape), weight.new_empty(weight.shape) if weight is not None else None)
+    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+
+
+# --------------------------------------------------------------------------------- autograd, functorch, autocast
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, x, weight, eps):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, rstd = kernel(x, weight, eps)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rstd)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
+        return y, rstd
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 4
+        x, weight, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:3]
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+            with below_autocast():
+                found = _gradients(grad, x, weight, _rstd(x, ctx.eps), needs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = _backward_op(grad, x, weight, rstd, needs)
+        found = iter(found)
+        return None, *(next(found) if need else None for need in needs), None
+
+
+# Function.apply without its functorch bookkeeping: `_with_autograd` runs under no transform.
+_apply = super(torch.autograd.Function, _RMSNorm).apply
+
+
+def _with_autograd(kernel, x, weight, eps):
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return _apply(kernel, x, weight, eps)
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(x, weight, eps)
+
+
+def _device_forward(x, weight, eps):
+    """The device's kernel. One in C++ can only raise RuntimeError: what it refuses is said as everywhere."""
+    try:
+        return _forward_op(x, weight, eps)
+    except RuntimeError:
+        _check(x, weight)
+        raise
+
+
+@kernel("_rms_norm", "Autograd")
+def _autograd(x, weight, eps):
+    return _differentiable(x, weight, eps) if transformed() else _with_autograd(_device_forward, x, weight, eps)
+
+
+@kernel("rms_norm_backward", "Autograd", "FuncTorchBatched")
+def _autograd_backward(grad, x, weight, rstd, needs):
+    tensors = (grad, x, weight, rstd)
+    if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return _gradients(grad, x, weight, rstd, needs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_op(grad, x, weight, rstd, needs)
+
+
+def _register_autocast(key: str, casts: bool) -> None:
+    @kernel("_rms_norm", key)
+    def forward(x, weight, eps):
+        wide = [t.float() if casts and t is not None and t.dtype != torch.float64 else t for t in (x, weight)]
+        with below_autocast():
+            return _forward_op(*wide, eps)
+
+    @kernel("rms_norm_backward", key)
+    def backward(*arguments):
+        with below_autocast():
+            return _backward_op(*arguments)
+
+
+for _key in AUTOCAST_KEYS.values():
+    _register_autocast(_key, torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", _key))

@@ -1,0 +1,168 @@
+"""``softmax`` with its own backward: ``softmax(x, dim) -> y`` and ``softmax_backward(grad, y, dim) -> dx``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..mps import extension
+from .library import AUTOCAST_KEYS, NAMESPACE, PLAIN_TYPES, below_autocast, define, fake, kernel, transformed, unwatched
+
+define("softmax", "(Tensor x, int dim=-1) -> Tensor")
+define("softmax_backward", "(Tensor grad, Tensor y, int dim) -> Tensor")
+_ops = getattr(torch.ops, NAMESPACE)
+_forward_op = _ops.softmax.default
+_backward_op = _ops.softmax_backward.default
+
+
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """``exp(x) / sum(exp(x))`` along a dimension, in x's dtype, contiguous; as torch.softmax, special values included.
+
+    Computed in float32 (float64 for float64) and rounded once: the largest element of a row is subtracted first; -inf
+    gives 0, a row of nothing but -inf, or with NaN or +inf in it, NaN. Along the last dimension on mps by this
+    package's Metal kernels, otherwise by torch's own. Differentiable twice; saves y. Under autocast as torch.softmax:
+    cast to float32 on CUDA, XPU and mps, as it is on the CPU.
+
+    Args:
+        x: any shape and strides; float16, bfloat16, float32 or float64.
+        dim: -x.dim() to x.dim() - 1.
+
+    Raises:
+        TypeError: x is not a tensor.
+        ValueError: another dtype.
+        IndexError: a dimension that x does not have.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if unwatched(x.device.type) and type(x) in PLAIN_TYPES:
+        return _with_autograd(x, dim)  # what the dispatcher would call
+    return _forward_op(x, dim)
+
+
+def _check(x, dim):
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"softmax: x: expected float16, bfloat16, float32 or float64; got {x.dtype}")
+    most = max(x.dim(), 1)
+    if not -most <= dim < most:
+        raise IndexError(f"softmax: dim: expected {-most} to {most - 1}, since x has {x.dim()} dimensions; got {dim}")
+
+
+def _check_backward(grad, y, dim):
+    _check(y, dim)
+    if grad.shape != y.shape or grad.dtype != y.dtype:
+        raise ValueError(
+            f"softmax_backward: grad: expected shape {tuple(y.shape)}, {y.dtype}, as y; "
+            f"got {tuple(grad.shape)}, {grad.dtype}"
+        )
+
+
+# ------------------------------------------------------------------------------------------ kernels and shapes
+
+
+@kernel("softmax", "CompositeExplicitAutograd")
+def _portable(x, dim=-1):
+    _check(x, dim)
+    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
+        raise NotImplementedError(
+            f"softmax: device 'mps' needs this package's Metal extension, and {extension.reason}; or use torch.softmax"
+        )
+    return torch._softmax(x, dim, False).contiguous()
+
+
+@kernel("softmax_backward", "CompositeExplicitAutograd")
+def _portable_backward(grad, y, dim):
+    _check_backward(grad, y, dim)
+    return torch._softmax_backward_data(grad, y, dim, y.dtype).contiguous()
+
+
+@fake("softmax")
+def _fake(x, dim=-1):
+    _check(x, dim)
+    return x.new_empty(x.shape)
+
+
+@fake("softmax_backward")
+def _fake_backward(grad, y, dim):
+    _check_backward(grad, y, dim)
+    return y.new_empty(y.shape)
+
+
+def _differentiable(x, dim=-1):
+    _check(x, dim)
+    return torch.softmax(x, dim).contiguous()
+
+
+def _gradient(grad, y, dim):
+    """dx = y (grad - Σ y grad), in differentiable aten calls."""
+    wide = y if y.dtype == torch.float64 else y.float()
+    return (wide * (grad - (wide * grad).sum(dim, keepdim=True))).to(y.dtype).contiguous()
+
+
+kernel("softmax", "FuncTorchBatched")(_differentiable)
+
+
+# --------------------------------------------------------------------------------- autograd, functorch, autocast
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim):
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _device_forward(x, dim)
+        ctx.save_for_backward(y)
+        ctx.dim = dim
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+            with below_autocast():
+                return _gradient(grad, y, ctx.dim), None
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward_op(grad, y, ctx.dim), None
+
+
+def _with_autograd(x, dim):
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Softmax.apply(x, dim)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _device_forward(x, dim)
+
+
+def _device_forward(x, dim):
+    """The device's kernel. One in C++ can only raise RuntimeError: what it refuses is said as everywhere."""
+    try:
+        return _forward_op(x, dim)
+    except RuntimeError:
+        _check(x, dim)
+        raise
+
+
+@kernel("softmax", "Autograd")
+def _autograd(x, dim=-1):
+    return _differentiable(x, dim) if transformed() else _with_autograd(x, dim)
+
+
+@kernel("softmax_backward", "Autograd", "FuncTorchBatched")
+def _autograd_backward(grad, y, dim):
+    if transformed() or (torch.is_grad_enabled() and (grad.requires_grad or y.requires_grad)):
+        return _gradient(grad, y, dim)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_op(grad, y, dim)
+
+
+def _register_autocast(key: str, casts: bool) -> None:
+    @kernel("softmax", key)
+    def forward(x, dim=-1):
+        with below_autocast():
+            return _forward_op(x.float() if casts and x.dtype != torch.float64 else x, dim)
+
+    @kernel("softmax_backward", key)
+    def backward(*arguments):
+        with below_autocast():
+            return _backward_op(*arguments)
+
+
+for _key in AUTOCAST_KEYS.values():
+    _register_autocast(_key, torch._C._dispatch_has_kernel_for_dispatch_key("aten::softmax.int", _key))
