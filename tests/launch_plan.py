@@ -21,6 +21,7 @@ import metal_on_cpu
 ROOT = Path(__file__).parent.parent
 _EMBED_METAL = runpy.run_path(str(ROOT / "csrc" / "embed_metal.py"))
 assemble, embed = _EMBED_METAL["assemble"], _EMBED_METAL["embed"]
+OPERATORS = "decode", "delta", "delta_dx", "grad", "rms_norm", "rms_norm_backward", "softmax", "softmax_backward"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -63,8 +64,8 @@ def library() -> ctypes.CDLL:
     embed(ROOT / "metal", sources)
     path = metal_on_cpu.build_shared([*sorted((ROOT / "csrc").glob("*.cpp")), sources], "launch_plan", ["-std=c++17"])
     plan = ctypes.CDLL(str(path))
-    for name in ("tfl_plan_decode", "tfl_plan_delta", "tfl_plan_delta_dx", "tfl_plan_grad"):
-        getattr(plan, name).restype = ctypes.c_char_p
+    for operator in OPERATORS:
+        getattr(plan, f"tfl_plan_{operator}").restype = ctypes.c_char_p
     return plan
 
 
@@ -82,13 +83,37 @@ def operand(x: Tensor) -> Operand:
 
 
 @dataclasses.dataclass
-class Kernels:
-    """The kernels of metal/ for one GPU, executed in one mode."""
+class Launcher:
+    """Kernels of metal/ for one GPU, executed in one mode."""
 
     gpu_cores: int = 10
     trace: bool = False
     order: str = "forward"
     runs: list[tuple[str, metal_on_cpu.Report]] = dataclasses.field(default_factory=list)
+
+    def _plan(self, function, problem: ctypes.Structure, before=(), after=()) -> list[Launch]:
+        launches, count = [], ctypes.c_uint32(1)
+        while len(launches) < count.value:
+            launch = Launch()
+            arguments = (ctypes.c_uint32(len(launches)), ctypes.byref(launch), ctypes.byref(count))
+            error = function(ctypes.byref(problem), *before, *arguments, *after)
+            if error:
+                raise ValueError(error.decode())
+            launches.append(launch)
+        return launches
+
+    def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
+        assert len(tensors) == launch.tensors
+        kernel = metal_on_cpu.compile(launch.source.decode())[launch.kernel.decode()]
+        words = [launch.words[i].to_bytes(8, "little") for i in range(launch.word_count)]
+        report = kernel.dispatch(
+            threads=launch.threads, group=launch.group, arguments=[*tensors, *words], trace=self.trace, order=self.order
+        )
+        self.runs.append((launch.kernel.decode(), report))
+
+
+class Kernels(Launcher):
+    """The kernels of a LoRA layer."""
 
     def decode(self, x, weight, bias, lora_A, lora_B, scaling, save_h=False) -> tuple[Tensor, Tensor | None]:
         """y (M, N) and h."""
@@ -174,26 +199,6 @@ class Kernels:
             problem.ranks = (ctypes.c_uint32 * len(dropout_p))(*(ranks or (r,)))
             problem.dropout_p = (ctypes.c_double * len(dropout_p))(*dropout_p)
         return problem
-
-    def _plan(self, function, problem: Problem, before=(), after=()) -> list[Launch]:
-        launches, count = [], ctypes.c_uint32(1)
-        while len(launches) < count.value:
-            launch = Launch()
-            arguments = (ctypes.c_uint32(len(launches)), ctypes.byref(launch), ctypes.byref(count))
-            error = function(ctypes.byref(problem), *before, *arguments, *after)
-            if error:
-                raise ValueError(error.decode())
-            launches.append(launch)
-        return launches
-
-    def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
-        assert len(tensors) == launch.tensors
-        kernel = metal_on_cpu.compile(launch.source.decode())[launch.kernel.decode()]
-        words = [launch.words[i].to_bytes(8, "little") for i in range(launch.word_count)]
-        report = kernel.dispatch(
-            threads=launch.threads, group=launch.group, arguments=[*tensors, *words], trace=self.trace, order=self.order
-        )
-        self.runs.append((launch.kernel.decode(), report))
 
 
 def fresh(like: Tensor, *shape: int) -> Tensor:

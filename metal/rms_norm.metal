@@ -1,0 +1,161 @@
+// rms_norm: y = x * rstd * weight with rstd = (mean of x^2 + eps)^(-1/2) of the row; rms_norm_backward: dx and dweight.
+//
+// Algorithm. A threadgroup walks over blocks of rows. HELD: a thread keeps its run of the row in registers, and its run
+//   of the weight for all rows; longer rows are looped over, once for the sum and once for the result. Backward, with
+//   n = x * rstd and c = mean of grad * weight * n: dx = rstd * (grad * weight - n * c), dweight = sum of grad * n over
+//   the rows. A thread adds up its columns of dweight over its rows: in registers or, where rows are looped over, in
+//   the group's row of partial sums. Deterministic: no atomics; sum_splits adds the groups' sums in order.
+// Tile. None: a float a simdgroup in threadgroup memory, twice; 8 KiB to add the sums of a block's rows in backward.
+// Threads. A run of eight elements each: 1 to 16 simdgroups a row, 8 to 16 a group.
+// Bytes. HELD: x, grad, y, dx and rstd are touched once, the least possible, the weight once by each row that a group
+//   has at once. Looped rows: x and grad twice, the weight once a row (twice in backward), the group's row of partial
+//   sums is read and written once a row.
+// Rounding. Once: sums and products are float32.
+#include "rows.h"
+
+constant constexpr uint NORM_WIDE_X = 1, NORM_WIDE_GRAD = 2, NORM_WIDE_WEIGHT = 4, NORM_WIDE_OUT = 8;
+constant constexpr uint NORM_HAS_WEIGHT = 16, NORM_SAVE_RSTD = 32, NORM_NEED_X = 64, NORM_NEED_WEIGHT = 128;
+
+/// 1 x H, or 0 x H where there is no weight.
+template <typename TW>
+Matrix<TW> weight_matrix(device const TW* weight, uint H, uint stride, uint flags) {
+  return matrix(
+      weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, uint2(0, stride), (flags & NORM_WIDE_WEIGHT) != 0);
+}
+
+template <typename TW>
+Run load_weight(Matrix<TW> weight, uint column) {
+  return weight.rows == 0 ? filled(1.0f) : load_row(weight, 0, column);
+}
+
+template <typename T, typename TW, short SIMDGROUPS, bool HELD>
+[[kernel, max_total_threads_per_threadgroup(32 * group_simdgroups(SIMDGROUPS))]]
+void rms_norm(
+    device const T* x [[buffer(0)]],
+    device const TW* weight [[buffer(1)]],
+    device T* y [[buffer(2)]],
+    device float* rstd [[buffer(3)]],
+    constant uint2& m_h [[buffer(4)]],
+    constant uint2& blocks_flags [[buffer(5)]],
+    constant uint2& x_levels [[buffer(6)]],
+    constant uint2& x_strides [[buffer(7)]],
+    constant uint2& weight_stride_eps [[buffer(8)]],  // and the bits of eps
+    uint group [[threadgroup_position_in_grid]],
+    uint groups [[threadgroups_per_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  threadgroup float shared[2][group_simdgroups(SIMDGROUPS)];
+  const Place<SIMDGROUPS> place = {thread_index, simdgroup_index, lane};
+  constexpr uint STEP = Place<SIMDGROUPS>::STEP;
+  const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y, column = place.column();
+  const bool wide_y = (flags & NORM_WIDE_OUT) != 0;
+  const Matrix<T> x_rows = matrix(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
+  const Matrix<TW> weights = weight_matrix(weight, H, weight_stride_eps.x, flags);
+
+  Run x_run = filled(0.0f), weight_run = HELD ? load_weight(weights, column) : filled(1.0f);
+  short turn = 0;
+  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
+    const uint row = place.row(block), end = row < M ? H : 0;
+    float squares = 0.0f;
+    for (uint c = column; c < end; c += STEP) {
+      x_run = load_row(x_rows, row, c);
+      squares += total(x_run * x_run);
+    }
+    const float mean = place.sum(squares, shared[turn]) / H;
+    const float scale = precise::rsqrt(mean + as_type<float>(weight_stride_eps.y));
+    if ((flags & NORM_SAVE_RSTD) != 0 && column == 0 && row < M) {
+      rstd[row] = scale;
+    }
+    for (uint c = column; c < end; c += STEP) {
+      if (!HELD) {
+        x_run = load_row(x_rows, row, c);
+        weight_run = load_weight(weights, c);
+      }
+      store_run(y + ulong(row) * H + c, x_run * scale * weight_run, H - c, wide_y);
+    }
+  }
+}
+
+/// OUT is TW, or float for partial sums: then `dweight` has one more leading dimension, the group.
+template <typename T, typename TW, typename OUT, short SIMDGROUPS, bool HELD>
+[[kernel, max_total_threads_per_threadgroup(32 * group_simdgroups(SIMDGROUPS))]]
+void rms_norm_backward(
+    device const T* grad [[buffer(0)]],
+    device const T* x [[buffer(1)]],
+    device const TW* weight [[buffer(2)]],
+    device const float* rstd [[buffer(3)]],
+    device T* dx [[buffer(4)]],
+    device OUT* dweight [[buffer(5)]],
+    constant uint2& m_h [[buffer(6)]],
+    constant uint2& blocks_flags [[buffer(7)]],
+    constant uint2& grad_levels [[buffer(8)]],
+    constant uint2& grad_strides [[buffer(9)]],
+    constant uint2& x_levels [[buffer(10)]],
+    constant uint2& x_strides [[buffer(11)]],
+    constant uint& weight_stride [[buffer(12)]],
+    uint group [[threadgroup_position_in_grid]],
+    uint groups [[threadgroups_per_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr uint STEP = Place<SIMDGROUPS>::STEP;
+  constexpr short ROWS = Place<SIMDGROUPS>::ROWS, ROW_THREADS = Place<SIMDGROUPS>::ROW_THREADS;
+  threadgroup float shared[2][group_simdgroups(SIMDGROUPS)];
+  threadgroup Run row_sums[ROWS > 1 ? ROWS * ROW_THREADS : 1];
+  const Place<SIMDGROUPS> place = {thread_index, simdgroup_index, lane};
+  const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y, column = place.column();
+  const bool wide_out = (flags & NORM_WIDE_OUT) != 0;
+  const bool need_x = (flags & NORM_NEED_X) != 0, need_weight = (flags & NORM_NEED_WEIGHT) != 0;
+  const Matrix<T> grads = matrix(grad, M, H, grad_levels, grad_strides, (flags & NORM_WIDE_GRAD) != 0);
+  const Matrix<T> x_rows = matrix(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
+  const Matrix<TW> weights = weight_matrix(weight, H, weight_stride, flags);
+  device OUT* const sums = dweight + ulong(group) * H;
+
+  Run grad_run = filled(0.0f), normal = filled(0.0f), sum = filled(0.0f);
+  Run weight_run = HELD ? load_weight(weights, column) : filled(1.0f);
+  short turn = 0;
+  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
+    const uint row = place.row(block), end = row < M ? H : 0;
+    const float scale = simd_broadcast_first(lane == 0 && row < M ? rstd[row] : 0.0f);
+    float products = 0.0f;
+    for (uint c = column; c < end; c += STEP) {
+      grad_run = load_row(grads, row, c);
+      normal = load_row(x_rows, row, c) * scale;
+      if (!HELD) {
+        weight_run = load_weight(weights, c);
+      }
+      products += total(grad_run * weight_run * normal);
+    }
+    const float mean = place.sum(products, shared[turn]) / H;
+    for (uint c = column; c < end; c += STEP) {
+      if (!HELD) {
+        grad_run = load_row(grads, row, c);
+        normal = load_row(x_rows, row, c) * scale;
+        weight_run = load_weight(weights, c);
+        sum = need_weight && block != group ? load_run<OUT>(sums + c, 1, H - c, wide_out) : filled(0.0f);
+      }
+      if (need_x) {
+        const Run dx_run = (grad_run * weight_run - normal * mean) * scale;
+        store_run(dx + ulong(row) * H + c, dx_run, H - c, wide_out);
+      }
+      sum = sum + grad_run * normal;
+      if (!HELD && need_weight) {
+        store_run(sums + c, sum, H - c, wide_out);
+      }
+    }
+  }
+
+  if (HELD && need_weight) {
+    if (ROWS > 1) {
+      row_sums[thread_index] = sum;
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (short other = thread_index + ROW_THREADS; other < ROWS * ROW_THREADS; other += ROW_THREADS) {
+        sum = sum + row_sums[other];
+      }
+    }
+    if (thread_index < ROW_THREADS) {
+      store_run(sums + column, sum, left(column, H), wide_out);
+    }
+  }
+}
