@@ -11,12 +11,12 @@ extern const char rms_norm_source[], softmax_source[];
 namespace torch_fused_lora {
 namespace {
 
-constexpr uint32_t kSimdgroupElements = 32 * 8;    // of a row, as in rows.h
-constexpr uint32_t kRowSimdgroups = 16;            // at most; longer rows are looped over
-constexpr uint32_t kGroupSimdgroups = 8;           // at least; shorter rows share a threadgroup
-constexpr uint32_t kCoreSimdgroups = 32;           // that keep a core's loads in flight; not timed
-constexpr uint32_t kSplitRows = 16;                // at least, of each partial sum of dweight; not timed
-constexpr uint64_t kManyGroups = uint64_t{1} << 20;  // keeps a grid's threads below 2**32
+constexpr uint32_t kSimdgroupElements = 32 * 8;  // of a row, as in rows.h
+constexpr uint32_t kRowSimdgroups = 16;          // at most; longer rows are looped over
+constexpr uint32_t kGroupSimdgroups = 8;         // at least, as in rows.h; shorter rows share a threadgroup
+constexpr uint32_t kCoreSimdgroups = 32;         // that keep a core's loads in flight; not timed
+constexpr uint32_t kSplitRows = 16;              // at least, of each partial sum of dweight; not timed
+constexpr uint64_t kMostGroups = 1 << 20;        // keeps a grid's threads below 2**32
 
 /// How the rows of a problem lie in threadgroups.
 struct Layout {
@@ -48,6 +48,7 @@ struct Layout {
 const char* check(const RowProblem& problem) {
   if (const char* error = check(problem.x, "x: a dimension or stride of 2**32 elements or more")) return error;
   if (const char* error = check(problem.grad, "grad: a dimension or stride of 2**32 elements or more")) return error;
+  if (problem.x.cols > INT32_MAX) return "x: a row of 2**31 elements or more";
   return problem.weight_stride > UINT32_MAX ? "weight: a stride of 2**32 elements or more" : nullptr;
 }
 
@@ -143,7 +144,7 @@ const char* tfl_plan_softmax(const RowProblem* problem, uint32_t index, Launch* 
   const Layout layout(problem->x);
   *count = layout.launches();
   if (index >= *count) return nullptr;
-  const uint64_t groups = std::min(layout.blocks, kManyGroups);
+  const uint64_t groups = std::min(layout.blocks, kMostGroups);
   layout.assemble(Variant("softmax").add(msl(problem->dtype)), softmax_source, groups, launch);
   set_arguments(
       *launch, 2,
@@ -157,7 +158,7 @@ const char* tfl_plan_softmax_backward(const RowProblem* problem, uint32_t index,
   const Layout layout(problem->x);
   *count = layout.launches();
   if (index >= *count) return nullptr;
-  const uint64_t groups = std::min(layout.blocks, kManyGroups);
+  const uint64_t groups = std::min(layout.blocks, kMostGroups);
   layout.assemble(Variant("softmax_backward").add(msl(problem->dtype)), softmax_source, groups, launch);
   set_arguments(
       *launch, 3,

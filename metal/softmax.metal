@@ -1,9 +1,9 @@
 // softmax: y = exp(x - maximum) / sum of exp(x - maximum) along rows.
 // softmax_backward: dx = y * (grad - sum of y * grad).
 //
-// Algorithm. Each thread takes exp of its elements against a maximum of its own, which rises as it goes ("online": one
-//   loop finds maximum and sum); the threads' sums are then brought to the row's maximum and added. HELD: a thread keeps
-//   its one run of the row in registers; longer rows are looped over once more.
+// Algorithm. Each thread takes exp of its elements against a maximum of its own, which rises as it goes (online: one
+//   loop finds maximum and sum); the threads' sums are then brought to the row's maximum and added. HELD: a thread has
+//   one run of the row and keeps it in registers; longer rows are looped over once more.
 //   A maximum starts at the lowest finite number, so that no exp(-inf - -inf) arises while all that was seen is -inf.
 //   A row that is -inf throughout has the sum 0, and 0 * (1 / 0) is NaN; one with a NaN or +inf has the sum NaN: as
 //   torch's.

@@ -99,7 +99,8 @@ class Launcher:
             error = function(ctypes.byref(problem), *before, *arguments, *after)
             if error:
                 raise ValueError(error.decode())
-            launches.append(launch)
+            if count.value > 0:
+                launches.append(launch)
         return launches
 
     def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
