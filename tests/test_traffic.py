@@ -9,9 +9,9 @@ import torch
 
 import traffic
 from launch_plan import Kernels
-from traffic import Case
+from traffic import ROW_OPERATORS, Case, RowCase
 
-F32 = torch.float32
+F32, F16 = torch.float32, torch.float16
 CASES = [
     Case(1024, 96, 160, 16),
     Case(1024, 130, 70, 9, F32, F32),
@@ -88,6 +88,50 @@ def test_dispatches_and_scratch():
     partial = splits * (case.K + case.N) * case.r * 4
     assert partial <= (case.bytes("x") + case.bytes("dy")) / 4
     # With z from a dispatch of its own (no dx wanted) that makes three, the most that a backward takes.
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        RowCase(70, 100, gpu_cores=1),
+        RowCase(40, 700, torch.bfloat16, F32, 1),
+        RowCase(12, 2048, F32, F32),
+        RowCase(36, 4096, gpu_cores=1),
+        RowCase(33, 4104, gpu_cores=1),
+        RowCase(5, 10000, F32, F32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_row_formulas_are_what_the_executor_counts(operator, case):
+    assert traffic.count_rows(operator, case) == traffic.model_rows(operator, case)
+
+
+@pytest.mark.parametrize("H", [128, 1024, 4096])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(F16, F32), (F16, F16), (F32, F32)], ids=str)
+@pytest.mark.parametrize("gpu_cores", [8, 40])
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_rows_that_fit_move_at_most_5_percent_more_than_the_least(operator, H, dtype, weight_dtype, gpu_cores):
+    """From 60 rows on for each that a core has at once: 4800 rows of 4096 on 40 cores."""
+    case = RowCase(60 * gpu_cores * min(8192 // H, 32), H, dtype, weight_dtype, gpu_cores)
+    moved = traffic.model_rows(operator, case)
+    assert traffic.total(case, moved) <= 1.05 * traffic.least(case, moved)
+
+
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_the_5_percent_executed(operator):
+    case = RowCase(2048, 1024, gpu_cores=8)
+    moved = traffic.count_rows(operator, case)
+    assert traffic.total(case, moved) <= 1.05 * traffic.least(case, moved)
+
+
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_longer_rows_are_read_twice_and_written_once(operator):
+    case = RowCase(20, 5000)
+    for name, (loaded, stored) in traffic.count_rows(operator, case).items():
+        if name in ("x", "grad", "y", "dx"):
+            assert loaded in (0, 2 * case.bytes(name))
+            assert stored in (0, case.bytes(name))
 
 
 def test_roofline_orders_what_it_must():

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from launch_plan import Kernels
+from launch_plan import Kernels, Launcher
+from row_plan import RowKernels
 
 SIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 DECODE_X_FLOATS, DECODE_SIMDGROUPS = 4096, 16  # as in lora_decode.metal
@@ -98,7 +99,7 @@ def count_grad(case: Case) -> Moved:
     return _counted(kernels, ("x", "z", "dy", "h", "dA", "dB"))
 
 
-def _counted(kernels: Kernels, names: tuple[str, ...]) -> Moved:
+def _counted(kernels: Launcher, names: tuple[str, ...]) -> Moved:
     counters = kernels.runs[0][1].counters
     return {name: (counters.loaded[i], counters.stored[i]) for i, name in enumerate(names)}
 
@@ -159,12 +160,12 @@ def operands_meta(case: Case):
         return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
-def total(case: Case, moved: Moved) -> int:
+def total(case: Case | RowCase, moved: Moved) -> int:
     """Bytes requested."""
     return sum(loaded + stored for loaded, stored in moved.values())
 
 
-def least(case: Case, moved: Moved) -> int:
+def least(case: Case | RowCase, moved: Moved) -> int:
     """Bytes if every operand were loaded and stored once."""
     return sum(case.bytes(name) * ((loaded > 0) + (stored > 0)) for name, (loaded, stored) in moved.items())
 
@@ -236,6 +237,98 @@ def predictions(case: Case) -> Iterator[tuple[Chip, dict[str, float]]]:
         yield chip, {who: sum(step.microseconds(chip) for step in found) for who, found in steps.items()}
 
 
+# ------------------------------------------------------------------------------------------------- kernels on rows
+
+
+ROW_OPERATORS = "rms_norm", "rms_norm_backward", "softmax", "softmax_backward"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCase:
+    M: int
+    H: int
+    dtype: torch.dtype = torch.float16
+    weight_dtype: torch.dtype = torch.float16
+    gpu_cores: int = 40
+
+    def __str__(self) -> str:
+        weight = "" if self.weight_dtype == self.dtype else f" + {_short(self.weight_dtype)}"
+        return f"{self.M} x {self.H}, {_short(self.dtype)}{weight}, {self.gpu_cores} cores"
+
+    def bytes(self, operand: str) -> int:
+        """Of one operand, read or written once; partial sums need not be."""
+        weight = self.H * SIZE[self.weight_dtype]
+        return {"partial": 0, "rstd": 4 * self.M, "weight": weight, "dweight": weight}.get(
+            operand, self.M * self.H * SIZE[self.dtype]
+        )
+
+
+def count_rows(operator: str, case: RowCase) -> Moved:
+    """Every dispatch of ``rms_norm`` or ``softmax``, or of their ``_backward``."""
+    x, grad = (torch.randn(case.M, case.H).to(case.dtype) for _ in range(2))
+    weight = torch.randn(case.H).to(case.weight_dtype)
+    kernels = RowKernels(case.gpu_cores, trace=True)
+    if operator == "rms_norm":
+        kernels.rms_norm(x, weight, save_rstd=True)
+        return _counted(kernels, ("x", "weight", "y", "rstd"))
+    if operator == "softmax":
+        kernels.softmax(x)
+        return _counted(kernels, ("x", "y"))
+    if operator == "softmax_backward":
+        kernels.softmax_backward(grad, x)
+        return _counted(kernels, ("grad", "y", "dx"))
+    kernels.rms_norm_backward(grad, x, weight, torch.ones(case.M))
+    moved = _counted(kernels, ("grad", "x", "weight", "rstd", "dx", "dweight"))
+    if len(kernels.runs) == 2:
+        loaded, stored = moved["dweight"]
+        counters = kernels.runs[1][1].counters
+        moved |= {"partial": (loaded + counters.loaded[0], stored), "dweight": (0, counters.stored[2])}
+    return moved
+
+
+def model_rows(operator: str, case: RowCase) -> Moved:
+    """The same from the launches alone."""
+    M, H = case.M, case.H
+    x = torch.empty(M, H, dtype=case.dtype, device="meta")
+    weight = torch.empty(H, dtype=case.weight_dtype, device="meta")
+    kernels, splits = RowKernels(case.gpu_cores), 1
+    if operator == "rms_norm_backward":
+        launches, splits = kernels.plan_rms_norm_backward(x, x, weight)
+    else:
+        launches = {
+            "rms_norm": lambda: kernels.plan_rms_norm(x, weight, save_rstd=True),
+            "softmax": lambda: kernels.plan_softmax(x),
+            "softmax_backward": lambda: kernels.plan_softmax_backward(x, x),
+        }[operator]()
+    groups, simdgroups = launches[0].threads[0] // launches[0].group[0], launches[0].group[0] // 32
+    *_, row_simdgroups, how = launches[0].kernel.decode().split("_")
+    slots, held = groups * simdgroups // int(row_simdgroups), how == "held"
+    read = {name: ((1 if held else 2) * case.bytes(name), 0) for name in ("x", "grad", "y")}
+    written = {name: (0, case.bytes(name)) for name in ("y", "dx")}
+    if operator == "softmax":
+        return {"x": read["x"], "y": written["y"]}
+    if operator == "softmax_backward":
+        return {"grad": read["grad"], "y": read["y"], "dx": written["dx"]}
+    loads = slots if held else M  # of the weight, in one loop over the row
+    if operator == "rms_norm":
+        rstd = (0, case.bytes("rstd"))
+        return {"x": read["x"], "weight": (loads * case.bytes("weight"), 0), "y": written["y"], "rstd": rstd}
+    sums = (0, groups) if held else (M - groups, M)  # rows of sums that the first dispatch reads and writes
+    size = 4 if splits > 1 else SIZE[case.weight_dtype]
+    moved = {
+        "grad": read["grad"],
+        "x": read["x"],
+        "weight": ((1 if held else 2) * loads * case.bytes("weight"), 0),
+        "rstd": (int(row_simdgroups) * case.bytes("rstd"), 0),
+        "dx": written["dx"],
+        "dweight": (sums[0] * H * size, sums[1] * H * size),
+    }
+    if splits > 1:
+        partial = ((sums[0] + splits) * H * size, sums[1] * H * size)
+        moved |= {"partial": partial, "dweight": (0, case.bytes("dweight"))}
+    return moved
+
+
 # --------------------------------------------------------------------------------------------------------- report
 
 COUNTED = {
@@ -243,6 +336,11 @@ COUNTED = {
     "lora_delta": (count_delta, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16), Case(16, 1024, 1024, 64)]),
     "lora_grad": (count_grad, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16)]),
 }
+COUNTED_ROWS = [
+    RowCase(2048, 1024, gpu_cores=8),
+    RowCase(512, 4096, torch.bfloat16, torch.float32, 4),
+    RowCase(32, 8192),
+]
 MODELLED = (
     Case(1, 4096, 4096, 16),
     Case(1, 4096, 4096, 16, adapter_dtype=torch.float32),
@@ -254,16 +352,17 @@ MODELLED = (
 
 def main() -> None:
     console = Console()
-    table = Table(title="Counted by the executor: bytes requested over the least possible, one dispatch, 40 cores")
+    table = Table(title="Counted by the executor: bytes requested over the least possible; LoRA on 40 cores")
     table.add_column("kernel")
     table.add_column("case")
     table.add_column("by operand, in units of the operand (loaded + stored)")
     table.add_column("total / least", justify="right")
-    for kernel, (count, cases) in COUNTED.items():
-        for case in cases:
-            moved = count(case)
-            parts = [f"{name} {(loaded + stored) / case.bytes(name):.4g}" for name, (loaded, stored) in moved.items()]
-            table.add_row(kernel, str(case), ", ".join(parts), f"{total(case, moved) / least(case, moved):.3f}")
+    counts = [(kernel, case, count(case)) for kernel, (count, cases) in COUNTED.items() for case in cases]
+    counts += [(operator, case, count_rows(operator, case)) for operator in ROW_OPERATORS for case in COUNTED_ROWS]
+    for kernel, case, moved in counts:
+        units = {name: case.bytes(name) or case.bytes("dweight") for name in moved}
+        parts = [f"{name} {(loaded + stored) / units[name]:.4g}" for name, (loaded, stored) in moved.items()]
+        table.add_row(kernel, str(case), ", ".join(parts), f"{total(case, moved) / least(case, moved):.3f}")
     console.print(table)
     for case in MODELLED:
         table = Table(title=f"Modelled, not measured: microseconds of a forward, {case}")
