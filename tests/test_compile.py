@@ -37,7 +37,7 @@ def operands(dtype=torch.float32, adapter_dtype=None, lead=(4,), needs=True, dev
     ]
 
 
-# autograd_registration is not implemented for operands on mps and on the CPU (scaling, seed) together.
+# autograd_registration is not implemented for mps.
 ON_MPS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 OPCHECKS = {"cpu": (*ON_MPS, "test_autograd_registration"), "mps": ON_MPS}
 DTYPES = [(torch.float64, None), (torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)]

@@ -1,4 +1,4 @@
-"""A LoRA layer as one PyTorch operator, and one line that puts it under any PEFT model."""
+"""A LoRA layer as one PyTorch operator, and one line that puts it under any PEFT model. RMS norm and softmax, too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .mps import extension
 from .nn import LoRALinear
+from .norms import patch_norms, unpatch_norms
 from .ops.lora_linear import lora_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
@@ -16,7 +17,16 @@ if TYPE_CHECKING:
 extension.load()
 
 __version__ = "0.1.0"
-__all__ = ["LoRALinear", "lora_linear", "patch_peft", "rms_norm", "softmax", "unpatch_peft"]
+__all__ = [
+    "LoRALinear",
+    "lora_linear",
+    "patch_norms",
+    "patch_peft",
+    "rms_norm",
+    "softmax",
+    "unpatch_norms",
+    "unpatch_peft",
+]
 
 
 def __getattr__(name: str) -> object:

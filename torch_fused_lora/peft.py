@@ -7,8 +7,6 @@ adding, switching and deleting adapters, pickling) stays PEFT's.
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ except ImportError as error:
 from .ops.library import PLAIN_OR_NONE, autocast_enabled
 from .ops.lora_linear import lora_linear_stacked
 from .ops.portable import HALF
+from .report import PatchReport
 
 
 class Linear(lora.Linear):
@@ -149,30 +148,6 @@ def _why_not_all_adapters(layer: lora.Linear) -> str | None:
     return "; ".join(filter(None, reasons)) if reasons and all(reasons) else None
 
 
-@dataclasses.dataclass(frozen=True)
-class PatchReport:
-    """What `patch_peft` did to each LoRA layer of a model; ``print(report)`` shows it as a table."""
-
-    patched: list[str]
-    declined: dict[str, str]
-
-    def __str__(self) -> str:
-        if not self.patched and not self.declined:
-            return "no LoRA layers found"
-        lines = [f"{len(self.patched)} LoRA layers use torch_fused_lora, {len(self.declined)} stay with PEFT"]
-        rows = [(_pattern(name), "fused") for name in self.patched]
-        rows += [(_pattern(name), f"PEFT: {reason}") for name, reason in self.declined.items()]
-        counts = Counter(rows)
-        width = max((len(name) for name, _ in counts), default=0)
-        lines += [f"  {count:>4} x {name:<{width}}  {what}" for (name, what), count in counts.items()]
-        return "\n".join(lines)
-
-
-def _pattern(name: str) -> str:
-    """A module's name with its layer numbers as ``*``, so that a table has a row a kind of layer."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
 def patch_peft(model: nn.Module) -> PatchReport:
     """Let every plain LoRA layer of ``model`` compute with `torch_fused_lora.lora_linear`.
 
@@ -190,7 +165,7 @@ def patch_peft(model: nn.Module) -> PatchReport:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    report = PatchReport([], {})
+    report = PatchReport([], {}, kind="LoRA layers", owner="PEFT")
     for name, layer in _lora_layers(model):
         if type(layer) not in (lora.Linear, Linear):
             report.declined[name] = f"a {type(layer).__module__}.{type(layer).__qualname__}"

@@ -200,7 +200,7 @@ def _gradients(grad, x, weight, rstd, needs):
         mean = (scaled * normed).mean(-1, keepdim=True)
         found.append(((scaled - normed * mean) * rstd).to(x.dtype).contiguous())
     if needs[1]:
-        found.append((grad * normed).flatten(0, -2).sum(0).to(weight.dtype))
+        found.append(flat(grad * normed).sum(0).to(weight.dtype))
     return found
 
 

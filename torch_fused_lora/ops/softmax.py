@@ -18,10 +18,10 @@ _backward_op = _ops.softmax_backward.default
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """``exp(x) / sum(exp(x))`` along a dimension, in x's dtype, contiguous; as torch.softmax, special values included.
 
-    Computed in float32 (float64 for float64) and rounded once: the largest element of a row is subtracted first; -inf
-    gives 0, a row of nothing but -inf, or with NaN or +inf in it, NaN. Along the last dimension on mps by this
-    package's Metal kernels, otherwise by torch's own. Differentiable twice; saves y. Under autocast as torch.softmax:
-    cast to float32 on CUDA, XPU and mps, as it is on the CPU.
+    The largest element of a row is subtracted first; -inf gives 0, a row of nothing but -inf, or with NaN or +inf in
+    it, NaN. Along the last dimension all is computed in float32 (float64 for float64) and rounded once, on mps by this
+    package's Metal kernels; otherwise it is torch's own kernel. Differentiable twice; saves y. Under autocast as
+    torch.softmax: cast to float32 on CUDA, XPU and mps, as it is on the CPU.
 
     Args:
         x: any shape and strides; float16, bfloat16, float32 or float64.

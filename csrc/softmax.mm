@@ -1,0 +1,70 @@
+// softmax on device "mps": the kernels of softmax and softmax_backward, defined in torch_fused_lora/ops. Along the last
+// dimension by this package's kernels, along another one by torch's own.
+#include <torch/csrc/stable/library.h>
+
+#include "mps_kernels.h"
+#include "row_plan.h"
+#include "tensors.h"
+
+namespace torch_fused_lora {
+namespace {
+
+constexpr Expect expect = {"softmax"};
+
+/// `dim` counted from 0.
+int64_t check(const Tensor& x, int64_t dim) {
+  expect(is_supported(x.scalar_type()), "x", x, "float16, bfloat16 or float32, which device mps has");
+  const int64_t most = x.dim() > 0 ? x.dim() : 1;
+  expect(-most <= dim && dim < most, "x", x, "a dimension ", dim);
+  return dim < 0 ? dim + most : dim;
+}
+
+RowProblem problem_of(const Rows& x) {
+  RowProblem problem = {};
+  problem.dtype = problem.weight_dtype = scalar(x.tensor.scalar_type());
+  problem.x = x.operand;
+  problem.gpu_cores = gpu_cores();
+  return problem;
+}
+
+Tensor forward(const Tensor& x, int64_t dim) {
+  dim = check(x, dim);
+  if (dim != x.dim() - 1) return torch::stable::contiguous(call<Tensor>("aten::_softmax", "", x, dim, false));
+  const Tensor y = empty(with_last(x, x.size(dim)), x);
+  if (x.numel() == 0) return y;
+  const Rows rows = rows_of(x);
+  const RowProblem problem = problem_of(rows);
+  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_softmax(&problem, i, l, n); };
+  const Batch batch = {plan_all(plan), {rows.tensor, y}, {}};
+  encode({&batch, 1});
+  return y;
+}
+
+Tensor backward(const Tensor& grad, const Tensor& y, int64_t dim) {
+  dim = check(y, dim);
+  const bool fits = grad.dim() == y.dim() && grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type();
+  expect(fits, "grad", grad, "the forward's shape and dtype");
+  if (dim != y.dim() - 1) {
+    const Tensor dx = call<Tensor>("aten::_softmax_backward_data", "", grad, y, dim, y.scalar_type());
+    return torch::stable::contiguous(dx);
+  }
+  expect(grad.size(dim) == y.size(dim), "grad", grad, "the forward's shape");
+  const Tensor dx = empty(with_last(y, y.size(dim)), y);
+  if (y.numel() == 0) return dx;
+  const Rows rows = rows_of(y), grad_rows = rows_of(grad);
+  RowProblem problem = problem_of(rows);
+  problem.grad = grad_rows.operand;
+  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_softmax_backward(&problem, i, l, n); };
+  const Batch batch = {plan_all(plan), {grad_rows.tensor, rows.tensor, dx}, {}};
+  encode({&batch, 1});
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torch_fused_lora, MPS, m) {
+  m.impl("softmax", TORCH_BOX(&forward));
+  m.impl("softmax_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace torch_fused_lora
