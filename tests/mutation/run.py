@@ -25,8 +25,21 @@ import metal_on_cpu
 
 TESTS = Path(__file__).parents[1]
 METAL = TESTS.parent / "metal"
-# Trace mode first: it finds most in the fewest compilations.
-STAGES = (["test_metal_kernels.py", "-k", "trace"], ["test_metal_kernels.py", "-k", "not trace"], ["test_traffic.py"])
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+DELTA, DECODE, GRAD, SUM = "lora_delta.metal", "lora_decode.metal", "lora_grad.metal", "sum_splits.metal"
+ROWS, NORM, SOFTMAX = "rows.h", "rms_norm.metal", "softmax.metal"
+# What tests a kernel, for pytest. Trace mode first: it finds most in the fewest compilations.
+Stages = tuple[tuple[str, ...], ...]
+LORA_TESTS: Stages = (
+    ("test_metal_kernels.py", "-k", "trace"),
+    ("test_metal_kernels.py", "-k", "not trace"),
+    ("test_traffic.py",),
+)
+ROW_TESTS: Stages = (
+    ("test_row_kernels.py", "-k", "trace"),
+    ("test_row_kernels.py", "-k", "not trace"),
+    ("test_traffic.py", "-k", "row"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +50,10 @@ class Edit:
     before: str
     after: str
     nth: int = 0
+
+    @property
+    def tests(self) -> Stages:
+        return ROW_TESTS if self.file in (ROWS, NORM, SOFTMAX) else LORA_TESTS
 
     def apply(self, source: str) -> str:
         """The edit in an assembled source; what does not contain the file comes back as it is."""
@@ -53,8 +70,6 @@ class Edit:
         return f"{self.file}{occurrence}: {self.before.strip()!r} -> {self.after.strip()!r}"
 
 
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-DELTA, DECODE, GRAD = "lora_delta.metal", "lora_decode.metal", "lora_grad.metal"
 EDITS = [
     # operands.h: bounds, strides, casts
     Edit("operands.h", "ulong(row / inner) * outer_stride", "ulong(row / inner) * row_stride"),
@@ -149,8 +164,79 @@ EDITS = [
     Edit(GRAD, "n < columns && j < ranks.y", "n < columns"),
     Edit(GRAD, "ulong(group.y) * r_tiles.x * columns", "0"),
     Edit(GRAD, "(simdgroup_index * BLOCKS + c) * 8", "(simdgroup_index + c) * 8"),
-    Edit(GRAD, "sum += partial", "sum = partial"),
-    Edit(GRAD, "split < splits.x", "split + 1 < splits.x"),
+    # sum_splits.metal
+    Edit(SUM, "sum += partial", "sum = partial"),
+    Edit(SUM, "split < splits.x", "split + 1 < splits.x"),
+    Edit(SUM, "index - elements.x", "index"),
+    Edit(SUM, "if (i < count)", "if (true)"),
+    # rows.h
+    Edit(ROWS, BARRIER, ""),
+    Edit(ROWS, "block * ROWS + simdgroup_index / SIMDGROUPS", "block * ROWS"),
+    Edit(ROWS, "thread_index % ROW_THREADS * RUN", "thread_index * RUN"),
+    Edit(ROWS, "if (lane == 0)", "if (true)"),
+    Edit(ROWS, "lane < SIMDGROUPS ? shared[first + lane] : 0.0f", "shared[first + lane]"),
+    Edit(ROWS, "shared[first + lane]", "shared[lane]"),
+    Edit(ROWS, "left(column, matrix.cols)", "RUN"),
+    Edit(ROWS, "(sums.z + sums.w)", "sums.z"),
+    # rms_norm.metal
+    Edit(NORM, "turn ^= 1", "turn = 0"),
+    Edit(NORM, "turn ^= 1", "turn = 0", 1),
+    Edit(NORM, "block += groups", "block += 2 * groups"),
+    Edit(NORM, "block += groups", "block += 2 * groups", 1),
+    Edit(NORM, "row < M ? H : 0", "H"),
+    Edit(NORM, "row < M ? H : 0", "H", 1),
+    Edit(NORM, "+ as_type<float>(weight_stride_eps.y)", ""),
+    Edit(NORM, "/ H;", ";"),
+    Edit(NORM, "/ H;", ";", 1),
+    Edit(NORM, "(flags & NORM_SAVE_RSTD) != 0 &&", ""),
+    Edit(NORM, "&& column == 0", ""),
+    Edit(NORM, "column == 0 && row < M", "column == 0"),
+    Edit(NORM, "x_run * scale * weight_run", "x_run * scale"),
+    Edit(NORM, "weight.rows == 0 ?", "false ?"),
+    Edit(NORM, "uint2(0, stride)", "uint2(0, 1)"),
+    Edit(NORM, "weight_run = load_weight(weights, c);", ""),
+    Edit(NORM, "weight_run = load_weight(weights, c);", "", 1),
+    Edit(NORM, "weight_run = load_weight(weights, c);", "", 2),
+    Edit(NORM, "lane == 0 && row < M ?", "row < M ?"),
+    Edit(NORM, "lane == 0 && row < M ?", "lane == 0 ?"),
+    Edit(NORM, "grad_run * weight_run * normal", "grad_run * normal"),
+    Edit(NORM, "- normal * mean", ""),
+    Edit(NORM, "need_weight && block != group ?", "need_weight ?"),
+    Edit(NORM, "need_weight && block != group ?", "false ?"),
+    Edit(NORM, "need_weight && block != group ?", "block != group ?"),
+    Edit(NORM, "if (need_x)", "if (true)"),
+    Edit(NORM, "if (!HELD && need_weight)", "if (!HELD)"),
+    Edit(NORM, "if (HELD && need_weight)", "if (HELD)"),
+    Edit(NORM, "sum = sum + grad_run * normal", "sum = grad_run * normal"),
+    Edit(NORM, "dweight + ulong(group) * H", "dweight"),
+    Edit(NORM, BARRIER, ""),
+    Edit(NORM, "other < ROWS * ROW_THREADS", "other < ROW_THREADS"),
+    Edit(NORM, "if (thread_index < ROW_THREADS)", "if (true)"),
+    Edit(NORM, "sum, left(column, H)", "sum, RUN"),
+    # softmax.metal
+    Edit(SOFTMAX, "turn ^= 1", "turn = 0"),
+    Edit(SOFTMAX, "turn ^= 1", "turn = 0", 1),
+    Edit(SOFTMAX, "block += groups", "block += 2 * groups"),
+    Edit(SOFTMAX, "block += groups", "block += 2 * groups", 1),
+    Edit(SOFTMAX, "row < M ? H : 0", "H"),
+    Edit(SOFTMAX, "row < M ? H : 0", "H", 1),
+    Edit(SOFTMAX, "LOWEST = -FLT_MAX", "LOWEST = -INFINITY"),
+    Edit(SOFTMAX, "run.set(i, -INFINITY)", "run.set(i, 0.0f)"),
+    Edit(SOFTMAX, "uint(i) >= x.cols - column", "uint(i) > x.cols - column"),
+    Edit(SOFTMAX, "part.sum * precise::exp(part.maximum - maximum)", "part.sum"),
+    Edit(SOFTMAX, "own.sum * precise::exp(own.maximum - maximum) + total(run)", "total(run)"),
+    Edit(SOFTMAX, "own.sum * precise::exp(own.maximum - maximum) + total(run)", "own.sum + total(run)"),
+    Edit(SOFTMAX, "max(own.maximum, largest(run))", "largest(run)"),
+    Edit(SOFTMAX, "max(max(maxima.x, maxima.y), max(maxima.z, maxima.w))", "max(maxima.x, maxima.y)"),
+    Edit(SOFTMAX, "max(run.low, run.high)", "run.low"),
+    Edit(SOFTMAX, BARRIER, ""),
+    Edit(SOFTMAX, "if (lane == 0)", "if (true)"),
+    Edit(SOFTMAX, "all = {LOWEST, 0.0f};", ""),
+    Edit(SOFTMAX, "if (lane < SIMDGROUPS)", "if (true)"),
+    Edit(SOFTMAX, "simdgroup_index / SIMDGROUPS * SIMDGROUPS + lane", "lane"),
+    Edit(SOFTMAX, "precise::exp(own.maximum - all.maximum) *", ""),
+    Edit(SOFTMAX, "load_logits(x_rows, row, c), own.maximum", "load_logits(x_rows, row, c), all.maximum"),
+    Edit(SOFTMAX, "grad_run - filled(sum)", "grad_run"),
 ]
 EQUIVALENT = {
     Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"): "EQUIVALENT: every access to a tile goes through its "
@@ -170,7 +256,7 @@ class Failures:
             self.first = report.nodeid.split("::")[-1]
 
 
-def first_failure(edit: Edit | None) -> str | None:
+def first_failure(tests: Stages, edit: Edit | None) -> str | None:
     """The first test that fails with the edit made (None: without one), or None where all pass."""
     compile_source, failures = metal_on_cpu.compile, Failures()
     refusals = []
@@ -183,9 +269,8 @@ def first_failure(edit: Edit | None) -> str | None:
             raise
 
     metal_on_cpu.compile = compile_edited
-    for stage in STAGES:
+    for file, *selection in tests:
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(TESTS)]
-        file, *selection = stage
         with contextlib.redirect_stdout(io.StringIO()) as output:
             code = pytest.main([str(TESTS / file), *selection, *options], [failures])
         if refusals or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -199,10 +284,12 @@ def run(edits: list[Edit], jobs: int, console: Console) -> list[Edit]:
     """The edits that no test notices."""
     survivors = []
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        if failed := pool.apply(first_failure, (None,)):
-            raise SystemExit(f"{failed} fails without any edit")
-        results = pool.imap(first_failure, edits)
-        for edit, test in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
+        for tests in {edit.tests for edit in edits}:
+            if failed := pool.apply(first_failure, (tests, None)):
+                raise SystemExit(f"{failed} fails without any edit")
+        results = [pool.apply_async(first_failure, (edit.tests, edit)) for edit in edits]
+        for edit, result in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
+            test = result.get()
             verdict = f"caught by {test}" if test else EQUIVALENT.get(edit, "SURVIVED")
             console.print(f"{edit}\n    {verdict}", markup=False, highlight=False, soft_wrap=True)
             if test is None:
