@@ -490,7 +490,7 @@ def test_strict_checks_thread_pointers_and_lints():
 
 
 def test_compiled_kernels_are_found_again_by_content(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFL_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_FUSED_LORA_CACHE", str(tmp_path))
     text = f"{HEADER}[[kernel]] void k(device float* y) {{ y[0] = {os.getpid()}; }}\n"
     first = moc.compile.__wrapped__(text, "cached").source.fast[0]
     stamp = first.stat().st_mtime_ns
@@ -506,7 +506,7 @@ def test_processes_may_build_the_same_kernel_at_once(tmp_path):
         "k = moc.compile('[[kernel]] void k(device float* y, uint i [[thread_position_in_grid]]) { y[i] = i; }')['k']\n"
         "k.dispatch(threads=(4, 1, 1), group=(4, 1, 1), arguments=[y])\nassert y.tolist() == [0, 1, 2, 3]\n"
     )
-    environment = {**os.environ, "TFL_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "TORCH_FUSED_LORA_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
     processes = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert {path.suffix for path in tmp_path.iterdir()} == {".so"}

@@ -13,6 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from metal_on_cpu.toolchain import cache_folder  # noqa: E402
+
 MIN_PASSED = 2500  # of 2,858; fewer, and the selection or the installation is broken
 MIN_FUSED_SHARE = 0.95  # of the plain calls
 KERNELS = ("lora_decode", "lora_delta", "lora_grad")  # families, each of which PEFT's tests reach
@@ -22,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-n", dest="workers", default="auto", help="processes of pytest-xdist (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="mps, or the one that PEFT picks here (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="for PEFT's sdist (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="for PEFT's sdist (default: %(default)s)")
     options = parser.parse_args()
 
     root = unpacked_sdist(options.cache.resolve())
@@ -45,12 +48,6 @@ def main() -> int:
         print("  dispatched:", ", ".join(f"{count} {family}" for family, count in kernels.items()))
     print(*problems or ["OK"], sep="\n")
     return 1 if problems else 0
-
-
-def default_cache() -> Path:
-    if ours := os.environ.get("TORCH_FUSED_LORA_CACHE"):
-        return Path(ours)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch-fused-lora"
 
 
 def unpacked_sdist(cache: Path) -> Path:

@@ -7,7 +7,6 @@ Downloaded by pip, of which only what is needed is kept, in the same cache folde
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,8 @@ from pathlib import Path
 import lief
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from metal_on_cpu.toolchain import cache_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,7 +80,7 @@ def oldest_and_newest() -> tuple[MacTorch, MacTorch]:
 
 def _get(wanted: Requirement) -> MacTorch:
     """The newest version in the registry that fits; without a registry, in the cache."""
-    cached = {torch.version: torch for torch in map(_unpacked, _cache().glob("mac-torch-*"))}
+    cached = {torch.version: torch for torch in map(_unpacked, cache_folder().glob("mac-torch-*"))}
     try:
         report = _pip(
             "install",
@@ -100,26 +101,20 @@ def _get(wanted: Requirement) -> MacTorch:
     return cached[version] if version in cached else _download(version)
 
 
-def _cache() -> Path:
-    if ours := os.environ.get("TORCH_FUSED_LORA_CACHE"):
-        return Path(ours)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch-fused-lora"
-
-
 def _unpacked(folder: Path) -> MacTorch:
     return MacTorch(Version(folder.name.removeprefix("mac-torch-")), folder)
 
 
 def _download(version: Version) -> MacTorch:
-    _cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_cache()) as scratch:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         _pip("download", "--dest", scratch, f"torch=={version}")
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             fresh = Path(scratch) / "fresh"
             archive.extractall(fresh, [name for name in archive.namelist() if MEMBERS.fullmatch(name)])
         _write_stubs(fresh)
-        folder = _cache() / f"mac-torch-{version}"
+        folder = cache_folder() / f"mac-torch-{version}"
         try:
             fresh.rename(folder)  # appears whole, or another process was faster
         except OSError:

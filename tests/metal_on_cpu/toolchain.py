@@ -46,9 +46,10 @@ class ToolError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``TFL_CACHE``, or a folder of this name in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch-fused-lora"
-    return Path(os.environ.get("TFL_CACHE", default))
+    """Where what is compiled or downloaded is kept: ``TORCH_FUSED_LORA_CACHE``, or a folder in the user's cache."""
+    if ours := os.environ.get("TORCH_FUSED_LORA_CACHE"):
+        return Path(ours)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch-fused-lora"
 
 
 def run(tool: str, arguments: Sequence[str | Path], stdin: str = "") -> str:
