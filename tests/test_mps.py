@@ -57,7 +57,10 @@ def start():
     return begin
 
 
-@pytest.mark.parametrize("name", ["_lora_linear", "lora_linear_backward"])
+OPERATORS = ("_lora_linear", "lora_linear_backward", "_rms_norm", "rms_norm_backward", "softmax", "softmax_backward")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_the_kernel_is_registered(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_fused_lora::{name}", "MPS")
     assert extension.reason == "loaded"
@@ -137,6 +140,32 @@ def test_a_chain_of_layers_is_encoded_without_waiting(start, M, dropout_p):
     seen = counters()
     assert (sum(seen.dispatches.values()), seen.synchronisations, seen.commits) == (24, 0, 0)
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize(("M", "H"), [(3, 64), (300, 64), (3, 5000)])
+def test_row_operators_are_one_dispatch_each_way(start, M, H):
+    """The weight's gradient may take one more, which adds up the partial sums of several threadgroups."""
+    x, weight = (torch.randn(shape, device="mps", requires_grad=True) for shape in ((M, H), (H,)))
+    for name, run, leaves in (
+        ("rms_norm", lambda: tfl.rms_norm(x, weight), (x, weight)),
+        ("rms_norm", lambda: tfl.rms_norm(x, weight.detach()), (x,)),
+        ("softmax", lambda: tfl.softmax(x), (x,)),
+    ):
+        for _ in range(2):  # the first compiles
+            start()
+            y = run()
+            forward = counters()
+            grad = torch.ones_like(y)
+            start()
+            torch.autograd.grad(y, leaves, grad)
+            backward = counters()
+        assert list(forward.dispatches.values()) == [1], forward.dispatches
+        assert all(name in kernel for kernel in forward.dispatches)
+        extra = {kernel: count for kernel, count in backward.dispatches.items() if name not in kernel}
+        assert sum(backward.dispatches.values()) - sum(extra.values()) == 1
+        assert not extra or (len(leaves) == 2 and list(extra.values()) == [1])
+        for seen in (forward, backward):
+            assert (seen.fallbacks, seen.command_blocks, seen.synchronisations, seen.commits) == ({}, 1, 0, 0)
 
 
 # --- Layouts
@@ -328,14 +357,16 @@ import torch_fused_lora as tfl
 a = torch.ones(8, 8)
 print(tfl.lora_linear(a, a, None, a, a)[0, 0].item())
 a = a.to("mps")
-try:
-    tfl.lora_linear(a, a, None, a, a)
-except NotImplementedError as error:
-    print(error)
+for call in (lambda: tfl.lora_linear(a, a, None, a, a), lambda: tfl.rms_norm(a), lambda: tfl.softmax(a)):
+    try:
+        call()
+    except NotImplementedError as error:
+        print(error)
 """
-    on_cpu, on_mps = in_a_process(script)
+    on_cpu, *on_mps = in_a_process(script)
     assert on_cpu == "72.0"
-    assert "it is not built (nonexistent is missing): on the Mac, pip install" in on_mps
+    assert [line.split(":")[0] for line in on_mps] == ["lora_linear", "rms_norm", "softmax"]
+    assert all("it is not built (nonexistent is missing): on the Mac, pip install" in line for line in on_mps)
 
 
 def in_a_process(script: str, *arguments: str) -> list[str]:
