@@ -107,7 +107,10 @@ def test_doctor_survives_a_backend_that_raises(capsys, monkeypatch):
 
 def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "SMALL", ((4, 16, 8, 2),))
-    assert main(["bench", "--device", "cpu", "--shapes", "small", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(measure, "ROWS", ((3, 16),))
+    assert (
+        main(["bench", "--device", "cpu", "--shapes", "small", "rows", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    )
     text = capsys.readouterr().out
     assert "4 x 16 x 8, r 2, bf16 + fp32" in text
     assert "geometric mean of the forward tax" in text
@@ -117,6 +120,12 @@ def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):
     for result in document["results"]:
         assert result["rounds"] >= 5
         assert result["patched_tax"]["low"] <= result["patched_tax"]["median"] <= result["patched_tax"]["high"]
+    assert "rms_norm, 3 x 16, bf16" in text
+    assert {(r["case"]["operator"], r["direction"], r["over_module"] is None) for r in document["rows"]} == {
+        (operator, direction, operator == "softmax")
+        for operator in ("rms_norm", "softmax")
+        for direction in ("forward", "forward+backward")
+    }
     for cost, mode in zip(document["host_cost"], ("no_grad", "recording"), strict=True):
         assert f"host cost, {mode}: lora_linear" in text
         assert cost["mode"] == mode
@@ -138,5 +147,6 @@ def test_the_package_is_typed():
 
 
 def test_public_names():
-    assert set(tfl.__all__) == {"LoRALinear", "lora_linear", "patch_peft", "unpatch_peft"}
+    patches = {"patch_norms", "patch_peft", "unpatch_norms", "unpatch_peft"}
+    assert set(tfl.__all__) == {"LoRALinear", "lora_linear", "rms_norm", "softmax", *patches}
     assert all(getattr(tfl, name).__doc__ for name in tfl.__all__)

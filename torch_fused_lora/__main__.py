@@ -16,9 +16,10 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument(
         "--shapes",
         nargs="+",
-        choices=("small", "medium", "large"),
-        default=["small", "medium"],
-        help="small and medium by default; large (up to 8192 x 4096 x 14336) takes half an hour on two CPU cores",
+        choices=("small", "medium", "large", "rows"),
+        default=["small", "medium", "rows"],
+        help="LoRA layers by size; rows: RMS norm and softmax. By default all but large (up to 8192 x 4096 x 14336), "
+        "which takes half an hour on two CPU cores",
     )
     bench.add_argument("--seconds", type=float, default=3.0, help="time for each row (at least 7 rounds are run)")
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")

@@ -9,8 +9,10 @@ import warnings
 import torch
 
 from .mps import extension
-from .ops.library import NAMESPACE
+from .ops.library import NAMESPACE, has_kernel
 from .ops.lora_linear import lora_linear
+from .ops.rms_norm import rms_norm
+from .ops.softmax import softmax
 
 
 def doctor() -> int:
@@ -22,8 +24,10 @@ def doctor() -> int:
     healthy = True
     for device in devices():
         print(f"\n{device}: {_device_name(device)}")
-        backend, why = lora_linear_backend(device.type)
+        backend, why = backend_of("lora_linear", device.type)
         print(f"  lora_linear  {backend}: {why}")
+        print(f"  rms_norm     {backend_of('rms_norm', device.type)[0]}")
+        print(f"  softmax      {backend_of('softmax', device.type)[0]}")
         print(f"  dropout      {_dropout_backend(device.type)}")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             healthy &= _report_self_test(device, dtype)
@@ -44,9 +48,10 @@ def devices() -> list[torch.device]:
     return found
 
 
-def lora_linear_backend(device_type: str) -> tuple[str, str]:
-    """(who computes lora_linear on a device type, why)."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::_lora_linear", device_type.upper()):
+def backend_of(operator: str, device_type: str) -> tuple[str, str]:
+    """(who computes an operator on a device type, why)."""
+    private = operator if operator == "softmax" else f"_{operator}"  # the one that kernels are registered for
+    if has_kernel(f"{NAMESPACE}::{private}", device_type):
         return f"{device_type} kernels", "the extension is built and loaded"
     if device_type == "mps":
         return "none, calls raise", f"the Metal extension is missing, {extension.reason}"
@@ -69,6 +74,7 @@ def _report_self_test(device: torch.device, dtype: torch.dtype) -> bool:
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
             # a backend may treat few rows in another way
             results = [self_test(device, dtype, rows) for rows in (3, 33)]
+            results += row_self_test(device, dtype)
     except Exception as exception:
         print(f"  {str(dtype).removeprefix('torch.'):<12} FAILED: {type(exception).__name__}: {exception}")
         return False
@@ -106,6 +112,22 @@ def self_test(device: torch.device, dtype: torch.dtype, M: int) -> tuple[float, 
     error = max(float(((f.cpu().double() - e).abs() / m).max()) for f, e, m in zip(found, results, bounds, strict=True))
     rounding = 0.0 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps / 2
     return error, (M + K + N + r) * 2.0**-24 + rounding
+
+
+def row_self_test(device: torch.device, dtype: torch.dtype) -> list[tuple[float, float]]:
+    """The worst relative errors of rms_norm and softmax against float64, and what is allowed: the worst case of sums
+    over a row, and for a half dtype one rounding."""
+    generator = torch.Generator().manual_seed(0)
+    H, eps = 65, 1e-6
+    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, H), (H,)))
+    wide = x.double()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()
+    allowed = (2 * H + 16) * 2.0**-24 + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+    pairs = (
+        (rms_norm(x.to(device), weight.to(device), eps), normed),
+        (softmax(x.to(device)), torch.softmax(wide, -1)),
+    )
+    return [(float(((found.cpu().double() - e).abs() / e.abs()).max()), allowed) for found, e in pairs]
 
 
 def _why_no_mps() -> str:

@@ -4,7 +4,8 @@ Three layers over the same base are timed in one process, interleaved: in every 
 a new random order, so that what slows the machine for a while slows all three. What is reported is the median of
 the rounds' ratios, with the quartiles as its spread; times of different rounds are never compared.
 
-Beside it the host's cost: what a call of `lora_linear` takes of the CPU before the device has done anything.
+Beside it the host's cost, what a call of `lora_linear` takes of the CPU before the device has done anything, and the
+operators on rows, timed beside torch's own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_fused_lora.ops.lora_linear import lora_linear
+from torch_fused_lora.ops.rms_norm import rms_norm
+from torch_fused_lora.ops.softmax import softmax
 from torch_fused_lora.peft import patch_peft
+
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +43,8 @@ class Case:
     dropout: float = 0.0
 
     def __str__(self) -> str:
-        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-        text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {short[self.base]}"
-        text += f" + {short[self.adapters]}" if self.adapters != self.base else ""
+        text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {_SHORT[self.base]}"
+        text += f" + {_SHORT[self.adapters]}" if self.adapters != self.base else ""
         return text + (f", dropout {self.dropout}" if self.dropout else "")
 
 
@@ -111,6 +115,23 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
     x = torch.randn(case.M, case.K, device=device, dtype=getattr(torch, case.base))
     steps = {name: _step(layer, x, direction) for name, layer in layers(case, device).items()}
     saved = {name: saved_bytes(step) for name, step in steps.items()} if direction != "forward" else {}
+    times = _interleaved(steps, device, seconds, min_rounds)
+    return Result(
+        case,
+        direction,
+        len(times["linear"]),
+        statistics.median(times["linear"]) * 1e3,
+        _ratio(times, "peft", "linear"),
+        _ratio(times, "patched", "linear"),
+        _ratio(times, "patched", "peft"),
+        saved,
+    )
+
+
+def _interleaved(
+    steps: dict[str, Callable[[], object]], device: torch.device, seconds: float, min_rounds: int
+) -> dict[str, list[float]]:
+    """Seconds a step, one number a round for each of the steps."""
     once = 0.0
     for step in steps.values():  # warm up
         step()
@@ -125,7 +146,7 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
     deadline = time.perf_counter() + seconds
     gc.disable()
     try:
-        while len(times["linear"]) < min_rounds or time.perf_counter() < deadline:
+        while len(times[order[0]]) < min_rounds or time.perf_counter() < deadline:
             random.shuffle(order)
             for name in order:
                 step = steps[name]
@@ -137,38 +158,98 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
                 times[name].append((time.perf_counter() - started) / repeats)
     finally:
         gc.enable()
+    return times
 
-    def ratio(over: str, under: str) -> Ratio:
-        return Ratio.of([a / b for a, b in zip(times[over], times[under], strict=True)])
 
-    return Result(
-        case,
-        direction,
-        len(times["linear"]),
-        statistics.median(times["linear"]) * 1e3,
-        ratio("peft", "linear"),
-        ratio("patched", "linear"),
-        ratio("patched", "peft"),
-        saved,
-    )
+def _ratio(times: dict[str, list[float]], over: str, under: str) -> Ratio:
+    return Ratio.of([a / b for a, b in zip(times[over], times[under], strict=True)])
 
 
 def _step(layer: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:
+    return _function_step(layer, x, [p for p in layer.parameters() if p.requires_grad], direction)
+
+
+def _function_step(
+    function: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], direction: str
+) -> Callable[[], object]:
     if direction == "forward":
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return layer(x)
+                return function(x)
 
         return forward
     x = x.detach().requires_grad_()
-    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    grad = torch.randn_like(layer(x))
+    wanted = [x, *parameters]
+    grad = torch.randn_like(function(x))
 
     def forward_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(layer(x), wanted, grad)
+        return torch.autograd.grad(function(x), wanted, grad)
 
     return forward_backward
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCase:
+    """An operator, "rms_norm" or "softmax", on M rows of H elements; the weight is of the rows' dtype."""
+
+    operator: str
+    M: int
+    H: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.operator}, {self.M} x {self.H}, {_SHORT[self.dtype]}"
+
+
+ROWS = ((1, 4096), (512, 1024), (4096, 4096))
+
+
+def row_cases(shapes: Sequence[tuple[int, int]]) -> list[RowCase]:
+    """Both operators in float32 and bfloat16, at every shape."""
+    names = ("rms_norm", "softmax")
+    return [RowCase(name, *shape, dtype) for name in names for dtype in ("float32", "bfloat16") for shape in shapes]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowResult:
+    """A row operator beside torch's own and, for rms_norm, beside the Llama module that `patch_norms` replaces."""
+
+    case: RowCase
+    direction: str
+    rounds: int
+    torch_ms: float
+    over_torch: Ratio
+    over_module: Ratio | None
+
+
+def run_rows(case: RowCase, direction: str, device: torch.device, seconds: float, min_rounds: int = 5) -> RowResult:
+    """Time one case: rounds until ``seconds`` are spent, ``min_rounds`` at least."""
+    dtype = getattr(torch, case.dtype)
+    x = torch.randn(case.M, case.H, device=device, dtype=dtype)
+    if case.operator == "softmax":
+        functions = {"torch": lambda x: torch.softmax(x, -1), "ours": softmax}
+        steps = {name: _function_step(function, x, [], direction) for name, function in functions.items()}
+    else:
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        module = LlamaRMSNorm(case.H).to(device, dtype)
+        weight, eps = module.weight, module.variance_epsilon
+        functions = {
+            "torch": lambda x: F.rms_norm(x, (case.H,), weight, eps),
+            "ours": lambda x: rms_norm(x, weight, eps),
+            "module": module,
+        }
+        steps = {name: _function_step(function, x, [weight], direction) for name, function in functions.items()}
+    times = _interleaved(steps, device, seconds, min_rounds)
+    return RowResult(
+        case,
+        direction,
+        len(times["ours"]),
+        statistics.median(times["torch"]) * 1e3,
+        _ratio(times, "ours", "torch"),
+        _ratio(times, "ours", "module") if "module" in times else None,
+    )
 
 
 def saved_bytes(step: Callable[[], object]) -> int:

@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import peft
@@ -17,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from . import measure
-from .measure import HostCost, Ratio, Result
+from .measure import HostCost, Ratio, Result, RowResult
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -25,13 +26,13 @@ import matplotlib.pyplot as plt
 DIRECTIONS = ("forward", "forward+backward")
 
 
-def bench(device: str | None, shapes: list[str], seconds: float, threads: int | None, out: Path) -> list[Result]:
+def bench(device: str | None, shapes: list[str], seconds: float, threads: int | None, out: Path) -> None:
     """Measure every case of the chosen shape sets in both directions, and the host's cost of a call; print the tables,
     write JSON and plot.
 
     Args:
         device: torch device; None for the accelerator if there is one, else the CPU.
-        shapes: of "small", "medium", "large".
+        shapes: of "small", "medium", "large" LoRA layers, "rows" for RMS norm and softmax.
         seconds: for each case and direction.
         threads: CPU threads, None for torch's default.
         out: folder that gets bench.json and bench.png.
@@ -40,32 +41,41 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
         torch.set_num_threads(threads)
     chosen = torch.device(device) if device else _default_device()
     console = Console(width=max(Console().width, 132))
-    cases = measure.cases([shape for name in shapes for shape in getattr(measure, name.upper())])
-    jobs = [(case, direction) for case in cases for direction in DIRECTIONS]
-    results = [
-        measure.run(case, direction, chosen, seconds) for case, direction in track(jobs, "measuring", console=console)
+    cases: list[Any] = [
+        *measure.cases([shape for name in shapes if name != "rows" for shape in getattr(measure, name.upper())]),
+        *measure.row_cases(measure.ROWS if "rows" in shapes else ()),
     ]
+    jobs = [(case, direction) for case in cases for direction in DIRECTIONS]
+    results, row_results = [], []
+    for case, direction in track(jobs, "measuring", console=console):
+        if isinstance(case, measure.RowCase):
+            row_results.append(measure.run_rows(case, direction, chosen, seconds))
+        else:
+            results.append(measure.run(case, direction, chosen, seconds))
     environment = _environment(chosen)
     console.print(" ".join(f"{key} {value}," for key, value in environment.items()).rstrip(","))
     costs = [measure.host_cost(chosen, mode) for mode in ("no_grad", "recording")]
     for cost in costs:
         console.print(host_cost_line(cost))
-    for direction in DIRECTIONS:
+    for direction in DIRECTIONS if results else ():
         rows = [result for result in results if result.direction == direction]
         console.print(_table(direction, rows))
         stock = statistics.geometric_mean([result.peft_tax.median for result in rows])
         patched = statistics.geometric_mean([result.patched_tax.median for result in rows])
         console.print(f"geometric mean of the {direction} tax: stock PEFT {stock:.3f}, patched {patched:.3f}\n")
+    if row_results:
+        console.print(_row_table(row_results))
     out.mkdir(parents=True, exist_ok=True)
     document = {
         "environment": environment,
         "host_cost": [dataclasses.asdict(cost) for cost in costs],
         "results": [dataclasses.asdict(result) for result in results],
+        "rows": [dataclasses.asdict(result) for result in row_results],
     }
     (out / "bench.json").write_text(json.dumps(document, indent=1))
-    _plot(results, out / "bench.png")
-    console.print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")
-    return results
+    if results:
+        _plot(results, out / "bench.png")
+    console.print(f"wrote {out / 'bench.json'}" + (f" and {out / 'bench.png'}" if results else ""))
 
 
 def _table(direction: str, results: list[Result]) -> Table:
@@ -80,6 +90,20 @@ def _table(direction: str, results: list[Result]) -> Table:
         saved = ", ".join(f"{result.saved_bytes[name] / 1024:.0f}" for name in ("peft", "patched") if kept)
         ratios = [_show(r) for r in (result.peft_tax, result.patched_tax, result.patched_over_peft)]
         table.add_row(str(result.case), f"{result.linear_ms:.3f}", *ratios, saved)
+    return table
+
+
+def _row_table(results: list[RowResult]) -> Table:
+    table = Table(title="Row operators: time over torch's own, median of the rounds (quartiles)", box=SIMPLE)
+    table.add_column("operator, rows x elements", no_wrap=True)
+    table.add_column("direction", no_wrap=True)
+    for heading in ("torch ms", "ours / torch", "ours / Llama's module"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        over_module = _show(result.over_module) if result.over_module else ""
+        table.add_row(
+            str(result.case), result.direction, f"{result.torch_ms:.3f}", _show(result.over_torch), over_module
+        )
     return table
 
 

@@ -65,10 +65,15 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
     device_type = x.device.type
-    if unwatched(device_type) and PLAIN_OR_NONE.issuperset(map(type, (x, weight))):
-        # What the dispatcher would call, without its way through C++ and back.
-        return _with_autograd(_portable_forward if device_type in PORTABLE else _device_forward, x, weight, eps)[0]
-    return _forward_op(x, weight, eps)[0]
+    if not unwatched(device_type) or not PLAIN_OR_NONE.issuperset(map(type, (x, weight))):
+        return _forward_op(x, weight, eps)[0]
+    # Nobody wants to see the operator: what the dispatcher would call, without its way through C++ and back.
+    if device_type not in PORTABLE:
+        return _with_autograd(_device_forward, x, weight, eps)[0]
+    if x.numel() <= _FEW and not _records(x, weight) and (weight is None or weight.dtype is x.dtype):
+        _check(x, weight)
+        return torch.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
+    return _with_autograd(_portable_forward, x, weight, eps)[0]
 
 
 @kernel("rms_norm", "CompositeImplicitAutograd", "FuncTorchBatched")
@@ -120,6 +125,7 @@ def _wide(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+_FEW = 1 << 16  # elements up to which calls cost more than memory does
 _BLOCK = 1 << 19  # elements of a half x that are converted at a time
 
 
@@ -267,8 +273,12 @@ class _RMSNorm(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _RMSNorm).apply
 
 
+def _records(x, weight):
+    return torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
+
+
 def _with_autograd(kernel, x, weight, eps):
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+    if _records(x, weight):
         return _apply(kernel, x, weight, eps)
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(x, weight, eps)

@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 
 from ..mps import extension
-from .library import AUTOCAST_KEYS, NAMESPACE, PLAIN_TYPES, below_autocast, define, fake, kernel, transformed, unwatched
+from .library import (
+    AUTOCAST_KEYS,
+    NAMESPACE,
+    PLAIN_TYPES,
+    PORTABLE,
+    below_autocast,
+    define,
+    fake,
+    kernel,
+    transformed,
+    unwatched,
+)
 
 define("softmax", "(Tensor x, int dim=-1) -> Tensor")
 define("softmax_backward", "(Tensor grad, Tensor y, int dim) -> Tensor")
@@ -34,8 +45,12 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    if unwatched(x.device.type) and type(x) in PLAIN_TYPES:
-        return _with_autograd(x, dim)  # what the dispatcher would call
+    device_type = x.device.type
+    if unwatched(device_type) and type(x) in PLAIN_TYPES:  # nobody wants to see the operator: the shortest way
+        if device_type in PORTABLE:
+            _check(x, dim)
+            return torch.softmax(x, dim).contiguous()
+        return _with_autograd(x, dim)
     return _forward_op(x, dim)
 
 
