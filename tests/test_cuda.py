@@ -10,6 +10,9 @@ import torch
 import torch_fused_lora as tfl
 from reference import HALF, Layer
 from test_lora_linear import DTYPES, seeded_masks
+from test_rms_norm import DTYPES as ROW_DTYPES
+from test_rms_norm import EPS
+from test_rms_norm import exact as exact_rms_norm
 from torch_fused_lora.doctor import self_test
 from torch_fused_lora.ops.dropout import keep_mask
 
@@ -98,3 +101,37 @@ def test_autocast(dtype):
     Layer(*[t.detach().cpu().to(dtype) for t in a], 0.5).output().check(y.detach().cpu())
     y.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in a)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), ROW_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (33, 130), (3, 5001), (2000, 1024)])
+def test_rms_norm_against_float64(dtype, weight_dtype, shape):
+    x, grad = (torch.randn(shape).to(CUDA, dtype) for _ in range(2))
+    weight = torch.randn(shape[-1]).to(CUDA, weight_dtype).requires_grad_() if weight_dtype is not None else None
+    x.requires_grad_()
+    y = tfl.rms_norm(x, weight, EPS)
+    found = torch.autograd.grad(y, (x,) if weight is None else (x, weight), grad)
+    for exact, actual in zip(exact_rms_norm(x, weight, grad), (y.detach(), *found), strict=False):
+        exact.check(actual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_softmax_is_torchs(dtype, dim):
+    x = torch.randn(33, 130).to(CUDA, dtype).requires_grad_()
+    grad = torch.randn_like(x)
+    for softmax in (tfl.softmax, torch.ops.torch_fused_lora.softmax):
+        assert torch.equal(softmax(x, dim), torch.softmax(x, dim))
+        expected = torch.autograd.grad(torch.softmax(x, dim), x, grad)
+        torch.testing.assert_close(torch.autograd.grad(softmax(x, dim), x, grad), expected, rtol=0, atol=0)
+
+
+def test_patch_norms_leaves_what_is_one_kernel_alone():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    model = torch.nn.ModuleList([torch.nn.RMSNorm(64), llama.LlamaRMSNorm(64)]).to(CUDA, torch.bfloat16)
+    x = torch.randn(5, 64, device=CUDA, dtype=torch.bfloat16)
+    expected = model[1](x)
+    report = tfl.patch_norms(model)
+    assert report.patched == ["1"]
+    assert report.declined == {"0": "torch's own is one kernel each way on cuda already"}
+    torch.testing.assert_close(model[1](x), expected, rtol=2**-7, atol=0)
