@@ -70,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     # Nobody wants to see the operator: what the dispatcher would call, without its way through C++ and back.
     if device_type not in PORTABLE:
         return _with_autograd(_device_forward, x, weight, eps)[0]
-    if x.numel() <= _FEW and not _records(x, weight) and (weight is None or weight.dtype is x.dtype):
+    if _use_aten(x, weight) or (x.numel() <= _FEW and not _records(x, weight) and _is_alike(x, weight)):
         _check(x, weight)
         return torch.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
     return _with_autograd(_portable_forward, x, weight, eps)[0]
@@ -118,7 +118,11 @@ def torch_is_fused(device_type: str) -> bool:
 
 
 def _use_aten(x, weight):
-    return torch_is_fused(x.device.type) and weight is not None and weight.dtype == x.dtype
+    return torch_is_fused(x.device.type) and weight is not None and _is_alike(x, weight)
+
+
+def _is_alike(x, weight):
+    return weight is None or weight.dtype is x.dtype
 
 
 def _wide(x):
