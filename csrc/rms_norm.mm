@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   if (x.numel() == 0) return {y, rstd};
   const Rows rows = rows_of(x);
   const RowProblem problem = problem_of(rows, weight);
-  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_rms_norm(&problem, eps, 1, i, l, n); };
+  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_rms_norm(&problem, eps, i, l, n); };
   const Batch batch = {plan_all(plan), {rows.tensor, weight, y, rstd}, {}};
   encode({&batch, 1});
   return {y, rstd};

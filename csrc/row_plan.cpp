@@ -58,7 +58,7 @@ bool wide(const Operand& m) { return m.col_stride == 1 && aligned(m, 4); }
 
 // As in rms_norm.metal.
 constexpr uint32_t kNormWideX = 1, kNormWideGrad = 2, kNormWideWeight = 4, kNormWideOut = 8;
-constexpr uint32_t kNormHasWeight = 16, kNormSaveRstd = 32, kNormNeedX = 64, kNormNeedWeight = 128;
+constexpr uint32_t kNormHasWeight = 16, kNormNeedX = 32, kNormNeedWeight = 64;
 
 Scalar weight_type(const RowProblem& problem) { return problem.has_weight ? problem.weight_dtype : problem.dtype; }
 
@@ -74,7 +74,7 @@ uint32_t norm_flags(const RowProblem& problem) {
 }  // namespace
 
 const char* tfl_plan_rms_norm(
-    const RowProblem* problem, double eps, uint32_t save_rstd, uint32_t index, Launch* launch, uint32_t* count) {
+    const RowProblem* problem, double eps, uint32_t index, Launch* launch, uint32_t* count) {
   if (const char* error = check(*problem)) return error;
   const Layout layout(problem->x);
   *count = layout.launches();
@@ -83,13 +83,12 @@ const char* tfl_plan_rms_norm(
   const float eps_value = static_cast<float>(eps);
   uint32_t eps_bits;
   std::memcpy(&eps_bits, &eps_value, sizeof eps_bits);
-  const uint32_t flags = norm_flags(*problem) | (save_rstd ? kNormSaveRstd : 0);
   layout.assemble(
       Variant("rms_norm").add(msl(problem->dtype)).add(msl(weight_type(*problem))), rms_norm_source,
       layout.walking_groups(problem->gpu_cores), launch);
   set_arguments(
       *launch, 4,
-      {pack(layout.M, layout.H), pack(layout.blocks, flags), levels(problem->x), strides(problem->x),
+      {pack(layout.M, layout.H), pack(layout.blocks, norm_flags(*problem)), levels(problem->x), strides(problem->x),
        pack(problem->weight_stride, eps_bits)});
   return nullptr;
 }

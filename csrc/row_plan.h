@@ -18,10 +18,9 @@ extern "C" {
 
 // As in lora_plan.h: each function returns null or why the problem cannot be launched, and counts dispatches from 0.
 
-/// y = x * rstd * weight with rstd = (mean of x^2 + eps)^(-1/2), M floats, stored where save_rstd.
+/// y = x * rstd * weight with rstd = (mean of x^2 + eps)^(-1/2), M floats.
 /// Tensors: x, weight, y, rstd.
-const char* tfl_plan_rms_norm(
-    const RowProblem*, double eps, uint32_t save_rstd, uint32_t index, Launch*, uint32_t* count);
+const char* tfl_plan_rms_norm(const RowProblem*, double eps, uint32_t index, Launch*, uint32_t* count);
 
 /// dx and dweight, those asked for. Tensors: grad, x, weight, rstd, dx, dweight. Where `*splits` > 1, dweight there is
 /// float32 partial sums, splits x H, and the last dispatch is sum_splits with the tensors partial, partial, dweight,

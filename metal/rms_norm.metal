@@ -14,7 +14,7 @@
 #include "rows.h"
 
 constant constexpr uint NORM_WIDE_X = 1, NORM_WIDE_GRAD = 2, NORM_WIDE_WEIGHT = 4, NORM_WIDE_OUT = 8;
-constant constexpr uint NORM_HAS_WEIGHT = 16, NORM_SAVE_RSTD = 32, NORM_NEED_X = 64, NORM_NEED_WEIGHT = 128;
+constant constexpr uint NORM_HAS_WEIGHT = 16, NORM_NEED_X = 32, NORM_NEED_WEIGHT = 64;
 
 /// 1 x H, or 0 x H where there is no weight.
 template <typename TW>
@@ -64,7 +64,7 @@ void rms_norm(
     }
     const float mean = place.sum(squares, shared[turn]) / H;
     const float scale = precise::rsqrt(mean + as_type<float>(weight_stride_eps.y));
-    if ((flags & NORM_SAVE_RSTD) != 0 && column == 0 && row < M) {
+    if (column == 0 && row < M) {
       rstd[row] = scale;
     }
     for (uint c = column; c < end; c += STEP) {

@@ -26,15 +26,15 @@ class RowProblem(ctypes.Structure):
 class RowKernels(Launcher):
     """RMS norm and softmax; results are M x H, whatever the leading dimensions of x."""
 
-    def rms_norm(self, x, weight, eps=1e-6, save_rstd=False) -> tuple[Tensor, Tensor | None]:
+    def rms_norm(self, x, weight, eps=1e-6) -> tuple[Tensor, Tensor]:
         """y and rstd (M,)."""
-        y, rstd = self._result(x), fresh(torch.empty(0), operand(x).rows) if save_rstd else None
-        for launch in self.plan_rms_norm(x, weight, eps, save_rstd):
+        y, rstd = self._result(x), fresh(torch.empty(0), operand(x).rows)
+        for launch in self.plan_rms_norm(x, weight, eps):
             self._dispatch(launch, (x, weight, y, rstd))
         return y, rstd
 
-    def plan_rms_norm(self, x, weight, eps=1e-6, save_rstd=False) -> list[Launch]:
-        before = ctypes.c_double(eps), ctypes.c_uint32(save_rstd)
+    def plan_rms_norm(self, x, weight, eps=1e-6) -> list[Launch]:
+        before = (ctypes.c_double(eps),)
         return self._plan(library().tfl_plan_rms_norm, self._problem(x, weight=weight), before)
 
     def rms_norm_backward(

@@ -43,7 +43,7 @@ def rows(x: Tensor) -> Tensor:
 def check_rms_norm(kernels: RowKernels, x: Tensor, weight: Tensor | None, grad: Tensor) -> dict[str, Tensor]:
     """Forward and backward against float64; what was found."""
     H = x.shape[-1]
-    y, rstd = kernels.rms_norm(x, weight, EPS, save_rstd=True)
+    y, rstd = kernels.rms_norm(x, weight, EPS)
     dx, dweight = kernels.rms_norm_backward(grad, x, weight, rstd, need_weight=weight is not None)
     found = {"y": y, "rstd": rstd, "dx": dx, "dweight": dweight}
 
@@ -265,7 +265,7 @@ def test_eps(eps):
 def test_rms_norm_backward_of_tiny_and_huge_rows(scale):
     """rstd^3 would leave the range of float32."""
     x, grad, weight = randn(3, 40) * scale, randn(3, 40), torch.randn(40)
-    _, rstd = RowKernels().rms_norm(x, weight, 0.0, save_rstd=True)
+    _, rstd = RowKernels().rms_norm(x, weight, 0.0)
     dx, dweight = RowKernels().rms_norm_backward(grad, x, weight, rstd)
     leaves = [t.double().requires_grad_() for t in (x, weight)]
     expected = torch.autograd.grad(F.rms_norm(leaves[0], (40,), leaves[1], 0.0), leaves, grad.double())
@@ -277,7 +277,7 @@ def test_rms_norm_backward_of_tiny_and_huge_rows(scale):
 def test_only_what_is_needed(shape):
     x, grad, weight = randn(*shape, dtype=F16), randn(*shape, dtype=F16), torch.randn(shape[1]).half()
     kernels = RowKernels(trace=True)
-    _, rstd = kernels.rms_norm(x, weight, EPS, save_rstd=True)
+    _, rstd = kernels.rms_norm(x, weight, EPS)
     dx, dweight = kernels.rms_norm_backward(grad, x, weight, rstd)
     only_dx, nothing = kernels.rms_norm_backward(grad, x, weight, rstd, need_weight=False)
     assert nothing is None

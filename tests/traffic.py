@@ -269,7 +269,7 @@ def count_rows(operator: str, case: RowCase) -> Moved:
     weight = torch.randn(case.H).to(case.weight_dtype)
     kernels = RowKernels(case.gpu_cores, trace=True)
     if operator == "rms_norm":
-        kernels.rms_norm(x, weight, save_rstd=True)
+        kernels.rms_norm(x, weight)
         return _counted(kernels, ("x", "weight", "y", "rstd"))
     if operator == "softmax":
         kernels.softmax(x)
@@ -296,7 +296,7 @@ def model_rows(operator: str, case: RowCase) -> Moved:
         launches, splits = kernels.plan_rms_norm_backward(x, x, weight)
     else:
         launches = {
-            "rms_norm": lambda: kernels.plan_rms_norm(x, weight, save_rstd=True),
+            "rms_norm": lambda: kernels.plan_rms_norm(x, weight),
             "softmax": lambda: kernels.plan_softmax(x),
             "softmax_backward": lambda: kernels.plan_softmax_backward(x, x),
         }[operator]()

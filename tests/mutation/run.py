@@ -188,7 +188,6 @@ EDITS = [
     Edit(NORM, "+ as_type<float>(weight_stride_eps.y)", ""),
     Edit(NORM, "/ H;", ";"),
     Edit(NORM, "/ H;", ";", 1),
-    Edit(NORM, "(flags & NORM_SAVE_RSTD) != 0 &&", ""),
     Edit(NORM, "&& column == 0", ""),
     Edit(NORM, "column == 0 && row < M", "column == 0"),
     Edit(NORM, "x_run * scale * weight_run", "x_run * scale"),
