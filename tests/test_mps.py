@@ -255,6 +255,9 @@ def test_operands_may_go_right_after_the_call(start):
 
 def test_eight_threads(start):
     """Each with layers, dtypes and sizes of its own, two kernels a layer, first compiled while the others run."""
+    gc.collect()
+    start()
+    before = counters().live_buffers
     failures: list[BaseException] = []
 
     def work(i: int) -> None:
@@ -279,6 +282,9 @@ def test_eight_threads(start):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert not failures, failures
+    gc.collect()
+    torch.mps.synchronize()
+    assert counters().live_buffers == before
 
 
 # --- Failures

@@ -132,7 +132,10 @@ def dispatches() -> Counter[str]:
     return families
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only the bench counts dispatches")
+counted = pytest.mark.skipif(sys.platform != "linux", reason="only the bench counts dispatches")
+
+
+@counted
 def test_every_patched_layer_runs_one_kernel(mps):
     model = patched(get_peft_model(llama(), CONFIG), mps)
     ran: dict[str, Counter[str]] = {}
@@ -157,3 +160,35 @@ def test_every_patched_layer_runs_one_kernel(mps):
     with torch.no_grad():
         model(TOKENS[:1, :4].to(mps))
     assert list(ran.values()) == [Counter(lora_decode=1)] * LAYERS
+
+
+@counted
+def test_a_chain_of_24_patched_layers_is_encoded_without_waiting(mps):
+    model = get_peft_model(nn.Sequential(*(nn.Linear(16, 16) for _ in range(24))), LoraConfig(target_modules=r"\d+"))
+    model.to(mps)
+    assert len(tfl.patch_peft(model).patched) == 24
+    x = torch.randn(12, 16, device=mps)
+    model(x)  # compiles
+    torch.mps.synchronize()
+    mps_on_linux.reset_counters()
+    y = model(x)
+    seen = mps_on_linux.counters()
+    assert (sum(seen.dispatches.values()), seen.synchronisations, seen.commits) == (24, 0, 0)
+    y.sum().backward()
+    assert mps_on_linux.counters().synchronisations == 0
+
+
+@counted
+def test_norms_and_layers_patched_together(mps):
+    """patch_peft and patch_norms on one model: the losses of stock PEFT on the CPU, and every norm a Metal kernel."""
+    model = get_peft_model(llama(), CONFIG)
+    fused = patched(model, mps)
+    assert len(tfl.patch_norms(fused).patched) == 5  # two in each block and the last
+    loss_of(fused).backward()
+    mps_on_linux.reset_counters()
+    loss_of(fused).backward()
+    seen = mps_on_linux.counters().dispatches
+    assert (
+        sum(count for name, count in seen.items() if name.startswith("rms_norm_")) == 5 + 4
+    )  # the first one's x needs no gradient
+    torch.testing.assert_close(train(fused, 5), train(model, 5), rtol=1e-5, atol=0)
