@@ -40,7 +40,7 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = torch.device(device) if device else _default_device()
-    console = Console(width=max(Console().width, 132))
+    console = Console(width=max(Console().width, 150))
     cases: list[Any] = [
         *measure.cases([shape for name in shapes if name != "rows" for shape in getattr(measure, name.upper())]),
         *measure.row_cases(measure.ROWS if "rows" in shapes else ()),
