@@ -1,6 +1,7 @@
 // rms_norm on device "mps": the kernels of _rms_norm and rms_norm_backward, defined in torch_fused_lora/ops.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -11,9 +12,7 @@
 namespace torch_fused_lora {
 namespace {
 
-constexpr Expect expect = {"rms_norm"};
-
-void check(const Tensor& x, const OptionalTensor& weight) {
+void check(const Expect& expect, const Tensor& x, const OptionalTensor& weight) {
   expect(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x", x, "shape (..., H) with H >= 1");
   expect(is_supported(x.scalar_type()), "x", x, "float16, bfloat16 or float32, which device mps has");
   if (!weight.has_value()) return;
@@ -40,7 +39,7 @@ RowProblem problem_of(const Rows& x, const OptionalTensor& weight) {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, double eps) {
-  check(x, weight);
+  check({"rms_norm"}, x, weight);
   const Tensor y = empty(with_last(x, x.size(x.dim() - 1)), x), rstd = empty_float(with_last(x, 1), x);
   if (x.numel() == 0) return {y, rstd};
   const Rows rows = rows_of(x);
@@ -54,16 +53,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
 std::vector<Tensor> backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& weight, const Tensor& rstd,
     const std::vector<bool>& needs) {
-  check(x, weight);
+  constexpr Expect expect = {"rms_norm_backward"};
+  check(expect, x, weight);
   const int64_t H = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(needs.size() == 2, "rms_norm_backward: needs: expected 2 flags, got ", needs.size());
-  const bool need_x = needs[0], need_weight = needs[1] && weight.has_value();
-  const bool fits = grad.dim() == x.dim() && grad.size(x.dim() - 1) == H && grad.numel() == x.numel() &&
-      grad.scalar_type() == x.scalar_type();
-  expect(fits, "grad", grad, "x's shape and dtype");
-  expect(
-      rstd.numel() * H == x.numel() && rstd.scalar_type() == ScalarType::Float, "rstd", rstd,
-      "one torch.float32 a row of x");
+  STD_TORCH_CHECK(
+      needs.size() == 2 && (weight.has_value() || !needs[1]),
+      "rms_norm_backward: needs: expected two flags, the second for a weight");
+  const bool need_x = needs[0], need_weight = needs[1];
+  expect(is_alike(grad, x), "grad", grad, "x's ", describe(x));
+  const std::vector<int64_t> rows = with_last(x, 1);
+  const bool rstd_fits = !rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float &&
+      std::equal(rows.begin(), rows.end(), rstd.sizes().begin(), rstd.sizes().end());
+  expect(rstd_fits, "rstd", rstd, "a torch.float32 a row of x, on mps");
 
   Binding dx, dweight, partial;
   if (need_x) dx = empty(with_last(x, H), x);

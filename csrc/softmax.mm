@@ -9,13 +9,11 @@
 namespace torch_fused_lora {
 namespace {
 
-constexpr Expect expect = {"softmax"};
-
 /// `dim` counted from 0.
-int64_t check(const Tensor& x, int64_t dim) {
-  expect(is_supported(x.scalar_type()), "x", x, "float16, bfloat16 or float32, which device mps has");
+int64_t check(const Expect& expect, const char* name, const Tensor& x, int64_t dim) {
+  expect(is_supported(x.scalar_type()), name, x, "float16, bfloat16 or float32, which device mps has");
   const int64_t most = x.dim() > 0 ? x.dim() : 1;
-  expect(-most <= dim && dim < most, "x", x, "a dimension ", dim);
+  expect(-most <= dim && dim < most, name, x, "a dimension ", dim);
   return dim < 0 ? dim + most : dim;
 }
 
@@ -28,7 +26,7 @@ RowProblem problem_of(const Rows& x) {
 }
 
 Tensor forward(const Tensor& x, int64_t dim) {
-  dim = check(x, dim);
+  dim = check({"softmax"}, "x", x, dim);
   if (dim != x.dim() - 1) return torch::stable::contiguous(call<Tensor>("aten::_softmax", "", x, dim, false));
   const Tensor y = empty(with_last(x, x.size(dim)), x);
   if (x.numel() == 0) return y;
@@ -41,14 +39,13 @@ Tensor forward(const Tensor& x, int64_t dim) {
 }
 
 Tensor backward(const Tensor& grad, const Tensor& y, int64_t dim) {
-  dim = check(y, dim);
-  const bool fits = grad.dim() == y.dim() && grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type();
-  expect(fits, "grad", grad, "the forward's shape and dtype");
+  constexpr Expect expect = {"softmax_backward"};
+  dim = check(expect, "y", y, dim);
+  expect(is_alike(grad, y), "grad", grad, "y's ", describe(y));
   if (dim != y.dim() - 1) {
     const Tensor dx = call<Tensor>("aten::_softmax_backward_data", "", grad, y, dim, y.scalar_type());
     return torch::stable::contiguous(dx);
   }
-  expect(grad.size(dim) == y.size(dim), "grad", grad, "the forward's shape");
   const Tensor dx = empty(with_last(y, y.size(dim)), y);
   if (y.numel() == 0) return dx;
   const Rows rows = rows_of(y), grad_rows = rows_of(grad);

@@ -48,6 +48,9 @@ Tensor constant(const Tensor& tensor);
 
 bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape);
 
+/// On mps, with the same shape and dtype.
+bool is_alike(const Tensor& tensor, const Tensor& other);
+
 /// float16, bfloat16 and float32 are; `scalar` is for these alone.
 bool is_supported(ScalarType dtype);
 Scalar scalar(ScalarType dtype);

@@ -88,6 +88,10 @@ Scalar scalar(ScalarType dtype) {
   return dtype == ScalarType::Float ? Scalar::float32 : dtype == ScalarType::Half ? Scalar::float16 : Scalar::bfloat16;
 }
 
+bool is_alike(const Tensor& tensor, const Tensor& other) {
+  return !tensor.is_cpu() && tensor.scalar_type() == other.scalar_type() && tensor.sizes() == other.sizes();
+}
+
 bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }

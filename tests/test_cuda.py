@@ -126,6 +126,14 @@ def test_softmax_is_torchs(dtype, dim):
         torch.testing.assert_close(torch.autograd.grad(softmax(x, dim), x, grad), expected, rtol=0, atol=0)
 
 
+def test_a_mixed_rms_norm_is_a_few_calls():
+    """A float32 weight over bfloat16, as Gemma's: torch's kernels on the wider type, never blocks."""
+    x, weight = torch.randn(8192, 1024, device=CUDA).bfloat16(), torch.randn(1024, device=CUDA)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        tfl.rms_norm(x, weight)
+    assert sum(event.count for event in profile.key_averages()) <= 8
+
+
 def test_patch_norms_leaves_what_is_one_kernel_alone():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     model = torch.nn.ModuleList([torch.nn.RMSNorm(64), llama.LlamaRMSNorm(64)]).to(CUDA, torch.bfloat16)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
+import weakref
 
 import pytest
 import torch
@@ -170,7 +173,7 @@ def test_the_report():
 
 def test_torchs_own_is_left_alone_where_it_is_one_kernel(monkeypatch):
     module = nn.ModuleList([nn.RMSNorm(8), LlamaRMSNorm(8)])
-    monkeypatch.setattr(norms, "torch_is_fused", lambda device_type: True)
+    monkeypatch.setattr(norms, "FUSED_BY_TORCH", {"cpu"})
     report = tfl.patch_norms(module)
     assert report.patched == ["1"]
     assert report.declined == {"0": "torch's own is one kernel each way on cpu already"}
@@ -192,10 +195,89 @@ def test_nothing_else_changes(tmp_path):
     module.register_forward_hook(lambda *_: seen.append(1))
     assert torch.equal(module(hidden_states=x), LlamaRMSNorm(8)(x))
     assert seen == [1]
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
     tfl.unpatch_norms(module)
     assert type(module) is LlamaRMSNorm
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_graph_break(device, kind):
+    """To the operator on mps, elsewhere to the module's own calls, which a compiler fuses with their neighbours."""
+    torch.compiler.reset()
+    module = norm(kind, device)
+    tfl.patch_norms(module)
+    x = torch.randn(3, H, device=device)
+    expected = module(x)
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), expected)
+    assert any("torch_fused_lora" in target for target in targets) == (device.type == "mps")
+
+
+def test_what_is_done_to_a_patched_module_stays():
+    """A wrapped forward, as accelerate's hooks are, and a parametrization, before a second patch and the undo."""
+    x = torch.randn(2, 8)
+    wrapped, parametrized = LlamaRMSNorm(8), LlamaRMSNorm(8)
+    model = nn.ModuleDict({"wrapped": wrapped, "parametrized": parametrized})
+    tfl.patch_norms(model)
+    wrapped.forward = lambda x, inner=wrapped.forward: 2 * inner(x)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Tanh())
+    expected = wrapped(x), parametrized(x)
+    assert set(tfl.patch_norms(model).patched) == {"wrapped", "parametrized"}
+    assert torch.equal(wrapped(x), expected[0])
+    assert torch.equal(parametrized(x), expected[1])
+    with pytest.raises(RuntimeError, match="class of parametrized was changed again after patch_norms"):
+        tfl.unpatch_norms(model)
+    nn.utils.parametrize.remove_parametrizations(parametrized, "weight")
+    tfl.unpatch_norms(model)
+    assert type(wrapped) is type(parametrized) is LlamaRMSNorm
+    torch.testing.assert_close(wrapped(x), expected[0])
+
+
+def test_a_weight_that_is_no_plain_parameter_is_declined():
+    module = LlamaRMSNorm(8)
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Tanh())
+    report = tfl.patch_norms(module)
+    assert report.patched == []
+    assert "its weight is no plain parameter" in report.declined[""]
+
+
+def test_other_dtypes_take_the_module_s_own_way(calls):
+    module = GemmaRMSNorm(8)
+    x = torch.arange(8).expand(2, 8)
+    expected = module(x)
+    tfl.patch_norms(module)
+    assert torch.equal(module(x), expected)
+    assert calls == []
+
+
+def test_a_transformers_without_one_of_the_forms(monkeypatch):
+    norms._codes.cache_clear()
+    monkeypatch.setitem(sys.modules, "transformers.models.gpt_oss.modeling_gpt_oss", None)
+    assert tfl.patch_norms(GemmaRMSNorm(8)).patched == [""]
+    norms._codes.cache_clear()
+
+
+def test_a_pickle_loads_where_transformers_is_not_imported(monkeypatch):
+    module = LlamaRMSNorm(8)
+    tfl.patch_norms(module)
+    data = pickle.dumps(module)
+    monkeypatch.delitem(sys.modules, "transformers")
+    x = torch.randn(2, 8)
+    assert torch.equal(pickle.loads(data)(x), module(x))
+
+
+def test_classes_go_when_nobody_uses_them():
+    module = type("OwnRMSNorm", (LlamaRMSNorm,), {})(8)
+    tfl.patch_norms(module)
+    gone = weakref.ref(type(module)), weakref.ref(type(module)._original)
+    del module
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
 
 
 def test_not_a_module():

@@ -105,6 +105,14 @@ def test_doctor_survives_a_backend_that_raises(capsys, monkeypatch):
     assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("operator", ["lora_linear", "rms_norm", "softmax"])
+def test_doctor_sees_a_nan(operator, capsys, monkeypatch):
+    function = getattr(tfl, operator)
+    monkeypatch.setattr(f"torch_fused_lora.doctor.{operator}", lambda *arguments: function(*arguments) * torch.nan)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.count("FAILED: error nan") == 3 * len(doctor.devices())  # dtypes
+
+
 def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "SMALL", ((4, 16, 8, 2),))
     monkeypatch.setattr(measure, "ROWS", ((3, 16),))

@@ -168,6 +168,8 @@ def test_autocast_is_torchs_own(device):
     """float32 where F.rms_norm is cast, otherwise as it is."""
     x, weight = torch.randn(3, 8, device=device).bfloat16(), torch.randn(8, device=device).bfloat16()
     with torch.autocast(device.type, dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match="x: expected float16"):
+            tfl.rms_norm(x.int())
         assert tfl.rms_norm(x, weight).dtype == F.rms_norm(x, (8,), weight).dtype
 
 
@@ -188,8 +190,38 @@ def test_errors(device, x, weight, message):
         tfl.rms_norm(x, weight)
 
 
+@pytest.mark.parametrize("needs", [[True, False], [True, True], [True]])
+def test_errors_of_the_backward_operator(device, needs):
+    x, grad = (torch.randn(2, 3, 8, device=device) for _ in range(2))
+    rstd = ops._rms_norm(x, None, EPS)[1]
+    if needs != [True, False]:
+        with pytest.raises((ValueError, RuntimeError), match="needs"):
+            ops.rms_norm_backward(grad, x, None, rstd, needs)
+        return
+    for message, arguments in {
+        "grad: expected": (grad.transpose(0, 1), x, None, rstd),
+        r"grad: expected .*torch.float32": (grad.half(), x, None, rstd),
+        r"rstd: expected shape \(2, 3, 1\)": (grad, x, None, rstd.reshape(3, 2, 1)),
+        r"rstd: expected .*torch.float32": (grad, x, None, rstd.half()),
+    }.items():
+        with pytest.raises(ValueError, match=f"rms_norm_backward: {message}"):
+            ops.rms_norm_backward(*arguments, needs)
+
+
+def test_the_same_bits_with_and_without_a_gradient(device):
+    """So that a checkpointed layer recomputes what it computed."""
+    for shape in ((64, 300), (600, 1024)):
+        x, weight = torch.randn(shape, device=device), torch.randn(shape[-1], device=device)
+        plain = tfl.rms_norm(x, weight)
+        assert torch.equal(tfl.rms_norm(x.requires_grad_(), weight), plain)
+        assert torch.equal(ops.rms_norm(x.detach(), weight), plain)
+
+
 def test_type_errors():
     with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
         tfl.rms_norm([1.0])
     with pytest.raises(TypeError, match="weight: expected a Tensor or None, got float"):
         tfl.rms_norm(torch.ones(3), 1.0)
+    for eps in (None, torch.tensor(1e-6)):
+        with pytest.raises(TypeError, match="eps: expected a number, got"):
+            tfl.rms_norm(torch.ones(3), None, eps)

@@ -123,6 +123,8 @@ def test_autocast_is_torchs_own(device, dtype):
     """float32 where torch.softmax is cast, otherwise as it is."""
     x = torch.randn(3, 8, device=device).to(dtype)
     with torch.autocast(device.type, dtype=dtype):
+        with pytest.raises(ValueError, match="x: expected float16"):
+            tfl.softmax(x.int())
         assert tfl.softmax(x).dtype == torch.softmax(x, -1).dtype
 
 
@@ -131,3 +133,13 @@ def test_errors(device):
         tfl.softmax(torch.ones(3, dtype=torch.int32, device=device))
     with pytest.raises(TypeError, match="x: expected a Tensor, got list"):
         tfl.softmax([1.0])
+    x = torch.randn(2, 3, device=device)
+    for message, arguments in {
+        "grad: expected": (x.t(), x, -1),
+        r"grad: expected .*torch.float32": (x.half(), x, -1),
+        "y: expected float16": (x.int(), x.int(), -1),
+    }.items():
+        with pytest.raises(ValueError, match=f"softmax_backward: {message}"):
+            ops.softmax_backward(*arguments)
+    with pytest.raises(IndexError, match="softmax_backward: dim: expected -2 to 1"):
+        ops.softmax_backward(x, x, 2)

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="LoRA layers by size; rows: RMS norm and softmax. By default all but large (up to 8192 x 4096 x 14336), "
         "which takes half an hour on two CPU cores",
     )
-    bench.add_argument("--seconds", type=float, default=3.0, help="time for each row (at least 7 rounds are run)")
+    bench.add_argument("--seconds", type=float, default=3.0, help="time for each row (at least 5 rounds are run)")
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png")
     options = parser.parse_args(arguments)

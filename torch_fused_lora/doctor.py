@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import warnings
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from .mps import extension
 from .ops.library import NAMESPACE, has_kernel
@@ -23,7 +26,7 @@ def doctor() -> int:
         print(f"  {package} {_version(package)}")
     healthy = True
     for device in devices():
-        print(f"\n{device}: {_device_name(device)}")
+        print(f"\n{device}: {device_name(device)}")
         backend, why = backend_of("lora_linear", device.type)
         print(f"  lora_linear  {backend}: {why}")
         print(f"  rms_norm     {backend_of('rms_norm', device.type)[0]}")
@@ -51,7 +54,7 @@ def devices() -> list[torch.device]:
 def backend_of(operator: str, device_type: str) -> tuple[str, str]:
     """(who computes an operator on a device type, why)."""
     private = operator if operator == "softmax" else f"_{operator}"  # the one that kernels are registered for
-    if has_kernel(f"{NAMESPACE}::{private}", device_type):
+    if has_kernel(f"{NAMESPACE}::{private}", device_type.upper()):
         return f"{device_type} kernels", "the extension is built and loaded"
     if device_type == "mps":
         return "none, calls raise", f"the Metal extension is missing, {extension.reason}"
@@ -78,8 +81,8 @@ def _report_self_test(device: torch.device, dtype: torch.dtype) -> bool:
     except Exception as exception:
         print(f"  {str(dtype).removeprefix('torch.'):<12} FAILED: {type(exception).__name__}: {exception}")
         return False
-    error, allowed = max(results, key=lambda result: result[0] / result[1])
-    passed = error <= allowed
+    error, allowed = max(results, key=lambda result: math.inf if math.isnan(result[0]) else result[0] / result[1])
+    passed = error <= allowed  # NaN is not
     verdict = "ok" if passed else "FAILED"
     print(f"  {str(dtype).removeprefix('torch.'):<12} {verdict}: error {error:.1e}, {allowed:.1e} allowed")
     return passed
@@ -109,25 +112,45 @@ def self_test(device: torch.device, dtype: torch.dtype, M: int) -> tuple[float, 
     x, W, b, A, B = ours
     y = lora_linear(x, W, b, A, B, 0.5)
     found = [y.detach(), *torch.autograd.grad(y, ours, grad.to(device))]
-    error = max(float(((f.cpu().double() - e).abs() / m).max()) for f, e, m in zip(found, results, bounds, strict=True))
+    error = _worst(found, results, bounds)
     rounding = 0.0 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps / 2
     return error, (M + K + N + r) * 2.0**-24 + rounding
 
 
 def row_self_test(device: torch.device, dtype: torch.dtype) -> list[tuple[float, float]]:
-    """The worst relative errors of rms_norm and softmax against float64, and what is allowed: the worst case of sums
-    over a row, and for a half dtype one rounding."""
+    """The same for rms_norm and for softmax, and what is allowed: the worst case of sums over a row, or over the rows,
+    and for a half dtype one rounding, or two where the gradient is made of a rounded result."""
     generator = torch.Generator().manual_seed(0)
-    H, eps = 65, 1e-6
-    x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, H), (H,)))
-    wide = x.double()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()
-    allowed = (2 * H + 16) * 2.0**-24 + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
-    pairs = (
-        (rms_norm(x.to(device), weight.to(device), eps), normed),
-        (softmax(x.to(device)), torch.softmax(wide, -1)),
-    )
-    return [(float(((found.cpu().double() - e).abs() / e.abs()).max()), allowed) for found, e in pairs]
+    M, H, eps = 40, 65, 1e-6
+    x, weight, grad = (torch.randn(s, generator=generator).to(dtype) for s in ((M, H), (H,), (M, H)))
+    xd, wd, gd = x.double(), weight.double(), grad.double()
+    x, weight = (t.to(device).requires_grad_() for t in (x, weight))
+    sums = 4 * (M + H) * 2.0**-24
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+
+    y = rms_norm(x, weight, eps)
+    rstd = torch.rsqrt(xd.square().mean(-1, keepdim=True) + eps)
+    normed, scaled = xd * rstd, gd * wd
+    exact = (normed * wd, (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd, (gd * normed).sum(0))
+    dx_bound = (scaled.abs() + normed.abs() * (scaled * normed).abs().mean(-1, keepdim=True)) * rstd
+    bounds = ((normed * wd).abs(), dx_bound, (gd * normed).abs().sum(0))
+    norm_error = _worst((y.detach(), *torch.autograd.grad(y, (x, weight), grad.to(device))), exact, bounds)
+
+    p = softmax(x)
+    exact_p = torch.softmax(xd, -1)
+    dot, dot_bound = ((exact_p * g).sum(-1, keepdim=True) for g in (gd, gd.abs()))
+    found = (p.detach(), *torch.autograd.grad(p, x, grad.to(device)))
+    softmax_error = _worst(found, (exact_p, exact_p * (gd - dot)), (exact_p, exact_p * (gd.abs() + dot_bound)))
+    return [(norm_error, sums + rounding), (softmax_error, 2 * sums + 3 * rounding)]
+
+
+def _worst(found: Iterable[Tensor], exact: Iterable[Tensor], bounds: Iterable[Tensor]) -> float:
+    """The largest error relative to its bound; NaN if one is. Below the smallest normal number errors are absolute."""
+    ratios = [
+        (f.cpu().double() - e).abs() / (b + torch.finfo(f.dtype).tiny)
+        for f, e, b in zip(found, exact, bounds, strict=True)
+    ]
+    return float(torch.stack([ratio.max() for ratio in ratios]).max())
 
 
 def _why_no_mps() -> str:
@@ -136,7 +159,8 @@ def _why_no_mps() -> str:
     return "none: this torch is built without MPS, as it is everywhere but on a Mac"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What computes: a GPU's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops.library import autocast_enabled
-from .ops.rms_norm import rms_norm, torch_is_fused
+from .ops.library import PLAIN_TYPES, PORTABLE, autocast_enabled
+from .ops.portable import HALF
+from .ops.rms_norm import FUSED_BY_TORCH, rms_norm
 from .report import PatchReport
 
 
@@ -26,6 +27,7 @@ class _Form(NamedTuple):
 
     weight: Callable[[Any, Tensor], Tensor | None]
     eps: str
+    reference: tuple[str, str] | None = None  # module and class of transformers.models
     autocasts: bool = False  # as F.rms_norm does
 
 
@@ -42,80 +44,107 @@ def _gemma_weight(module: Any, x: Tensor) -> Tensor | None:
 
 
 def _torch_weight(module: Any, x: Tensor) -> Tensor | None:
-    return None if torch_is_fused(x.device.type) else _gpt_oss_weight(module, x)
+    return None if x.device.type in FUSED_BY_TORCH else _gpt_oss_weight(module, x)
 
 
-_TORCH = _Form(_torch_weight, "eps", autocasts=True)
-_TRANSFORMERS = {  # module of transformers.models, class -> form
-    ("llama.modeling_llama", "LlamaRMSNorm"): _Form(_llama_weight, "variance_epsilon"),
-    ("gpt_oss.modeling_gpt_oss", "GptOssRMSNorm"): _Form(_gpt_oss_weight, "variance_epsilon"),
-    ("gemma.modeling_gemma", "GemmaRMSNorm"): _Form(_gemma_weight, "eps"),
+_FORMS = {
+    "torch": _Form(_torch_weight, "eps", autocasts=True),
+    "llama": _Form(_llama_weight, "variance_epsilon", ("llama.modeling_llama", "LlamaRMSNorm")),
+    "gpt_oss": _Form(_gpt_oss_weight, "variance_epsilon", ("gpt_oss.modeling_gpt_oss", "GptOssRMSNorm")),
+    "gemma": _Form(_gemma_weight, "eps", ("gemma.modeling_gemma", "GemmaRMSNorm")),
 }
 
 
-@functools.cache
-def _form_of(cls: Any) -> _Form | None:
+def _form_of(cls: Any) -> str | None:
     if cls is nn.RMSNorm:
-        return _TORCH
+        return "torch"
     if "transformers" not in sys.modules:  # then no module of the model is one of Transformers'
         return None
-    for (path, name), form in _TRANSFORMERS.items():
+    codes = _code(cls, "forward"), _code(cls, "_norm")
+    return next((name for name, form in _FORMS.items() if form.reference and codes == _codes(*form.reference)), None)
+
+
+@functools.cache
+def _codes(path: str, name: str) -> tuple[object, object] | None:
+    """Of a class of Transformers; None where this version has no such class."""
+    try:
         reference = getattr(importlib.import_module(f"transformers.models.{path}"), name)
-        if _code(cls, "forward") == _code(reference, "forward") and _code(cls, "_norm") == _code(reference, "_norm"):
-            return form
-    return None
+    except (ImportError, AttributeError):
+        return None
+    return _code(reference, "forward"), _code(reference, "_norm")
 
 
 def _code(cls: type, name: str) -> tuple[object, ...] | None:
     """What a method does, whatever its local names; None if there is none."""
-    code = getattr(getattr(cls, name, None), "__code__", None)
-    return (code.co_code, code.co_names, code.co_consts) if code is not None else None
+    method = getattr(cls, name, None)
+    code = getattr(method, "__code__", None)
+    if code is None:
+        return None
+    # A method that wraps another, or closes over something, does more than its code says: it equals itself alone.
+    hidden = method if getattr(method, "__closure__", None) or hasattr(method, "__wrapped__") else None
+    return code.co_code, code.co_names, code.co_consts, hidden
 
 
 class _Fused:
     """Goes before a norm's class in the method resolution order."""
 
     _original: Any  # the module's own class
-    _form: _Form
+    _form: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):
-            form = self._form
-            weight = form.weight(self, x) if x.dtype != torch.float64 else None
-            if weight is not None:
-                eps = getattr(self, form.eps)
-                if eps is None:  # nn.RMSNorm: of the type that it computes in
-                    eps = torch.finfo(torch.float32).eps
-                if form.autocasts or not autocast_enabled(x.device.type):
-                    return rms_norm(x, weight, eps)
-                with torch.autocast(x.device.type, enabled=False):
-                    return rms_norm(x, weight, eps)
+        if not isinstance(self, _Fused):  # undone while a wrapper still holds this method
+            return type(self).forward(self, *args, **kwargs)
+        if not kwargs and len(args) == 1 and (found := _arguments(self, args[0])):
+            if _FORMS[self._form].autocasts or not autocast_enabled(args[0].device.type):
+                return rms_norm(*found)
+            with torch.autocast(args[0].device.type, enabled=False):
+                return rms_norm(*found)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         how: Any = super().__reduce_ex__(protocol)
-        return (_new, (self._original,), *how[2:])
+        return (_new, (self._original, self._form), *how[2:])
 
 
-def _new(cls: Any) -> nn.Module:
-    fused: Any = _fused_class(cls)
+def _arguments(module: Any, x: Any) -> tuple[Tensor, Tensor, float] | None:
+    """What `rms_norm` is called with, or None if the module's own forward has to run. It has to under a compiler that
+    fuses its calls with their neighbours, too, where there are no kernels of ours."""
+    if type(x) not in PLAIN_TYPES or type(module.weight) not in PLAIN_TYPES:
+        return None
+    if x.dtype not in (torch.float32, *HALF) or (torch.compiler.is_compiling() and x.device.type in PORTABLE):
+        return None
+    form = _FORMS[module._form]
+    weight, eps = form.weight(module, x), getattr(module, form.eps)
+    if weight is None:
+        return None
+    # nn.RMSNorm's None is that of the type it computes in.
+    return x, weight, torch.finfo(torch.float32).eps if eps is None else eps
+
+
+def _new(cls: Any, form: str) -> nn.Module:
+    fused: Any = _fused_class(cls, form)
     return fused.__new__(fused)
 
 
-@functools.cache
-def _fused_class(cls: Any) -> type[nn.Module]:
-    fields = {"_original": cls, "_form": _form_of(cls), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+def _fused_class(cls: Any, form: str) -> Any:
+    """The one subclass of cls that computes fused; it goes when nobody uses it."""
+    for subclass in cls.__subclasses__():
+        if subclass.__dict__.get("_original") is cls:
+            return subclass
+    fields = {"_original": cls, "_form": form, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (_Fused, cls), fields)
 
 
 def patch_norms(model: nn.Module) -> PatchReport:
     """Let the RMS norms of ``model`` compute with `torch_fused_lora.rms_norm`.
 
-    In place and idempotent. Patched are torch.nn.RMSNorm over one dimension and the RMS norms of Transformers that are
-    written as Llama's, GPT-OSS's or Gemma's (with weight 1 + w) are, whatever their class is called. Where torch has
-    one kernel each way of its own (`F.rms_norm` on CUDA), torch.nn.RMSNorm is left alone. A call with a dtype for
-    which the result would differ (Llama's form with a weight of another dtype than x, float64) runs the module's own
-    forward. Results agree within rounding: Llama's form rounds twice, before and after the weight, this once.
+    In place and idempotent: what is patched already stays as it is. Patched are torch.nn.RMSNorm over one dimension and
+    the RMS norms of Transformers that are written as Llama's, GPT-OSS's or Gemma's (with weight 1 + w) are, whatever
+    their class is called. Where torch has one kernel each way of its own (`F.rms_norm` on CUDA), torch.nn.RMSNorm is
+    left alone. A call with a dtype for which the result would differ (Llama's form with a weight of another dtype than
+    x, float64) runs the module's own forward, and so does one inside torch.compile on a CPU or CUDA, where the compiler
+    fuses a norm with its neighbours. Results agree within rounding: Llama's form rounds twice, before and after the
+    weight, this once.
 
     Returns:
         A `PatchReport`: the names of patched modules, and a reason for each other RMS norm.
@@ -124,25 +153,33 @@ def patch_norms(model: nn.Module) -> PatchReport:
         TypeError: ``model`` is not a module.
     """
     report = PatchReport([], {}, kind="RMS norms", owner="their own code")
-    for name, module in _modules(model):
-        original: Any = module._original if isinstance(module, _Fused) else type(module)
-        reason = _why_not(module, original)
-        module.__class__ = original if reason else _fused_class(original)
-        if reason is None:
-            report.patched.append(name)
-        else:
+    for name, module in _norms(model):
+        reason = None if isinstance(module, _Fused) else _why_not(module)
+        if reason is not None:
             report.declined[name] = reason
+            continue
+        report.patched.append(name)
+        if not isinstance(module, _Fused):
+            module.__class__ = _fused_class(type(module), _form_of(type(module)))  # type: ignore[arg-type]
     return report
 
 
 def unpatch_norms(model: nn.Module) -> None:
-    """Undo `patch_norms`: give every patched module of ``model`` its own class back."""
-    for _, module in _modules(model):
-        if isinstance(module, _Fused):
-            module.__class__ = module._original
+    """Undo `patch_norms`: give every patched module of ``model`` its own class back.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: something else changed a module's class after it was patched, and has to be undone first.
+    """
+    patched = {name: module for name, module in _norms(model) if isinstance(module, _Fused)}
+    changed = [name for name, module in patched.items() if "_original" not in type(module).__dict__]
+    if changed:
+        raise RuntimeError(f"unpatch_norms: the class of {', '.join(changed)} was changed again after patch_norms")
+    for module in patched.values():
+        module.__class__ = module._original
 
 
-def _modules(model: nn.Module) -> list[tuple[str, Any]]:
+def _norms(model: nn.Module) -> list[tuple[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
@@ -152,14 +189,18 @@ def _modules(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if is_norm(type(module))]
 
 
-def _why_not(module: Any, original: Any) -> str | None:
-    if _form_of(original) is None:
-        return f"{original.__module__}.{original.__qualname__} is written in a way that is not known"
+def _why_not(module: Any) -> str | None:
+    """Why a module is not patched, or None."""
+    cls = type(module)
+    if _form_of(cls) is None:
+        return f"{cls.__module__}.{cls.__qualname__} is written in a way that is not known"
     if "forward" in module.__dict__:
         return "its forward is replaced"
-    weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 1:
-        return "it has no weight of one dimension"
-    if original is nn.RMSNorm and torch_is_fused(weight.device.type):
+    weight = module._parameters.get("weight")
+    if type(weight) not in PLAIN_TYPES:
+        return f"its weight is no plain parameter but a {type(getattr(module, 'weight', None)).__name__}"
+    if weight.dim() != 1:
+        return f"its weight has {weight.dim()} dimensions"
+    if cls is nn.RMSNorm and weight.device.type in FUSED_BY_TORCH:
         return f"torch's own is one kernel each way on {weight.device.type} already"
     return None

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ..doctor import device_name, devices
 from . import measure
 from .measure import HostCost, Ratio, Result, RowResult
 
@@ -39,7 +40,7 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = torch.device(device) if device else _default_device()
+    chosen = torch.device(device) if device else devices()[-1]
     console = Console(width=max(Console().width, 150))
     cases: list[Any] = [
         *measure.cases([shape for name in shapes if name != "rows" for shape in getattr(measure, name.upper())]),
@@ -144,14 +145,9 @@ def _plot(results: list[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")  # type: ignore[return-value]
-
-
 def _environment(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": f"{device} ({name})",
+        "device": f"{device} ({device_name(device)})",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "peft": peft.__version__,

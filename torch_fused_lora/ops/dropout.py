@@ -97,7 +97,11 @@ def _warn_host_mask(device_type: str) -> None:
     )
 
 
-define("dropout_mask", "(Tensor seed, int stream, SymInt rows, SymInt columns, float p, Device device) -> Tensor")
+define(
+    "dropout_mask",
+    "(Tensor seed, int stream, SymInt rows, SymInt columns, float p, Device device) -> Tensor",
+    torch.Tag.cudagraph_unsafe,  # reads the seed on the host
+)
 
 
 @kernel("dropout_mask", "CompositeExplicitAutograd")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import TypeVar
 
@@ -15,13 +15,9 @@ AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastM
 _F = TypeVar("_F", bound=Callable)
 
 
-def define(name: str, schema: str) -> None:
-    """Define operator ``torch_fused_lora::name``.
-
-    `cudagraph_unsafe`: scaling and seed may be CPU tensors that a kernel reads while it is encoded, so a
-    captured graph would replay their first values.
-    """
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+def define(name: str, schema: str, *tags: torch.Tag) -> None:
+    """Define operator ``torch_fused_lora::name``."""
+    tags = (torch.Tag.pt2_compliant_tag, *tags)
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=tags)
 
 
@@ -46,9 +42,9 @@ def fake(name: str) -> Callable[[_F], _F]:
     return register
 
 
-def has_kernel(name: str, device_type: str) -> bool:
-    """Whether an operator (with its namespace) has a kernel of a device type's own."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, device_type.upper())
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """Whether an operator (with its namespace) has a kernel of its own at a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -66,6 +62,42 @@ _autocast_keyset = functools.reduce(
 def below_autocast() -> torch._C._ExcludeDispatchKeyGuard:
     """A context in which autocast casts nothing: what an operator's own kernels run in."""
     return torch._C._ExcludeDispatchKeyGuard(_autocast_keyset)
+
+
+def autocast(name: str, cast: Callable[..., Sequence[object]]) -> None:
+    """Register operator ``torch_fused_lora::name`` at every autocast key: ``cast(device_type, *arguments)`` gives the
+    arguments that its kernels get, which run below autocast."""
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def register(device_type: str, key: str) -> None:
+        @kernel(name, key)
+        def below(*arguments):
+            arguments = cast(device_type, *arguments)
+            with below_autocast():
+                return operator(*arguments)
+
+    for device_type, key in AUTOCAST_KEYS.items():
+        register(device_type, key)
+
+
+def as_given(device_type: str, *arguments: object) -> Sequence[object]:
+    """A `cast` of `autocast`: none."""
+    return arguments
+
+
+def to_float(x: torch.Tensor) -> torch.Tensor:
+    """What torch's autocast makes of an argument that it casts to float32."""
+    return x.float() if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def call_device(operator: Callable, check: Callable[..., None], *arguments: object) -> object:
+    """Call a device's kernel. One in C++ can only raise RuntimeError: ``check(*arguments)`` says what it refuses as
+    everywhere."""
+    try:
+        return operator(*arguments)
+    except RuntimeError:
+        check(*arguments)
+        raise
 
 
 PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones

@@ -29,12 +29,14 @@ from ..mps import extension
 from . import portable
 from .dropout import draw_seed
 from .library import (
-    AUTOCAST_KEYS,
     NAMESPACE,
     PLAIN_OR_NONE,
     PLAIN_TYPES,
     PORTABLE,
+    as_given,
+    autocast,
     below_autocast,
+    call_device,
     define,
     fake,
     kernel,
@@ -42,20 +44,26 @@ from .library import (
     unwatched,
 )
 
+# Scaling and seed may be CPU tensors that a kernel reads while it is encoded: a captured graph would replay their first
+# values.
+_UNSAFE = torch.Tag.cudagraph_unsafe
 define(
     "lora_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, "
     "float dropout_p=0.0, Tensor? seed=None) -> Tensor",
+    _UNSAFE,
 )
 define(
     "_lora_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, "
     "Tensor? seed=None, float[] dropout_p=[], SymInt[] ranks=[], bool save_h=False) -> (Tensor, Tensor)",
+    _UNSAFE,
 )
 define(
     "lora_linear_backward",
     "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? h, "
     "Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
+    _UNSAFE,
 )
 _ops = getattr(torch.ops, NAMESPACE)
 _forward_op = _ops._lora_linear.default
@@ -374,13 +382,7 @@ def _autograd(*arguments):
     return _differentiable(*arguments) if transformed() else _with_autograd(_device_forward, *arguments)
 
 
-def _device_forward(*arguments):
-    """The device's kernel. One in C++ can only raise RuntimeError: what it refuses is said as everywhere."""
-    try:
-        return _call_forward(*arguments)
-    except RuntimeError:
-        _check(*arguments[:-1])
-        raise
+_device_forward = functools.partial(call_device, _call_forward, lambda *arguments: _check(*arguments[:9]))
 
 
 @kernel("lora_linear_backward", "Autograd", "FuncTorchBatched")
@@ -393,20 +395,11 @@ def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
         return _backward_op(grad, *arguments)
 
 
-def _register_autocast(device_type: str, key: str) -> None:
-    @kernel("_lora_linear", key)
-    def forward(x, weight, bias, lora_A, lora_B, scaling, *options):
-        dtype = torch.get_autocast_dtype(device_type)
-        operands = (x, weight, bias, lora_A, lora_B)
-        cast = [t if t is None or t.dtype not in (*portable.HALF, torch.float32) else t.to(dtype) for t in operands]
-        with below_autocast():
-            return _forward_op(*cast, scaling, *options)
-
-    @kernel("lora_linear_backward", key)
-    def backward(*arguments):
-        with below_autocast():
-            return _backward_op(*arguments)
+def _cast(device_type, x, weight, bias, lora_A, lora_B, *options):
+    dtype, casts = torch.get_autocast_dtype(device_type), (*portable.HALF, torch.float32)
+    operands = (x, weight, bias, lora_A, lora_B)
+    return *(t.to(dtype) if t is not None and t.dtype in casts else t for t in operands), *options
 
 
-for _device_type, _key in AUTOCAST_KEYS.items():
-    _register_autocast(_device_type, _key)
+autocast("_lora_linear", _cast)
+autocast("lora_linear_backward", as_given)

@@ -14,6 +14,7 @@ Three operators are registered:
 from __future__ import annotations
 
 import functools
+import numbers
 
 import torch
 from torch import Tensor
@@ -24,11 +25,15 @@ from .library import (
     NAMESPACE,
     PLAIN_OR_NONE,
     PORTABLE,
+    as_given,
+    autocast,
     below_autocast,
+    call_device,
     define,
     fake,
     has_kernel,
     kernel,
+    to_float,
     transformed,
     unwatched,
 )
@@ -57,20 +62,22 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     float32 on CUDA and XPU, as it is elsewhere.
 
     Raises:
-        TypeError: x or weight is not a tensor.
+        TypeError: x or weight is not a tensor, or eps not a number.
         ValueError: a shape, dtype or device that does not fit.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
+    if not isinstance(eps, (float, numbers.Real, torch.SymFloat)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     device_type = x.device.type
     if not unwatched(device_type) or not PLAIN_OR_NONE.issuperset(map(type, (x, weight))):
         return _forward_op(x, weight, eps)[0]
     # Nobody wants to see the operator: what the dispatcher would call, without its way through C++ and back.
     if device_type not in PORTABLE:
         return _with_autograd(_device_forward, x, weight, eps)[0]
-    if _use_aten(x, weight) or (x.numel() <= _FEW and not _records(x, weight) and _is_alike(x, weight)):
+    if _is_alike(x, weight) and (device_type in FUSED_BY_TORCH or (x.numel() <= _FEW and not _records(x, weight))):
         _check(x, weight)
         return torch.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
     return _with_autograd(_portable_forward, x, weight, eps)[0]
@@ -98,27 +105,28 @@ def _check(x, weight):
         refuse("weight", weight, f"x's dtype {x.dtype} or torch.float32")
 
 
-def _check_backward(grad, x, weight, rstd):
+def _check_backward(grad, x, weight, rstd, needs):
     _check(x, weight)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = (*x.shape[:-1], 1)
-    for name, value, shape in (("grad", grad, x.shape), ("rstd", rstd, rows)):
-        if value.shape != shape:
+    for name, value, shape, dtype in (("grad", grad, x.shape, x.dtype), ("rstd", rstd, rows, wide)):
+        if value.shape != shape or value.dtype != dtype or value.device != x.device:
             raise ValueError(
-                f"rms_norm_backward: {name}: expected shape {tuple(shape)}; got {tuple(value.shape)}, {value.dtype}"
+                f"rms_norm_backward: {name}: expected shape {tuple(shape)}, {dtype}, on {x.device}; "
+                f"got shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
             )
+    if len(needs) != 2 or (needs[1] and weight is None):
+        raise ValueError(f"rms_norm_backward: needs: expected two flags, the second for a weight; got {list(needs)}")
 
 
 # ------------------------------------------------------------------------------------------ kernels and shapes
 
-
-@functools.cache
-def torch_is_fused(device_type: str) -> bool:
-    """Whether this torch computes F.rms_norm, forward and backward, in one kernel each on a device type."""
-    return all(has_kernel(f"aten::_fused_rms_norm{part}", device_type) for part in ("", "_backward"))
-
-
-def _use_aten(x, weight):
-    return torch_is_fused(x.device.type) and weight is not None and _is_alike(x, weight)
+# Device types on which this torch computes F.rms_norm, forward and backward, in one kernel each.
+FUSED_BY_TORCH = frozenset(
+    device_type
+    for device_type in (*PORTABLE, "mps")
+    if all(has_kernel(f"aten::_fused_rms_norm{part}", device_type.upper()) for part in ("", "_backward"))
+)
 
 
 def _is_alike(x, weight):
@@ -130,24 +138,35 @@ def _wide(x):
 
 
 _FEW = 1 << 16  # elements up to which calls cost more than memory does
-_BLOCK = 1 << 19  # elements of a half x that are converted at a time
+_BLOCK = 1 << 19  # elements of a half x that are converted at a time on a CPU, whose caches hold them
 
 
 def _blocks(rows, wide_dtype):
     """Slices of the rows, all of them in one where nothing is converted or they are few."""
     M, H = rows.shape
-    size = M if rows.dtype is wide_dtype else max(_BLOCK // H, 1)
+    size = max(_BLOCK // H, 1) if rows.is_cpu and rows.dtype is not wide_dtype else M
     return [slice(None)] if size >= M else [slice(start, start + size) for start in range(0, M, size)]
+
+
+def _alike(x, weight, *others):
+    """The operands of torch's own kernels, which take one dtype: the wider."""
+    if _is_alike(x, weight):
+        return x.contiguous(), weight, *(t.contiguous() for t in others)
+    return x.float().contiguous(), weight.float(), *(t.float().contiguous() for t in others)
 
 
 def _portable_forward(x, weight, eps):
     _check(x, weight)
-    if _use_aten(x, weight):
-        return torch.ops.aten._fused_rms_norm(x.contiguous(), x.shape[-1:], weight, eps)
+    if x.device.type in FUSED_BY_TORCH:
+        operand, weight = _alike(x, weight)
+        y, rstd = torch.ops.aten._fused_rms_norm(operand, x.shape[-1:], weight, eps)
+        return y.to(x.dtype), rstd
     wide_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # The norm of a row is a pass that writes nothing.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    if x.numel() <= _FEW and _is_alike(x, weight):  # the same bits as without a gradient
+        return torch.rms_norm(x, x.shape[-1:], weight, eps).contiguous(), rstd
 
     def normed(x, rstd):
         found = x * rstd
@@ -164,11 +183,11 @@ def _portable_forward(x, weight, eps):
 
 def _portable_backward(grad, x, weight, rstd, needs):
     """dx = rstd (g w - x rstd² mean(g w x)) and dweight = (g x)ᵀ rstd: the sums are products with vectors."""
-    _check_backward(grad, x, weight, rstd)
-    if _use_aten(x, weight):
-        return torch.ops.aten._fused_rms_norm_backward(
-            grad.contiguous(), x.contiguous(), x.shape[-1:], rstd, weight, needs
-        )
+    _check_backward(grad, x, weight, rstd, needs)
+    if x.device.type in FUSED_BY_TORCH:
+        operand, wide_weight, grad = _alike(x, weight, grad)
+        dx, dweight = torch.ops.aten._fused_rms_norm_backward(grad, operand, x.shape[-1:], rstd, wide_weight, needs)
+        return dx if dx is None else dx.to(x.dtype), dweight if dweight is None else dweight.to(weight.dtype)
     H, wide_dtype = x.shape[-1], rstd.dtype
     grad_rows, x_rows, rstd_rows = flat(grad), flat(x), flat(rstd)
     w = x.new_ones(H, dtype=wide_dtype) if weight is None else weight.to(wide_dtype)
@@ -238,7 +257,7 @@ def _fake(x, weight, eps):
 
 @fake("rms_norm_backward")
 def _fake_backward(grad, x, weight, rstd, needs):
-    _check_backward(grad, x, weight, rstd)
+    _check_backward(grad, x, weight, rstd, needs)
     gradients = (x.new_empty(x.shape), weight.new_empty(weight.shape) if weight is not None else None)
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
 
@@ -288,13 +307,7 @@ def _with_autograd(kernel, x, weight, eps):
         return kernel(x, weight, eps)
 
 
-def _device_forward(x, weight, eps):
-    """The device's kernel. One in C++ can only raise RuntimeError: what it refuses is said as everywhere."""
-    try:
-        return _forward_op(x, weight, eps)
-    except RuntimeError:
-        _check(x, weight)
-        raise
+_device_forward = functools.partial(call_device, _forward_op, lambda x, weight, eps: _check(x, weight))
 
 
 @kernel("_rms_norm", "Autograd")
@@ -308,21 +321,17 @@ def _autograd_backward(grad, x, weight, rstd, needs):
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _gradients(grad, x, weight, rstd, needs)
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(grad, x, weight, rstd, needs)
+        return call_device(_backward_op, _check_backward, grad, x, weight, rstd, needs)
 
 
-def _register_autocast(key: str, casts: bool) -> None:
-    @kernel("_rms_norm", key)
-    def forward(x, weight, eps):
-        wide = [t.float() if casts and t is not None and t.dtype != torch.float64 else t for t in (x, weight)]
-        with below_autocast():
-            return _forward_op(*wide, eps)
-
-    @kernel("rms_norm_backward", key)
-    def backward(*arguments):
-        with below_autocast():
-            return _backward_op(*arguments)
+_CASTS = [
+    device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::rms_norm", key)
+]  # device types
 
 
-for _key in AUTOCAST_KEYS.values():
-    _register_autocast(_key, torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", _key))
+def _cast(device_type, x, weight, eps):
+    return *(t if t is None or device_type not in _CASTS else to_float(t) for t in (x, weight)), eps
+
+
+autocast("_rms_norm", _cast)
+autocast("rms_norm_backward", as_given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,15 @@ from .library import (
     NAMESPACE,
     PLAIN_TYPES,
     PORTABLE,
+    as_given,
+    autocast,
     below_autocast,
+    call_device,
     define,
     fake,
+    has_kernel,
     kernel,
+    to_float,
     transformed,
     unwatched,
 )
@@ -54,20 +61,22 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return _forward_op(x, dim)
 
 
-def _check(x, dim):
+def _check(x, dim, operator="softmax", name="x"):
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"softmax: x: expected float16, bfloat16, float32 or float64; got {x.dtype}")
+        raise ValueError(f"{operator}: {name}: expected float16, bfloat16, float32 or float64; got {x.dtype}")
     most = max(x.dim(), 1)
     if not -most <= dim < most:
-        raise IndexError(f"softmax: dim: expected {-most} to {most - 1}, since x has {x.dim()} dimensions; got {dim}")
+        raise IndexError(
+            f"{operator}: dim: expected {-most} to {most - 1}, since {name} has {x.dim()} dimensions; got {dim}"
+        )
 
 
 def _check_backward(grad, y, dim):
-    _check(y, dim)
-    if grad.shape != y.shape or grad.dtype != y.dtype:
+    _check(y, dim, "softmax_backward", "y")
+    if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
         raise ValueError(
-            f"softmax_backward: grad: expected shape {tuple(y.shape)}, {y.dtype}, as y; "
-            f"got {tuple(grad.shape)}, {grad.dtype}"
+            f"softmax_backward: grad: expected shape {tuple(y.shape)}, {y.dtype}, on {y.device}, as y; "
+            f"got {tuple(grad.shape)}, {grad.dtype}, on {grad.device}"
         )
 
 
@@ -145,13 +154,7 @@ def _with_autograd(x, dim):
         return _device_forward(x, dim)
 
 
-def _device_forward(x, dim):
-    """The device's kernel. One in C++ can only raise RuntimeError: what it refuses is said as everywhere."""
-    try:
-        return _forward_op(x, dim)
-    except RuntimeError:
-        _check(x, dim)
-        raise
+_device_forward = functools.partial(call_device, _forward_op, _check)
 
 
 @kernel("softmax", "Autograd")
@@ -164,20 +167,17 @@ def _autograd_backward(grad, y, dim):
     if transformed() or (torch.is_grad_enabled() and (grad.requires_grad or y.requires_grad)):
         return _gradient(grad, y, dim)
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(grad, y, dim)
+        return call_device(_backward_op, _check_backward, grad, y, dim)
 
 
-def _register_autocast(key: str, casts: bool) -> None:
-    @kernel("softmax", key)
-    def forward(x, dim=-1):
-        with below_autocast():
-            return _forward_op(x.float() if casts and x.dtype != torch.float64 else x, dim)
-
-    @kernel("softmax_backward", key)
-    def backward(*arguments):
-        with below_autocast():
-            return _backward_op(*arguments)
+_CASTS = [
+    device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::softmax.int", key)
+]  # device types
 
 
-for _key in AUTOCAST_KEYS.values():
-    _register_autocast(_key, torch._C._dispatch_has_kernel_for_dispatch_key("aten::softmax.int", _key))
+def _cast(device_type, x, dim=-1):
+    return to_float(x) if device_type in _CASTS else x, dim
+
+
+autocast("softmax", _cast)
+autocast("softmax_backward", as_given)
