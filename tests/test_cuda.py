@@ -129,9 +129,12 @@ def test_softmax_is_torchs(dtype, dim):
 def test_a_mixed_rms_norm_is_a_few_calls():
     """A float32 weight over bfloat16, as Gemma's: torch's kernels on the wider type, never blocks."""
     x, weight = torch.randn(8192, 1024, device=CUDA).bfloat16(), torch.randn(1024, device=CUDA)
+    tfl.rms_norm(x, weight)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         tfl.rms_norm(x, weight)
-    assert sum(event.count for event in profile.key_averages()) <= 8
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 1 <= len(kernels) <= 4, kernels  # to float32, the norm, and back
 
 
 def test_patch_norms_leaves_what_is_one_kernel_alone():
