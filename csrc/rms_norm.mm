@@ -1,7 +1,6 @@
 // rms_norm on device "mps": the kernels of _rms_norm and rms_norm_backward, defined in torch_fused_lora/ops.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -61,9 +60,8 @@ std::vector<Tensor> backward(
       "rms_norm_backward: needs: expected two flags, the second for a weight");
   const bool need_x = needs[0], need_weight = needs[1];
   expect(is_alike(grad, x), "grad", grad, "x's ", describe(x));
-  const std::vector<int64_t> rows = with_last(x, 1);
-  const bool rstd_fits = !rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float &&
-      std::equal(rows.begin(), rows.end(), rstd.sizes().begin(), rstd.sizes().end());
+  const bool rstd_fits =
+      !rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float && has_shape(rstd, with_last(x, 1));
   expect(rstd_fits, "rstd", rstd, "a torch.float32 a row of x, on mps");
 
   Binding dx, dweight, partial;

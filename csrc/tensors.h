@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -46,7 +45,7 @@ Rows rows_of(const Tensor& tensor);
 /// What set_arg_tensor binds as a constant: a 0-dim tensor whose storage starts with its value.
 Tensor constant(const Tensor& tensor);
 
-bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape);
+bool has_shape(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef shape);
 
 /// On mps, with the same shape and dtype.
 bool is_alike(const Tensor& tensor, const Tensor& other);

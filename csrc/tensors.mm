@@ -75,21 +75,17 @@ Rows rows_of(const Tensor& tensor) {
   return {tensor, operand};
 }
 
-bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
-  int64_t d = 0;
-  for (int64_t size : shape) {
-    if (tensor.size(d++) != size) return false;
-  }
-  return true;
+bool has_shape(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  const auto sizes = tensor.sizes();  // torch 2.11 has no == for them
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
+
+bool is_alike(const Tensor& tensor, const Tensor& other) {
+  return !tensor.is_cpu() && tensor.scalar_type() == other.scalar_type() && has_shape(tensor, other.sizes());
 }
 
 Scalar scalar(ScalarType dtype) {
   return dtype == ScalarType::Float ? Scalar::float32 : dtype == ScalarType::Half ? Scalar::float16 : Scalar::bfloat16;
-}
-
-bool is_alike(const Tensor& tensor, const Tensor& other) {
-  return !tensor.is_cpu() && tensor.scalar_type() == other.scalar_type() && tensor.sizes() == other.sizes();
 }
 
 bool is_supported(ScalarType dtype) {
