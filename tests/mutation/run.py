@@ -188,7 +188,7 @@ EDITS = [
     Edit(NORM, "+ as_type<float>(weight_stride_eps.y)", ""),
     Edit(NORM, "/ H;", ";"),
     Edit(NORM, "/ H;", ";", 1),
-    Edit(NORM, "&& column == 0", ""),
+    Edit(NORM, "column == 0 && row < M", "row < M"),
     Edit(NORM, "column == 0 && row < M", "column == 0"),
     Edit(NORM, "x_run * scale * weight_run", "x_run * scale"),
     Edit(NORM, "weight.rows == 0 ?", "false ?"),
