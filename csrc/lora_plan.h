@@ -8,7 +8,7 @@ namespace torch_fused_lora {
 /// One LoRA layer on one GPU. x is M x K, weight N x K, lora_A r x K, lora_B N x r, y and dy M x N; h and z are M x r,
 /// y, h, z and all gradients contiguous. The adapters are stacked along r: `ranks` of `adapters` entries, each dropped
 /// with its own probability, which draws from the stream of its number. Of the GPU only its cores matter: all
-/// arithmetic is float32, so that bfloat16, which the GPUs before M3 emulate, costs conversions alone.
+/// arithmetic is float32, so that bfloat16, which GPUs before M3 emulate (public sources say), costs conversions alone.
 struct Problem {
   Scalar dtype, adapter_dtype;
   Operand x, weight, lora_A, lora_B, dy;

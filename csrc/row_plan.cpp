@@ -131,39 +131,34 @@ namespace {
 
 constexpr uint32_t kSoftmaxWideX = 1, kSoftmaxWideGrad = 2, kSoftmaxWideOut = 4;  // as in softmax.metal
 
-uint32_t softmax_flags(const RowProblem& problem) {
-  return (wide(problem.x) ? kSoftmaxWideX : 0) | (wide(problem.grad) ? kSoftmaxWideGrad : 0) |
+const char* plan_softmax(
+    const RowProblem& problem, bool backward, uint32_t index, Launch* launch, uint32_t* count) {
+  if (const char* error = check(problem)) return error;
+  const Layout layout(problem.x);
+  *count = layout.launches();
+  if (index >= *count) return nullptr;
+  const uint32_t flags = (wide(problem.x) ? kSoftmaxWideX : 0) | (wide(problem.grad) ? kSoftmaxWideGrad : 0) |
       (problem.x.cols % 4 == 0 ? kSoftmaxWideOut : 0);
+  const Variant variant = Variant(backward ? "softmax_backward" : "softmax").add(msl(problem.dtype));
+  layout.assemble(variant, softmax_source, std::min(layout.blocks, kMostGroups), launch);
+  const uint64_t shape = pack(layout.M, layout.H), blocks = pack(layout.blocks, flags);
+  const Operand &x = problem.x, &grad = problem.grad;
+  if (backward) {
+    set_arguments(*launch, 3, {shape, blocks, levels(grad), strides(grad), levels(x), strides(x)});
+  } else {
+    set_arguments(*launch, 2, {shape, blocks, levels(x), strides(x)});
+  }
+  return nullptr;
 }
 
 }  // namespace
 
 const char* tfl_plan_softmax(const RowProblem* problem, uint32_t index, Launch* launch, uint32_t* count) {
-  if (const char* error = check(*problem)) return error;
-  const Layout layout(problem->x);
-  *count = layout.launches();
-  if (index >= *count) return nullptr;
-  const uint64_t groups = std::min(layout.blocks, kMostGroups);
-  layout.assemble(Variant("softmax").add(msl(problem->dtype)), softmax_source, groups, launch);
-  set_arguments(
-      *launch, 2,
-      {pack(layout.M, layout.H), pack(layout.blocks, softmax_flags(*problem)), levels(problem->x),
-       strides(problem->x)});
-  return nullptr;
+  return plan_softmax(*problem, false, index, launch, count);
 }
 
 const char* tfl_plan_softmax_backward(const RowProblem* problem, uint32_t index, Launch* launch, uint32_t* count) {
-  if (const char* error = check(*problem)) return error;
-  const Layout layout(problem->x);
-  *count = layout.launches();
-  if (index >= *count) return nullptr;
-  const uint64_t groups = std::min(layout.blocks, kMostGroups);
-  layout.assemble(Variant("softmax_backward").add(msl(problem->dtype)), softmax_source, groups, launch);
-  set_arguments(
-      *launch, 3,
-      {pack(layout.M, layout.H), pack(layout.blocks, softmax_flags(*problem)), levels(problem->grad),
-       strides(problem->grad), levels(problem->x), strides(problem->x)});
-  return nullptr;
+  return plan_softmax(*problem, true, index, launch, count);
 }
 
 }  // namespace torch_fused_lora

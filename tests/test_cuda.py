@@ -109,10 +109,12 @@ def test_rms_norm_against_float64(dtype, weight_dtype, shape):
     x, grad = (torch.randn(shape).to(CUDA, dtype) for _ in range(2))
     weight = torch.randn(shape[-1]).to(CUDA, weight_dtype).requires_grad_() if weight_dtype is not None else None
     x.requires_grad_()
-    y = tfl.rms_norm(x, weight, EPS)
-    found = torch.autograd.grad(y, (x,) if weight is None else (x, weight), grad)
-    for exact, actual in zip(exact_rms_norm(x, weight, grad), (y.detach(), *found), strict=False):
-        exact.check(actual)
+    for rms_norm in (tfl.rms_norm, torch.ops.torch_fused_lora.rms_norm):  # the shortest way, and the operator
+        y = rms_norm(x, weight, EPS)
+        found = torch.autograd.grad(y, (x,) if weight is None else (x, weight), grad)
+        assert [t.dtype for t in (y, *found)] == [dtype, dtype, weight_dtype][: 1 + len(found)]
+        for exact, actual in zip(exact_rms_norm(x, weight, grad), (y.detach(), *found), strict=False):
+            exact.check(actual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

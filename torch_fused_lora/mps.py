@@ -52,5 +52,5 @@ class Extension:
         return self.library.tfl_contiguous_copies() if self.library is not None else 0
 
 
-INSTALL = "pip install . in the source folder (Command Line Tools are enough)"
+INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 extension = Extension()

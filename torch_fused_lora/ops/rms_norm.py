@@ -150,9 +150,9 @@ def _blocks(rows, wide_dtype):
 
 def _alike(x, weight, *others):
     """The operands of torch's own kernels, which take one dtype: the wider."""
-    if _is_alike(x, weight):
-        return x.contiguous(), weight, *(t.contiguous() for t in others)
-    return x.float().contiguous(), weight.float(), *(t.float().contiguous() for t in others)
+    dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+    x, *others = (t.to(dtype).contiguous() for t in (x, *others))
+    return x, weight if weight is None else weight.to(dtype), *others
 
 
 def _portable_forward(x, weight, eps):
@@ -324,13 +324,11 @@ def _autograd_backward(grad, x, weight, rstd, needs):
         return call_device(_backward_op, _check_backward, grad, x, weight, rstd, needs)
 
 
-_CASTS = [
-    device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::rms_norm", key)
-]  # device types
+_CASTING = [device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::rms_norm", key)]
 
 
 def _cast(device_type, x, weight, eps):
-    return *(t if t is None or device_type not in _CASTS else to_float(t) for t in (x, weight)), eps
+    return *(t if t is None or device_type not in _CASTING else to_float(t) for t in (x, weight)), eps
 
 
 autocast("_rms_norm", _cast)

@@ -170,13 +170,11 @@ def _autograd_backward(grad, y, dim):
         return call_device(_backward_op, _check_backward, grad, y, dim)
 
 
-_CASTS = [
-    device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::softmax.int", key)
-]  # device types
+_CASTING = [device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::softmax.int", key)]
 
 
 def _cast(device_type, x, dim=-1):
-    return to_float(x) if device_type in _CASTS else x, dim
+    return to_float(x) if device_type in _CASTING else x, dim
 
 
 autocast("softmax", _cast)
