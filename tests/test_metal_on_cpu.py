@@ -500,8 +500,10 @@ template <typename T, int n> [[kernel]] void scaled(constant uint& m [[buffer(0)
     y[m] = n;
 }
 }
-template [[host_name("all")]] [[kernel]] decltype(ours::scaled<float, ours::Mask::all>) ours::scaled<float, ours::Mask::all>;
-template [[host_name("none")]] [[kernel]] decltype(::ours::scaled<half, ours::Mask::none>) ::ours::scaled<half, ours::Mask::none>;
+template [[host_name("all")]] [[kernel]] decltype(ours::scaled<float, ours::Mask::all>)
+    ours::scaled<float, ours::Mask::all>;
+template [[host_name("none")]] [[kernel]] decltype(::ours::scaled<half, ours::Mask::none>)
+    ::ours::scaled<half, ours::Mask::none>;
 template [[host_name("theirs")]] [[kernel]] decltype(theirs::scaled<float, 2>) theirs::scaled<float, 2>;
 """
 
