@@ -73,9 +73,7 @@ KEYWORDS = {
 }
 
 METAL_NAMES = Path(__file__).with_name("metal_names.tsv")
-PARAMETERS = {"TemplateTypeParmDecl", "NonTypeTemplateParmDecl", "TemplateTemplateParmDecl"}
 NAMESPACES = {"TranslationUnitDecl", "NamespaceDecl", "LinkageSpecDecl"}
-TEMPLATES = {"FunctionTemplateDecl", "ClassTemplateDecl", "VarTemplateDecl", "TypeAliasTemplateDecl"}
 DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)", re.MULTILINE)
 
 THREADGROUP_ARGUMENT = re.compile(r"\bthreadgroup\b([^,()]*)\[\[\s*threadgroup\s*\(\s*\w+\s*\)\s*\]\]")
@@ -260,9 +258,9 @@ def names(tree: Tree) -> Iterator[Diagnostic]:
 def at_namespace_scope(node: Node) -> bool:
     """Whether a declaration's name belongs to a namespace or to the file; an enumerator's does if its enum's does."""
     parent = node.parent
-    if parent is None or node.kind in PARAMETERS:
+    if parent is None:
         return False
-    if parent.kind in TEMPLATES or (parent.kind == "EnumDecl" and not parent["scopedEnumTag"]):
+    if parent.kind == "EnumDecl" and not parent["scopedEnumTag"]:
         return at_namespace_scope(parent)
     return parent.kind in NAMESPACES
 
