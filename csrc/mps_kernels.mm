@@ -142,6 +142,10 @@ uint32_t gpu_cores() { return cores; }
 
 }  // namespace torch_fused_lora
 
+#define TFL_TEXT(x) #x
+#define TFL_TEXT_OF(x) TFL_TEXT(x)
+const char* tfl_interface() { return "torch_fused_lora interface 1 version " TFL_TEXT_OF(TFL_VERSION); }
+
 void tfl_configure(uint32_t gpu_cores, const char* platform) {
   std::lock_guard<std::mutex> lock(torch_fused_lora::mutex);
   torch_fused_lora::cores = gpu_cores > 0 ? gpu_cores : 8;
