@@ -65,14 +65,14 @@ struct Loader {
         along_rows(matrix.col_stride == 1 || matrix.row_stride != 1) {
     TFL_UNROLL
     for (short turn = 0; turn < TURNS; ++turn) {
-      const short2 inside = run_of(turn);
-      places[turn] = cursor_at(source, row + inside.x, col + inside.y);
-      elements[turn] = ulong(row + inside.x) * source.cols + col + inside.y;
+      const short2 inside = run_of(turn, index, matrix.col_stride == 1 || matrix.row_stride != 1);
+      places[turn] = cursor_at(matrix, first_row + inside.x, first_col + inside.y);
+      elements[turn] = ulong(first_row + inside.x) * matrix.cols + first_col + inside.y;
     }
   }
 
   /// The row and column of a run inside the tile.
-  METAL_FUNC short2 run_of(short turn) const thread {
+  static METAL_FUNC short2 run_of(short turn, short thread_index, bool along_rows) {
     const short i = thread_index + turn * THREADS;
     return along_rows ? short2(i / (COLS / RUN), i % (COLS / RUN) * RUN)
                       : short2(i % (ROWS / RUN) * RUN, i / (ROWS / RUN));
@@ -82,7 +82,8 @@ struct Loader {
     TFL_UNROLL
     for (short turn = 0; turn < TURNS; ++turn) {
       if (RUNS % THREADS == 0 || thread_index + turn * THREADS < RUNS) {
-        const short r = run_of(turn).x, c = run_of(turn).y;
+        const short2 inside = run_of(turn, thread_index, along_rows);
+        const short r = inside.x, c = inside.y;
         if (along_rows) {
           const uint count = row + r < source.rows ? left(col + c, source.cols) : 0;
           Run found = source.load(places[turn].data, count);
