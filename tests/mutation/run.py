@@ -240,7 +240,9 @@ EDITS = [
     Edit(SOFTMAX, "if (lane < SIMDGROUPS)", "if (true)"),
     Edit(SOFTMAX, "simdgroup_index / SIMDGROUPS * SIMDGROUPS + lane", "lane"),
     Edit(SOFTMAX, "precise::exp(own.maximum - all.maximum) *", ""),
-    Edit(SOFTMAX, "load_logits(x_rows, x_place, H - c), own.maximum", "load_logits(x_rows, x_place, H - c), all.maximum"),
+    Edit(
+        SOFTMAX, "load_logits(x_rows, x_place, H - c), own.maximum", "load_logits(x_rows, x_place, H - c), all.maximum"
+    ),
     Edit(SOFTMAX, "grad_run - filled(sum)", "grad_run"),
 ]
 EQUIVALENT = {
