@@ -323,7 +323,7 @@ LOCATE = """
 [[kernel]] void locate(
     device const half* data [[buffer(0)]], device ulong* offset [[buffer(1)]], constant uint2& levels [[buffer(2)]],
     constant uint2& strides [[buffer(3)]], constant uint2& row_col [[buffer(4)]]) {
-  const Matrix<half> m = matrix(data, 9, 9, levels, strides, false);
+  const tfl::Matrix<half> m = tfl::matrix_of(data, 9, 9, levels, strides, false);
   *offset = ulong(m.at(row_col.x, row_col.y) - data);
 }
 """
