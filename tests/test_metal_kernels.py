@@ -299,7 +299,7 @@ DRAW = """
 [[kernel]] void draw(
     device uchar* kept [[buffer(0)]], constant uint2& seed [[buffer(1)]], constant ulong& first [[buffer(2)]],
     constant uint2& stream_threshold [[buffer(3)]], uint i [[thread_position_in_grid]]) {
-  const Dropout dropout = {seed, stream_threshold.x, stream_threshold.y, 1.0f};
+  const tfl::Dropout dropout = {seed, stream_threshold.x, stream_threshold.y, 1.0f};
   kept[i] = dropout.keep_eight(first + i);
 }
 """
