@@ -4,6 +4,7 @@ The metadata stands in pyproject.toml.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,9 @@ sys.path.insert(0, str(CSRC))
 from embed_metal import embed  # noqa: E402
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the stable ABI that one binary serves every later torch with
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 COMPILE = ["-std=c++20", "-O2", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+COMPILE += [f"-DTFL_VERSION={VERSION}"]  # a bare word: quotes would not survive every build backend
 COMPILE += ["-fno-sized-deallocation"]  # as torch's own macOS binaries: they import no sized delete
 LINK = ["-Wl,-rpath,@loader_path/../torch/lib"] if sys.platform == "darwin" else []
 

@@ -114,10 +114,11 @@ const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t inde
   Operand down = delta.down, up = delta.up;
   down.offset += slice.begin * down.row_stride;
   up.offset += slice.begin * up.col_stride;
-  if (aligned(delta.in, 4)) flags |= kWideX;
-  if (aligned(down, 4)) flags |= kWideA;
-  if (aligned(up, 4)) flags |= kWideB;
-  if (delta.out_offset % 4 == 0 && N % 4 == 0) flags |= kWideY;
+  if (aligned(delta.in, problem.dtype)) flags |= kWideX;
+  if (aligned(down, problem.adapter_dtype)) flags |= kWideA;
+  if (aligned(up, problem.adapter_dtype)) flags |= kWideB;
+  const uint64_t wide_y = wide_elements(problem.dtype);
+  if (delta.out_offset % wide_y == 0 && N % wide_y == 0) flags |= kWideY;
 
   const Mask mask = slice.p > 0 ? delta.mask : Mask::none;
   Variant("lora_delta")
@@ -127,7 +128,7 @@ const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t inde
       .add(row_blocks)
       .add(k_slices)
       .add(
-          mask == Mask::none ? "Mask::none" : mask == Mask::input ? "Mask::input" : "Mask::output",
+          mask == Mask::none ? "tfl::Mask::none" : mask == Mask::input ? "tfl::Mask::input" : "tfl::Mask::output",
           mask == Mask::none ? "plain" : mask == Mask::input ? "drop_input" : "drop_output")
       .assemble(lora_delta_source, *launch);
   set_grid(*launch, 32 * row_blocks * k_slices, std::max<uint64_t>(ceil_div(N, columns), 1), row_tiles);
@@ -180,8 +181,8 @@ const char* tfl_plan_decode(const Problem* problem, uint32_t index, Launch* laun
   rows = ceil_div(rows, w_rows) * w_rows;
 
   const auto vector = [K](const Operand& m, Scalar dtype) {
-    const uint32_t wide = 16 / bytes(dtype);
-    return m.col_stride == 1 && aligned(m, wide) && K % wide == 0 ? wide : 1;
+    const uint32_t wide = wide_elements(dtype);
+    return m.col_stride == 1 && aligned(m, dtype) && K % wide == 0 ? wide : 1;
   };
   Variant("lora_decode")
       .add(msl(problem->dtype))
@@ -229,8 +230,10 @@ const char* tfl_plan_grad(
     const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(std::min(slice_ranks, kMaxRanks), 8));
     const uint64_t A_tiles = need_A ? ceil_div(K, columns(slice_ranks)) : 0;
     const uint64_t B_tiles = need_B ? ceil_div(N, columns(slice_ranks)) : 0;
-    const uint32_t flags = (aligned(problem->x, 4) ? 1 : 0) | (aligned(problem->dy, 4) ? 2 : 0) |
-        (r % 4 == 0 && slice.begin % 4 == 0 ? 4 : 0);
+    const uint32_t wide_small = wide_elements(problem->adapter_dtype);
+    const uint32_t flags = (aligned(problem->x, problem->dtype) ? 1 : 0) |
+        (aligned(problem->dy, problem->dtype) ? 2 : 0) |
+        (r % wide_small == 0 && slice.begin % wide_small == 0 ? 4 : 0);
     Variant("lora_grad")
         .add(msl(problem->dtype))
         .add(msl(problem->adapter_dtype))

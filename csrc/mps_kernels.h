@@ -52,6 +52,9 @@ uint32_t gpu_cores();
 }  // namespace torch_fused_lora
 
 extern "C" {
+/// The number of the interface below and of the operators' schemas, and the package's version, as
+/// torch_fused_lora/mps.py wants them. It finds this text in the file before it loads it.
+__attribute__((visibility("default"))) const char* tfl_interface();
 /// Once, before the first call: the GPU's number of cores, and the versions that error messages name.
 __attribute__((visibility("default"))) void tfl_configure(uint32_t gpu_cores, const char* platform);
 /// How many kernels are compiled so far, and how many contiguous copies of operands were made.

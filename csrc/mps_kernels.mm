@@ -94,6 +94,14 @@ const char* encode_one(const Encoding& encoding) {
   return nullptr;
 }
 
+void check_tensors(const Batch& batch, const Launch& launch) {
+  const size_t bound = batch.buffers.size() + batch.constants.size();
+  if (bound == launch.tensors) return;
+  throw std::runtime_error(
+      std::string("torch_fused_lora: kernel ") + launch.kernel + ": takes " + std::to_string(launch.tensors) +
+      " tensors, " + std::to_string(bound) + " are bound");
+}
+
 /// Runs on the stream's queue, where no exception may pass: what failed is told afterwards.
 void encode_block(AOTIMetalKernelFunctionHandle, void* user_data) {
   Block& block = *static_cast<Block*>(user_data);
@@ -113,6 +121,7 @@ void encode(std::span<const Batch> batches) {
   Block block;
   for (const Batch& batch : batches) {
     for (const Launch& launch : batch.launches) {
+      check_tensors(batch, launch);
       block.encodings.push_back({&batch, &launch, compiled(launch)});
     }
   }
@@ -132,6 +141,10 @@ void check_status(int32_t status, const char* what) {
 uint32_t gpu_cores() { return cores; }
 
 }  // namespace torch_fused_lora
+
+#define TFL_TEXT(x) #x
+#define TFL_TEXT_OF(x) TFL_TEXT(x)
+const char* tfl_interface() { return "torch_fused_lora interface 1 version " TFL_TEXT_OF(TFL_VERSION); }
 
 void tfl_configure(uint32_t gpu_cores, const char* platform) {
   std::lock_guard<std::mutex> lock(torch_fused_lora::mutex);

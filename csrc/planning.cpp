@@ -21,7 +21,8 @@ uint64_t levels(const Operand& m) { return pack(std::max<uint64_t>(std::min(m.in
 
 uint64_t strides(const Operand& m) { return pack(m.row_stride, m.col_stride); }
 
-bool aligned(const Operand& m, uint64_t quantum) {
+bool aligned(const Operand& m, Scalar dtype) {
+  const uint64_t quantum = wide_elements(dtype);
   const bool along_cols = m.col_stride == 1;
   if (!along_cols && m.row_stride != 1) return false;
   const uint64_t across = along_cols ? (m.rows > 1 ? m.row_stride : 0) : (m.cols > 1 ? m.col_stride : 0);
@@ -46,7 +47,7 @@ void Variant::assemble(const char* text, Launch& launch) const {
   std::lock_guard<std::mutex> lock(mutex);
   auto [found, is_new] = sources.try_emplace(name_);
   if (is_new) {
-    const std::string function = family_ + "<" + arguments_ + ">";
+    const std::string function = "tfl::" + family_ + "<" + arguments_ + ">";
     found->second = std::string(text) + "\ntemplate [[host_name(\"" + name_ + "\")]] [[kernel]] decltype(" +
         function + ") " + function + ";\n";
   }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr uint32_t kSimdgroupElements = 32 * 8;  // of a row, as in rows.h
 constexpr uint32_t kRowSimdgroups = 16;          // at most; longer rows are looped over
-constexpr uint32_t kGroupSimdgroups = 8;         // at least, as in rows.h; shorter rows share a threadgroup
+constexpr uint32_t kGroupSimdgroups = 8;         // at least; shorter rows share a threadgroup
 constexpr uint32_t kCoreSimdgroups = 32;         // that keep a core's loads in flight; not timed
 constexpr uint32_t kSplitRows = 16;              // at least, of each partial sum of dweight; not timed
 constexpr uint64_t kMostGroups = 1 << 20;        // keeps a grid's threads below 2**32
@@ -40,7 +40,7 @@ struct Layout {
   }
 
   void assemble(Variant variant, const char* text, uint64_t groups, Launch* launch) const {
-    variant.add(row_simdgroups).add(held ? "true" : "false", held ? "held" : "looped").assemble(text, *launch);
+    variant.add(row_simdgroups).add(group_simdgroups / row_simdgroups).add(held ? "true" : "false", held ? "held" : "looped").assemble(text, *launch);
     set_grid(*launch, 32 * group_simdgroups, groups);
   }
 };
@@ -52,7 +52,7 @@ const char* check(const RowProblem& problem) {
   return problem.weight_stride > UINT32_MAX ? "weight: a stride of 2**32 elements or more" : nullptr;
 }
 
-bool wide(const Operand& m) { return m.col_stride == 1 && aligned(m, 4); }
+bool wide(const Operand& m, Scalar dtype) { return m.col_stride == 1 && aligned(m, dtype); }
 
 // -------------------------------------------------------------------------------------------------------- rms_norm
 
@@ -65,9 +65,10 @@ Scalar weight_type(const RowProblem& problem) { return problem.has_weight ? prob
 /// The flags that forward and backward share.
 uint32_t norm_flags(const RowProblem& problem) {
   uint32_t flags = problem.has_weight ? kNormHasWeight : 0;
-  if (problem.weight_stride == 1 && problem.weight_offset % 4 == 0) flags |= kNormWideWeight;
-  if (wide(problem.x)) flags |= kNormWideX;
-  if (problem.x.cols % 4 == 0) flags |= kNormWideOut;
+  const bool weight_is_aligned = problem.weight_offset % wide_elements(problem.weight_dtype) == 0;
+  if (problem.weight_stride == 1 && weight_is_aligned) flags |= kNormWideWeight;
+  if (wide(problem.x, problem.dtype)) flags |= kNormWideX;
+  if (problem.x.cols % wide_elements(problem.dtype) == 0) flags |= kNormWideOut;
   return flags;
 }
 
@@ -110,7 +111,7 @@ const char* tfl_plan_rms_norm_backward(
 
   if (index == 0 && *count > 0) {
     const char* const out = *splits > 1 ? "float" : msl(weight_type(*problem));
-    const uint32_t flags = norm_flags(*problem) | (wide(problem->grad) ? kNormWideGrad : 0) |
+    const uint32_t flags = norm_flags(*problem) | (wide(problem->grad, problem->dtype) ? kNormWideGrad : 0) |
         (need_x ? kNormNeedX : 0) | (need_weight ? kNormNeedWeight : 0);
     layout.assemble(
         Variant("rms_norm_backward").add(msl(problem->dtype)).add(msl(weight_type(*problem))).add(out),
@@ -137,8 +138,9 @@ const char* plan_softmax(
   const Layout layout(problem.x);
   *count = layout.launches();
   if (index >= *count) return nullptr;
-  const uint32_t flags = (wide(problem.x) ? kSoftmaxWideX : 0) | (wide(problem.grad) ? kSoftmaxWideGrad : 0) |
-      (problem.x.cols % 4 == 0 ? kSoftmaxWideOut : 0);
+  const uint32_t flags = (wide(problem.x, problem.dtype) ? kSoftmaxWideX : 0) |
+      (wide(problem.grad, problem.dtype) ? kSoftmaxWideGrad : 0) |
+      (problem.x.cols % wide_elements(problem.dtype) == 0 ? kSoftmaxWideOut : 0);
   const Variant variant = Variant(backward ? "softmax_backward" : "softmax").add(msl(problem.dtype));
   layout.assemble(variant, softmax_source, std::min(layout.blocks, kMostGroups), launch);
   const uint64_t shape = pack(layout.M, layout.H), blocks = pack(layout.blocks, flags);

@@ -14,6 +14,8 @@
 // Rounding. Once: base, bias and low-rank term are summed in float32.
 #include "operands.h"
 
+namespace tfl {
+
 constant constexpr short DECODE_SIMDGROUPS = 16, DECODE_X_FLOATS = 4096, DECODE_H_FLOATS = 2048;
 constant constexpr uint DECODE_BIAS = 1, DECODE_SAVE_H = 2;
 
@@ -28,29 +30,42 @@ struct Sums {
   float of[ROWS][M];
 };
 
-/// sums.of[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, a lane's share. VECTOR elements
-/// of a row are read at once: 1, or 16 bytes' worth where rows are contiguous and aligned.
+/// VECTOR neighbouring elements, zeros beyond: 1, or 16 bytes of them where rows are contiguous and aligned.
+template <short VECTOR, typename U>
+METAL_FUNC Run load_vector(device const U* source) {
+  if (VECTOR == 1) {
+    return {float4(float(*source), 0, 0, 0), float4(0)};
+  }
+  if (VECTOR == 4) {
+    device const vec<U, 4>* const quad = reinterpret_cast<device const vec<U, 4>*>(source);
+    return {float4(quad[0]), float4(0)};
+  }
+  return load_eight(source);
+}
+
+/// sums.of[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, a lane's share.
 template <short VECTOR, short ROWS, short M, typename U>
-void accumulate(
+METAL_FUNC void accumulate(
     thread Sums<ROWS, M>& sums, device const U* rows, uint row_stride, uint col_stride, short row_count,
     threadgroup const float* x, uint count, ushort lane) {
-  for (uint k = lane * VECTOR; k < count; k += 32 * VECTOR) {
+  constexpr short CHUNK = chunk_columns(M);
+  const ulong step = ulong(32 * VECTOR) * col_stride;
+  device const U* source = rows + ulong(lane * VECTOR) * col_stride;
+  for (uint k = lane * VECTOR; k < count; k += 32 * VECTOR, source += step) {
+    TFL_UNROLL
     for (short j = 0; j < ROWS; ++j) {
       if (j < row_count) {
-        device const U* const source = rows + ulong(j) * row_stride + ulong(k) * col_stride;
-        for (short part = 0; part < (VECTOR + 3) / 4; ++part) {
-          float4 w;
+        const Run w = load_vector<VECTOR>(source + ulong(j) * row_stride);
+        TFL_UNROLL
+        for (short m = 0; m < M; ++m) {
+          threadgroup const float* const row = x + m * CHUNK + k;
           if (VECTOR == 1) {
-            w = float4(float(*source), 0, 0, 0);
+            sums.of[j][m] = fma(w.low.x, row[0], sums.of[j][m]);
           } else {
-            w = float4(reinterpret_cast<device const vec<U, 4>*>(source)[part]);
-          }
-          for (short m = 0; m < M; ++m) {
-            threadgroup const float* const row = x + m * chunk_columns(M) + k + 4 * part;
-            if (VECTOR == 1) {
-              sums.of[j][m] = fma(w.x, row[0], sums.of[j][m]);
-            } else {
-              sums.of[j][m] += dot(w, *reinterpret_cast<threadgroup const float4*>(row));
+            threadgroup const float4* const quads = reinterpret_cast<threadgroup const float4*>(row);
+            sums.of[j][m] += dot(w.low, quads[0]);
+            if (VECTOR == 8) {
+              sums.of[j][m] += dot(w.high, quads[1]);
             }
           }
         }
@@ -61,11 +76,16 @@ void accumulate(
 
 /// Stages columns [first, first + count) of x as float.
 template <short M, typename T>
-void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint count, ushort thread_index) {
+METAL_FUNC void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint count, ushort thread_index) {
+  constexpr short CHUNK = chunk_columns(M);
+  constexpr uint STEP = 32 * DECODE_SIMDGROUPS;
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  TFL_UNROLL
   for (short m = 0; m < M; ++m) {
-    for (uint k = thread_index; k < count; k += 32 * DECODE_SIMDGROUPS) {
-      staged[m * chunk_columns(M) + k] = float(*x.at(m, first + k));
+    device const T* source = x.at(m, first + thread_index);
+    const ulong step = x.across(STEP);
+    for (uint k = thread_index; k < count; k += STEP, source += step) {
+      staged[m * CHUNK + k] = float(*source);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -100,7 +120,7 @@ void lora_decode(
   threadgroup float* const staged = reinterpret_cast<threadgroup float*>(x_memory);
 
   const uint K = k_n.x, N = k_n.y, r = rank_rows.x, flags = flags_bias_stride.x;
-  const Matrix<T> x_matrix = matrix(x, M, K, x_levels, x_strides, false);
+  const Matrix<T> x_matrix = matrix_of(x, M, K, x_levels, x_strides, false);
 
   // h = x A^T: a simdgroup a rank. Its first lane keeps the sum over the chunks, which nobody else touches yet.
   for (uint first = 0; first < K || first == 0; first += CHUNK) {
@@ -110,6 +130,7 @@ void lora_decode(
       Sums<1, M> sums = {};
       device const TA* const row = lora_A + ulong(rank) * A_strides.x + ulong(first) * A_strides.y;
       accumulate<A_VECTOR>(sums, row, 0, A_strides.y, 1, staged, count, lane);
+      TFL_UNROLL
       for (short m = 0; m < M; ++m) {
         const float sum = simd_sum(sums.of[0][m]);
         if (lane == 0) {
@@ -139,17 +160,21 @@ void lora_decode(
       device const T* const rows = weight + ulong(n) * W_strides.x + ulong(first) * W_strides.y;
       accumulate<W_VECTOR>(sums, rows, W_strides.x, W_strides.y, row_count, staged, count, lane);
     }
+    TFL_UNROLL
     for (short j = 0; j < W_ROWS; ++j) {
       if (j < row_count) {
-        device const TA* const B_row = lora_B + ulong(n + j) * B_strides.x;
-        for (uint rank = lane; rank < r; rank += 32) {
-          const float b = scaling * float(B_row[ulong(rank) * B_strides.y]);
+        device const TA* source = lora_B + ulong(n + j) * B_strides.x + ulong(lane) * B_strides.y;
+        const ulong step = ulong(32) * B_strides.y;
+        for (uint rank = lane; rank < r; rank += 32, source += step) {
+          const float b = scaling * float(*source);
+          TFL_UNROLL
           for (short m = 0; m < M; ++m) {
             sums.of[j][m] = fma(b, h_sums[m * r + rank], sums.of[j][m]);
           }
         }
         const float offset = (flags & DECODE_BIAS) != 0 && lane == 0
             ? float(bias[ulong(n + j) * flags_bias_stride.y]) : 0.0f;
+        TFL_UNROLL
         for (short m = 0; m < M; ++m) {
           const float sum = simd_sum(sums.of[j][m] + offset);
           if (lane == 0) {
@@ -160,3 +185,5 @@ void lora_decode(
     }
   }
 }
+
+}  // namespace tfl

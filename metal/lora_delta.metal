@@ -16,6 +16,8 @@
 // Rounding. Sums are float32; y + delta is rounded once to y's type. With `save_h`, h is stored, rounded to A's type.
 #include "tiles.h"
 
+namespace tfl {
+
 enum class Mask { none, input, output };
 
 constant constexpr uint DELTA_WIDE_X = 1, DELTA_WIDE_A = 2, DELTA_WIDE_B = 4, DELTA_WIDE_Y = 8, DELTA_SAVE_H = 16;
@@ -53,6 +55,8 @@ void lora_delta(
   using RowTile = Tile<ROWS, WIDTH>;
   using ATile = Tile<RANKS, WIDTH>;
   using BTile = Tile<WIDTH, RANKS>;
+  constexpr short RUNS = ROWS * WIDTH / RUN;
+  static_assert(RUNS <= THREADS, "a thread has at most one run of a tile of y");
   constexpr short RANK_TILE_SIZE = ATile::size > BTile::size ? short(ATile::size) : short(BTile::size);
   threadgroup float4 row_memory[RowTile::size / 4];
   threadgroup float4 rank_memory[RANK_TILE_SIZE / 4];
@@ -67,24 +71,32 @@ void lora_delta(
 
   // Stage 1: h = x A^T.
   simdgroup_float8x8 h_blocks[RANK_BLOCKS];
+  TFL_UNROLL
   for (short i = 0; i < RANK_BLOCKS; ++i) {
     h_blocks[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
-  const Matrix<T> x_matrix = matrix(x, M, K, x_levels, x_strides, (flags & DELTA_WIDE_X) != 0);
+  const Matrix<T> x_matrix = matrix_of(x, M, K, x_levels, x_strides, (flags & DELTA_WIDE_X) != 0);
   device const TA* const A_slice = lora_A + ulong(ranks.x) * A_strides.x;
-  const Matrix<TA> A_matrix = matrix(A_slice, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0);
+  const Matrix<TA> A_matrix = matrix_of(A_slice, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0);
   const ATile A_tile = {rank_floats};
+  Loader<T, ROWS, WIDTH, THREADS, MASK == Mask::input> x_loader(x_matrix, row, 0, thread_index, dropout);
+  Loader<TA, RANKS, WIDTH, THREADS> A_loader(A_matrix, 0, 0, thread_index);
   for (uint k = 0; k < K; k += WIDTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    rows.template load<THREADS, MASK == Mask::input>(x_matrix, row, k, thread_index, dropout);
-    A_tile.template load<THREADS>(A_matrix, 0, k, thread_index);
+    x_loader.load(rows);
+    A_loader.load(A_tile);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (short block = slice * 8; block < WIDTH; block += 8 * K_SLICES) {
-      const simdgroup_float8x8 x_block = rows.block(row_block, block);
+      simdgroup_float8x8 x_block, A_block;
+      rows.read(x_block, row_block, block);
+      TFL_UNROLL
       for (short i = 0; i < RANK_BLOCKS; ++i) {
-        simdgroup_multiply_accumulate(h_blocks[i], x_block, A_tile.transposed_block(8 * i, block), h_blocks[i]);
+        A_tile.read_transposed(A_block, 8 * i, block);
+        simdgroup_multiply_accumulate(h_blocks[i], x_block, A_block, h_blocks[i]);
       }
     }
+    x_loader.next_columns();
+    A_loader.next_columns();
   }
 
   // The slices' sums, as many rank blocks at a time as the rank tile's memory holds; every simdgroup takes them back.
@@ -92,63 +104,79 @@ void lora_delta(
   constexpr short FITTING = RANK_TILE_SIZE / (K_SLICES * PART);
   constexpr short CHUNK = FITTING < RANK_BLOCKS ? FITTING : RANK_BLOCKS;
   static_assert(CHUNK > 0, "one rank block of every slice fits the rank tile");
+  device TA* const h_tile = h + ulong(row) * stream_h_stride.y + ranks.x;
+  TFL_UNROLL
   for (short first = 0; first < RANK_BLOCKS; first += CHUNK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (short i = 0; i < CHUNK && first + i < RANK_BLOCKS; ++i) {
-      simdgroup_store(h_blocks[first + i], rank_floats + (slice * CHUNK + i) * PART + row_block * 8, 8);
+    TFL_UNROLL
+    for (short i = 0; i < CHUNK; ++i) {
+      if (first + i < RANK_BLOCKS) {
+        simdgroup_store(h_blocks[first + i], rank_floats + (slice * CHUNK + i) * PART + row_block * 8, 8);
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const short parts = min(CHUNK, short(RANK_BLOCKS - first));
     for (short i = thread_index; i < parts * PART; i += THREADS) {
       float sum = rank_floats[i];
+      TFL_UNROLL
       for (short s = 1; s < K_SLICES; ++s) {
         sum += rank_floats[s * CHUNK * PART + i];
       }
       rank_floats[i] = sum;
-      const uint m = row + i % PART / 8, rank = (first + i / PART) * 8 + i % 8;
-      if ((flags & DELTA_SAVE_H) != 0 && group.x == 0 && m < M && rank < rank_count) {
-        h[ulong(m) * stream_h_stride.y + ranks.x + rank] = static_cast<TA>(sum);
+      const uint m = i % PART / 8, rank = (first + i / PART) * 8 + i % 8;
+      if ((flags & DELTA_SAVE_H) != 0 && group.x == 0 && row + m < M && rank < rank_count) {
+        h_tile[m * stream_h_stride.y + rank] = static_cast<TA>(sum);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (short i = 0; i < CHUNK && first + i < RANK_BLOCKS; ++i) {
-      simdgroup_load(h_blocks[first + i], rank_floats + i * PART + row_block * 8, 8);
+    TFL_UNROLL
+    for (short i = 0; i < CHUNK; ++i) {
+      if (first + i < RANK_BLOCKS) {
+        simdgroup_load(h_blocks[first + i], rank_floats + i * PART + row_block * 8, 8);
+      }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // Stage 2: y += s h B^T.
   device const TA* const B_slice = lora_B + ulong(ranks.x) * B_strides.y;
-  const Matrix<TA> B_matrix = matrix(B_slice, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0);
+  const Matrix<TA> B_matrix = matrix_of(B_slice, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0);
   const BTile B_tile = {rank_floats};
+  Loader<TA, WIDTH, RANKS, THREADS> B_loader(B_matrix, column_begin, 0, thread_index);
+  const short r = thread_index / (WIDTH / RUN), c = thread_index % (WIDTH / RUN) * RUN;
+  const uint m = row + r, run_end = thread_index < RUNS && m < M ? column_end : 0;
   const bool wide_y = (flags & DELTA_WIDE_Y) != 0;
-  constexpr short RUNS = ROWS * WIDTH / RUN;
+  device T* target = y + ulong(m) * y_stride_flags.x + column_begin + c;
+  ulong element = ulong(m) * N + column_begin + c;
   for (uint column = column_begin; column < column_end; column += WIDTH) {
-    B_tile.template load<THREADS>(B_matrix, column, 0, thread_index);
+    B_loader.load(B_tile);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (short block = slice * 8; block < WIDTH; block += 8 * K_SLICES) {
-      simdgroup_float8x8 delta = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      simdgroup_float8x8 B_block, delta = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      TFL_UNROLL
       for (short i = 0; i < RANK_BLOCKS; ++i) {
-        simdgroup_multiply_accumulate(delta, h_blocks[i], B_tile.transposed_block(block, 8 * i), delta);
+        B_tile.read_transposed(B_block, block, 8 * i);
+        simdgroup_multiply_accumulate(delta, h_blocks[i], B_block, delta);
       }
       simdgroup_store(delta, rows.at(row_block, block), RowTile::stride);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (short i = thread_index; i < RUNS; i += THREADS) {
-      const short r = i / (WIDTH / RUN), c = i % (WIDTH / RUN) * RUN;
-      const uint m = row + r, n = column + c;
-      if (m < M && n < column_end) {
-        const uint count = N - n;  // a split of the columns ends at a multiple of a run, or at N
-        Run delta = rows.run(r, c);
-        if (MASK == Mask::output) {
-          delta = dropout.apply(delta, ulong(m) * N + n);
-        }
-        device T* const target = y + ulong(m) * y_stride_flags.x + n;
-        Run sum = load_run<T>(target, 1, count, wide_y);
-        sum.low = fma(delta.low, float4(scaling), sum.low);
-        sum.high = fma(delta.high, float4(scaling), sum.high);
-        store_run(target, sum, count, wide_y);
+    const uint n = column + c;
+    if (n < run_end) {
+      const uint count = N - n;  // a split of the columns ends at a multiple of a run, or at N
+      Run delta = rows.run(r, c);
+      if (MASK == Mask::output) {
+        delta = dropout.apply(delta, element);
       }
+      Run sum = load_run<T>(target, 1, count, wide_y);
+      sum.low = fma(delta.low, float4(scaling), sum.low);
+      sum.high = fma(delta.high, float4(scaling), sum.high);
+      store_run(target, sum, count, wide_y);
     }
+    B_loader.next_rows();
+    target += WIDTH;
+    element += WIDTH;
   }
 }
+
+}  // namespace tfl

@@ -13,6 +13,8 @@
 // Rounding. Sums are float32; a gradient is rounded once to its type.
 #include "tiles.h"
 
+namespace tfl {
+
 constant constexpr short GRAD_SIMDGROUPS = 8;
 constant constexpr uint GRAD_WIDE_X = 1, GRAD_WIDE_DY = 2, GRAD_WIDE_SMALL = 4;
 
@@ -26,32 +28,40 @@ constexpr short grad_depth(short rank_blocks) {
 
 /// One group's C x r block: columns from `column`, rows [row, big.rows), summed in `sums`.
 template <short RANK_BLOCKS, bool DROPPED, typename T, typename TA>
-void accumulate_columns(
+METAL_FUNC void accumulate_columns(
     thread simdgroup_float8x8 (&sums)[grad_column_blocks(RANK_BLOCKS)][RANK_BLOCKS],
     threadgroup float* big_floats, threadgroup float* small_floats,
     Matrix<T> big, Matrix<TA> small, uint row, uint column, Dropout dropout,
     ushort thread_index, ushort simdgroup_index) {
   constexpr short BLOCKS = grad_column_blocks(RANK_BLOCKS), DEPTH = grad_depth(RANK_BLOCKS);
   constexpr short THREADS = 32 * GRAD_SIMDGROUPS;
-  const Tile<DEPTH, 8 * BLOCKS * GRAD_SIMDGROUPS> big_tile = {big_floats};
-  const Tile<DEPTH, 8 * RANK_BLOCKS> small_tile = {small_floats};
+  constexpr short COLS = 8 * BLOCKS * GRAD_SIMDGROUPS, RANKS = 8 * RANK_BLOCKS;
+  const Tile<DEPTH, COLS> big_tile = {big_floats};
+  const Tile<DEPTH, RANKS> small_tile = {small_floats};
+  Loader<T, DEPTH, COLS, THREADS, DROPPED> big_loader(big, row, column, thread_index, dropout);
+  Loader<TA, DEPTH, RANKS, THREADS> small_loader(small, row, 0, thread_index);
   for (; row < big.rows; row += DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    big_tile.template load<THREADS, DROPPED>(big, row, column, thread_index, dropout);
-    small_tile.template load<THREADS>(small, row, 0, thread_index);
+    big_loader.load(big_tile);
+    small_loader.load(small_tile);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (short m = 0; m < DEPTH; m += 8) {
-      simdgroup_float8x8 big_blocks[BLOCKS];
+      simdgroup_float8x8 big_blocks[BLOCKS], small_block;
+      TFL_UNROLL
       for (short c = 0; c < BLOCKS; ++c) {
-        big_blocks[c] = big_tile.transposed_block(m, (simdgroup_index * BLOCKS + c) * 8);
+        big_tile.read_transposed(big_blocks[c], m, (simdgroup_index * BLOCKS + c) * 8);
       }
+      TFL_UNROLL
       for (short i = 0; i < RANK_BLOCKS; ++i) {
-        const simdgroup_float8x8 small_block = small_tile.block(m, 8 * i);
+        small_tile.read(small_block, m, 8 * i);
+        TFL_UNROLL
         for (short c = 0; c < BLOCKS; ++c) {
           simdgroup_multiply_accumulate(sums[c][i], big_blocks[c], small_block, sums[c][i]);
         }
       }
     }
+    big_loader.next_rows();
+    small_loader.next_rows();
   }
 }
 
@@ -95,7 +105,9 @@ void lora_grad(
   const bool wide_small = (flags_stream.x & GRAD_WIDE_SMALL) != 0;
   const uint2 small_strides = uint2(r_tiles.x, 1);
   simdgroup_float8x8 sums[BLOCKS][RANK_BLOCKS];
+  TFL_UNROLL
   for (short c = 0; c < BLOCKS; ++c) {
+    TFL_UNROLL
     for (short i = 0; i < RANK_BLOCKS; ++i) {
       sums[c][i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
@@ -104,36 +116,46 @@ void lora_grad(
     const Dropout dropout = {seed, flags_stream.y, dropout_words.x, as_type<float>(dropout_words.y)};
     accumulate_columns<RANK_BLOCKS, DROPPED>(
         sums, big_floats, small_floats,
-        matrix(x, row_end, columns, x_levels, x_strides, (flags_stream.x & GRAD_WIDE_X) != 0),
-        matrix(z + rank, row_end, rank_count, small_strides, wide_small),
+        matrix_of(x, row_end, columns, x_levels, x_strides, (flags_stream.x & GRAD_WIDE_X) != 0),
+        matrix_of(z + rank, row_end, rank_count, small_strides, wide_small),
         row, column, dropout, thread_index, simdgroup_index);
   } else {
     accumulate_columns<RANK_BLOCKS, false>(
         sums, big_floats, small_floats,
-        matrix(dy, row_end, columns, dy_levels, dy_strides, (flags_stream.x & GRAD_WIDE_DY) != 0),
-        matrix(h + rank, row_end, rank_count, small_strides, wide_small),
+        matrix_of(dy, row_end, columns, dy_levels, dy_strides, (flags_stream.x & GRAD_WIDE_DY) != 0),
+        matrix_of(h + rank, row_end, rank_count, small_strides, wide_small),
         row, column, Dropout(), thread_index, simdgroup_index);
   }
 
   // Out through threadgroup memory, an 8x8 block of a simdgroup at a time, so that the edges cost nothing above.
+  // Neighbouring lanes write neighbouring elements: along the columns for dA, along the ranks for dB.
   threadgroup_barrier(mem_flags::mem_threadgroup);
   threadgroup float* const block = big_floats + simdgroup_index * 64;
-  device OUT* const out = (is_dA ? dA : dB) + ulong(group.y) * r_tiles.x * columns;
-  const uint column_stride = is_dA ? 1 : r_tiles.x, rank_stride = is_dA ? columns : 1;
+  const ulong column_stride = is_dA ? 1 : r_tiles.x, rank_stride = is_dA ? columns : 1;
+  const short slow = lane / 8, fast = lane % 8;  // of the lane's first element; its second is four further along `slow`
+  const short block_column = is_dA ? fast : slow, block_rank = is_dA ? slow : fast;
+  const short column_step = is_dA ? 0 : 4, rank_step = 4 - column_step;
+  const uint first_column = column + simdgroup_index * BLOCKS * 8 + block_column, first_rank = rank + block_rank;
+  device OUT* const out = (is_dA ? dA : dB) + ulong(group.y) * r_tiles.x * columns + first_column * column_stride +
+      first_rank * rank_stride;
+  const ulong second = column_step * column_stride + rank_step * rank_stride;
+  TFL_UNROLL
   for (short c = 0; c < BLOCKS; ++c) {
+    TFL_UNROLL
     for (short i = 0; i < RANK_BLOCKS; ++i) {
       simdgroup_store(sums[c][i], block, 8);
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      for (short e = lane; e < 64; e += 32) {
-        // Neighbouring lanes write neighbouring elements: along the columns for dA, along the ranks for dB.
-        const short block_column = is_dA ? e % 8 : e / 8, block_rank = is_dA ? e / 8 : e % 8;
-        const uint n = column + (simdgroup_index * BLOCKS + c) * 8 + block_column, j = rank + 8 * i + block_rank;
+      TFL_UNROLL
+      for (short e = 0; e < 2; ++e) {
+        const uint n = first_column + 8 * c + e * column_step, j = first_rank + 8 * i + e * rank_step;
         if (n < columns && j < ranks.y) {
-          const float sum = scaling * block[block_column * 8 + block_rank];
-          out[ulong(n) * column_stride + ulong(j) * rank_stride] = static_cast<OUT>(sum);
+          const short element = (block_column + e * column_step) * 8 + block_rank + e * rank_step;
+          out[8 * c * column_stride + 8 * i * rank_stride + e * second] = static_cast<OUT>(scaling * block[element]);
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
 }
+
+}  // namespace tfl

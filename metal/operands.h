@@ -1,11 +1,97 @@
 // How the kernels reach device memory: strided operands, read and written in runs of eight elements, as float.
+//
+// Inside a loop an address is stepped, never computed again: these GPUs have no 64-bit multiplier (public measurements
+// say about 13 cycles), and a division costs more.
 #pragma once
 
 #include <metal_stdlib>
 
+/// In front of a loop of constant length: unrolled whole, whatever a compiler thinks it is worth. A loop that indexes a
+/// private array or the components of a vector needs it, and so does every loop around it that takes part in the index:
+/// what is indexed by a variable leaves the registers.
+#define TFL_UNROLL _Pragma("clang loop unroll(full)")
+
+namespace tfl {
+
 using namespace metal;
 
 constant constexpr short RUN = 8;
+
+/// Elements from `begin` up to `end`, none when it lies beyond.
+METAL_FUNC uint left(uint begin, uint end) {
+  return begin < end ? end - begin : 0;
+}
+
+/// Eight consecutive elements of a row or of a column, in registers.
+struct Run {
+  float4 low, high;
+
+  METAL_FUNC float get(short i) const thread { return i < 4 ? low[i] : high[i - 4]; }
+
+  METAL_FUNC void set(short i, float value) thread {
+    if (i < 4) {
+      low[i] = value;
+    } else {
+      high[i - 4] = value;
+    }
+  }
+};
+
+/// Eight contiguous elements by loads of 16 bytes, to which `source` is aligned.
+template <typename T>
+METAL_FUNC Run load_eight(device const T* source) {
+  const uint4 raw = *reinterpret_cast<device const uint4*>(source);
+  return {float4(as_type<vec<T, 4>>(raw.xy)), float4(as_type<vec<T, 4>>(raw.zw))};
+}
+
+METAL_FUNC Run load_eight(device const float* source) {
+  device const float4* const quads = reinterpret_cast<device const float4*>(source);
+  return {quads[0], quads[1]};
+}
+
+/// The same the other way: each element is rounded to T, once.
+template <typename T>
+METAL_FUNC void store_eight(device T* target, Run run) {
+  const uint2 low = as_type<uint2>(vec<T, 4>(run.low)), high = as_type<uint2>(vec<T, 4>(run.high));
+  *reinterpret_cast<device uint4*>(target) = uint4(low, high);
+}
+
+METAL_FUNC void store_eight(device float* target, Run run) {
+  device float4* const quads = reinterpret_cast<device float4*>(target);
+  quads[0] = run.low;
+  quads[1] = run.high;
+}
+
+/// The `count` first elements of a run (all of them when count >= RUN), zero beyond. `wide`: contiguous, 16-byte aligned.
+template <typename T>
+METAL_FUNC Run load_run(device const T* source, uint stride, uint count, bool wide) {
+  if (wide && count >= uint(RUN)) {
+    return load_eight(source);
+  }
+  Run run = {float4(0), float4(0)};
+  TFL_UNROLL
+  for (short i = 0; i < RUN; ++i) {
+    if (uint(i) < count) {
+      run.set(i, float(source[ulong(i) * stride]));
+    }
+  }
+  return run;
+}
+
+/// Rounds the `count` first elements of a run to T, once, into a contiguous row.
+template <typename T>
+METAL_FUNC void store_run(device T* target, Run run, uint count, bool wide) {
+  if (wide && count >= uint(RUN)) {
+    store_eight(target, run);
+    return;
+  }
+  TFL_UNROLL
+  for (short i = 0; i < RUN; ++i) {
+    if (uint(i) < count) {
+      target[i] = static_cast<T>(run.get(i));
+    }
+  }
+}
 
 /// An operand with any strides, counted in elements. Rows come in two levels, so that the flattened leading
 /// dimensions of a permuted or sliced 3-D tensor need no copy: row i starts at
@@ -15,90 +101,71 @@ struct Matrix {
   device const T* data;
   uint rows, cols;
   uint inner, outer_stride, row_stride, col_stride;
-  bool wide;  // every run that starts at a multiple of RUN is contiguous and aligned to four elements
+  bool wide;  // every run that starts at a multiple of RUN is contiguous and aligned to 16 bytes
 
-  device const T* at(uint row, uint col) const thread {
+  METAL_FUNC device const T* at(uint row, uint col) const thread {
     const ulong level = ulong(row / inner) * outer_stride + ulong(row % inner) * row_stride;
     return data + level + ulong(col) * col_stride;
   }
+
+  /// The run of a row that starts at `place` and of which `count` elements exist.
+  METAL_FUNC Run load(device const T* place, uint count) const thread {
+    return load_run(place, col_stride, count, wide);
+  }
+
+  /// From a column to the one `columns` further on.
+  METAL_FUNC ulong across(uint columns) const thread { return ulong(columns) * col_stride; }
 };
 
 template <typename T>
-Matrix<T> matrix(device const T* data, uint rows, uint cols, uint2 levels, uint2 strides, bool wide) {
+METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, uint2 levels, uint2 strides, bool wide) {
   return {data, rows, cols, levels.x, levels.y, strides.x, strides.y, wide};
 }
 
 /// A matrix whose rows are one stride apart.
 template <typename T>
-Matrix<T> matrix(device const T* data, uint rows, uint cols, uint2 strides, bool wide) {
+METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, uint2 strides, bool wide) {
   return {data, rows, cols, max(rows, 1u), 0, strides.x, strides.y, wide};
 }
 
-/// Eight consecutive elements of a row or of a column, in registers.
-struct Run {
-  float4 low, high;
+/// A place in a matrix that walks down its rows.
+template <typename T>
+struct Cursor {
+  device const T* data;
+  uint level_row;  // the row within its level
+  long next_level; // what the step into the next level adds
 
-  float get(short i) const thread { return i < 4 ? low[i] : high[i - 4]; }
-
-  void set(short i, float value) thread {
-    if (i < 4) {
-      low[i] = value;
-    } else {
-      high[i - 4] = value;
+  METAL_FUNC void down(thread const Matrix<T>& matrix, uint rows) thread {
+    data += ulong(rows) * matrix.row_stride;
+    level_row += rows;
+    while (level_row >= matrix.inner) {
+      level_row -= matrix.inner;
+      data += next_level;
     }
+  }
+
+  /// The `count` first elements of the run down the column from here.
+  METAL_FUNC Run load_column(thread const Matrix<T>& matrix, uint count) const thread {
+    if (matrix.inner >= matrix.rows) {
+      return load_run(data, matrix.row_stride, count, matrix.wide);
+    }
+    Run run = {float4(0), float4(0)};
+    Cursor<T> place = {data, level_row, next_level};
+    TFL_UNROLL
+    for (short i = 0; i < RUN; ++i) {
+      if (uint(i) < count) {
+        run.set(i, float(*place.data));
+        place.down(matrix, 1);
+      }
+    }
+    return run;
   }
 };
 
-/// The `count` first elements of a run (all of them when count >= RUN), zero beyond.
 template <typename T>
-Run load_run(device const T* source, uint stride, uint count, bool wide) {
-  Run run = {float4(0), float4(0)};
-  if (wide && count >= uint(RUN)) {
-    device const vec<T, 4>* quads = reinterpret_cast<device const vec<T, 4>*>(source);
-    run.low = float4(quads[0]);
-    run.high = float4(quads[1]);
-  } else {
-    for (short i = 0; i < RUN; ++i) {
-      if (uint(i) < count) {
-        run.set(i, float(source[ulong(i) * stride]));
-      }
-    }
-  }
-  return run;
+METAL_FUNC Cursor<T> cursor_at(thread const Matrix<T>& matrix, uint row, uint col) {
+  const long next_level = long(matrix.outer_stride) - long(ulong(matrix.inner) * matrix.row_stride);
+  return {matrix.at(row, col), row % matrix.inner, next_level};
 }
 
-/// The same down a column of `source`; where the rows come in two levels, element by element.
-template <typename T>
-Run load_column(Matrix<T> source, uint row, uint col, uint count) {
-  if (source.inner >= source.rows) {
-    return load_run(source.at(row, col), source.row_stride, count, source.wide);
-  }
-  Run run = {float4(0), float4(0)};
-  for (short i = 0; i < RUN; ++i) {
-    if (uint(i) < count) {
-      run.set(i, float(*source.at(row + i, col)));
-    }
-  }
-  return run;
-}
-
-/// Rounds the `count` first elements of a run to T, once, into a contiguous row.
-template <typename T>
-void store_run(device T* target, Run run, uint count, bool wide) {
-  if (wide && count >= uint(RUN)) {
-    device vec<T, 4>* quads = reinterpret_cast<device vec<T, 4>*>(target);
-    quads[0] = vec<T, 4>(run.low);
-    quads[1] = vec<T, 4>(run.high);
-  } else {
-    for (short i = 0; i < RUN; ++i) {
-      if (uint(i) < count) {
-        target[i] = static_cast<T>(run.get(i));
-      }
-    }
-  }
-}
-
-/// Elements from `begin` up to `end`, none when it lies beyond.
-inline uint left(uint begin, uint end) {
-  return begin < end ? end - begin : 0;
-}
+}  // namespace tfl

@@ -13,23 +13,26 @@
 // Rounding. Once: sums and products are float32.
 #include "rows.h"
 
+namespace tfl {
+
 constant constexpr uint NORM_WIDE_X = 1, NORM_WIDE_GRAD = 2, NORM_WIDE_WEIGHT = 4, NORM_WIDE_OUT = 8;
 constant constexpr uint NORM_HAS_WEIGHT = 16, NORM_NEED_X = 32, NORM_NEED_WEIGHT = 64;
 
 /// 1 x H, or 0 x H where there is no weight.
 template <typename TW>
-Matrix<TW> weight_matrix(device const TW* weight, uint H, uint stride, uint flags) {
-  return matrix(
+METAL_FUNC Matrix<TW> weight_matrix(device const TW* weight, uint H, uint stride, uint flags) {
+  return matrix_of(
       weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, uint2(0, stride), (flags & NORM_WIDE_WEIGHT) != 0);
 }
 
+/// The weight's run at `place`, ones where there is no weight.
 template <typename TW>
-Run load_weight(Matrix<TW> weight, uint column) {
-  return weight.rows == 0 ? filled(1.0f) : load_row(weight, 0, column);
+METAL_FUNC Run load_weight(Matrix<TW> weight, device const TW* place, uint count) {
+  return weight.rows == 0 ? filled(1.0f) : weight.load(place, count);
 }
 
-template <typename T, typename TW, short SIMDGROUPS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * group_simdgroups(SIMDGROUPS))]]
+template <typename T, typename TW, short SIMDGROUPS, short ROWS, bool HELD>
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void rms_norm(
     device const T* x [[buffer(0)]],
     device const TW* weight [[buffer(1)]],
@@ -45,21 +48,26 @@ void rms_norm(
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[2][group_simdgroups(SIMDGROUPS)];
-  const Place<SIMDGROUPS> place = {thread_index, simdgroup_index, lane};
-  constexpr uint STEP = Place<SIMDGROUPS>::STEP;
+  threadgroup float shared[2][SIMDGROUPS * ROWS];
+  const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
+  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
   const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y, column = place.column();
   const bool wide_y = (flags & NORM_WIDE_OUT) != 0;
-  const Matrix<T> x_rows = matrix(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
+  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
   const Matrix<TW> weights = weight_matrix(weight, H, weight_stride_eps.x, flags);
 
-  Run x_run = filled(0.0f), weight_run = HELD ? load_weight(weights, column) : filled(1.0f);
+  device const TW* const first_weight = weights.at(0, column);
+  const ulong x_step = x_rows.across(STEP), weight_step = weights.across(STEP);
+
+  Run x_run = filled(0.0f), weight_run = HELD ? load_weight(weights, first_weight, left(column, H)) : filled(1.0f);
   short turn = 0;
   for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
     const uint row = place.row(block), end = row < M ? H : 0;
+    device const T* const first_x = x_rows.at(row, column);
+    device const T* x_place = first_x;
     float squares = 0.0f;
-    for (uint c = column; c < end; c += STEP) {
-      x_run = load_row(x_rows, row, c);
+    for (uint c = column; c < end; c += STEP, x_place += x_step) {
+      x_run = x_rows.load(x_place, H - c);
       squares += total(x_run * x_run);
     }
     const float mean = place.sum(squares, shared[turn]) / H;
@@ -67,19 +75,24 @@ void rms_norm(
     if (column == 0 && row < M) {
       rstd[row] = scale;
     }
-    for (uint c = column; c < end; c += STEP) {
+    x_place = first_x;
+    device const TW* weight_place = first_weight;
+    device T* y_place = y + ulong(row) * H + column;
+    for (uint c = column; c < end; c += STEP, y_place += STEP) {
       if (!HELD) {
-        x_run = load_row(x_rows, row, c);
-        weight_run = load_weight(weights, c);
+        x_run = x_rows.load(x_place, H - c);
+        weight_run = load_weight(weights, weight_place, H - c);
+        x_place += x_step;
+        weight_place += weight_step;
       }
-      store_run(y + ulong(row) * H + c, x_run * scale * weight_run, H - c, wide_y);
+      store_run(y_place, x_run * scale * weight_run, H - c, wide_y);
     }
   }
 }
 
 /// OUT is TW, or float for partial sums: then `dweight` has one more leading dimension, the group.
-template <typename T, typename TW, typename OUT, short SIMDGROUPS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * group_simdgroups(SIMDGROUPS))]]
+template <typename T, typename TW, typename OUT, short SIMDGROUPS, short ROWS, bool HELD>
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void rms_norm_backward(
     device const T* grad [[buffer(0)]],
     device const T* x [[buffer(1)]],
@@ -99,49 +112,64 @@ void rms_norm_backward(
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr uint STEP = Place<SIMDGROUPS>::STEP;
-  constexpr short ROWS = Place<SIMDGROUPS>::ROWS, ROW_THREADS = Place<SIMDGROUPS>::ROW_THREADS;
-  threadgroup float shared[2][group_simdgroups(SIMDGROUPS)];
+  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
+  constexpr short ROW_THREADS = Place<SIMDGROUPS, ROWS>::ROW_THREADS;
+  threadgroup float shared[2][SIMDGROUPS * ROWS];
   threadgroup Run row_sums[ROWS > 1 ? ROWS * ROW_THREADS : 1];
-  const Place<SIMDGROUPS> place = {thread_index, simdgroup_index, lane};
+  const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y, column = place.column();
   const bool wide_out = (flags & NORM_WIDE_OUT) != 0;
   const bool need_x = (flags & NORM_NEED_X) != 0, need_weight = (flags & NORM_NEED_WEIGHT) != 0;
-  const Matrix<T> grads = matrix(grad, M, H, grad_levels, grad_strides, (flags & NORM_WIDE_GRAD) != 0);
-  const Matrix<T> x_rows = matrix(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
+  const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, (flags & NORM_WIDE_GRAD) != 0);
+  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
   const Matrix<TW> weights = weight_matrix(weight, H, weight_stride, flags);
-  device OUT* const sums = dweight + ulong(group) * H;
+  device OUT* const first_sum = dweight + ulong(group) * H + column;
+  device const TW* const first_weight = weights.at(0, column);
+  const ulong grad_step = grads.across(STEP), x_step = x_rows.across(STEP), weight_step = weights.across(STEP);
 
   Run grad_run = filled(0.0f), normal = filled(0.0f), sum = filled(0.0f);
-  Run weight_run = HELD ? load_weight(weights, column) : filled(1.0f);
+  Run weight_run = HELD ? load_weight(weights, first_weight, left(column, H)) : filled(1.0f);
   short turn = 0;
   for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
     const uint row = place.row(block), end = row < M ? H : 0;
     const float scale = simd_broadcast_first(lane == 0 && row < M ? rstd[row] : 0.0f);
+    device const T* const first_grad = grads.at(row, column);
+    device const T* const first_x = x_rows.at(row, column);
+    device const T* grad_place = first_grad;
+    device const T* x_place = first_x;
+    device const TW* weight_place = first_weight;
     float products = 0.0f;
-    for (uint c = column; c < end; c += STEP) {
-      grad_run = load_row(grads, row, c);
-      normal = load_row(x_rows, row, c) * scale;
+    for (uint c = column; c < end; c += STEP, grad_place += grad_step, x_place += x_step) {
+      grad_run = grads.load(grad_place, H - c);
+      normal = x_rows.load(x_place, H - c) * scale;
       if (!HELD) {
-        weight_run = load_weight(weights, c);
+        weight_run = load_weight(weights, weight_place, H - c);
+        weight_place += weight_step;
       }
       products += total(grad_run * weight_run * normal);
     }
     const float mean = place.sum(products, shared[turn]) / H;
-    for (uint c = column; c < end; c += STEP) {
+    grad_place = first_grad;
+    x_place = first_x;
+    weight_place = first_weight;
+    device T* dx_place = dx + ulong(row) * H + column;
+    device OUT* sum_place = first_sum;
+    for (uint c = column; c < end; c += STEP, dx_place += STEP, sum_place += STEP) {
       if (!HELD) {
-        grad_run = load_row(grads, row, c);
-        normal = load_row(x_rows, row, c) * scale;
-        weight_run = load_weight(weights, c);
-        sum = need_weight && block != group ? load_run<OUT>(sums + c, 1, H - c, wide_out) : filled(0.0f);
+        grad_run = grads.load(grad_place, H - c);
+        normal = x_rows.load(x_place, H - c) * scale;
+        weight_run = load_weight(weights, weight_place, H - c);
+        sum = need_weight && block != group ? load_run<OUT>(sum_place, 1, H - c, wide_out) : filled(0.0f);
+        grad_place += grad_step;
+        x_place += x_step;
+        weight_place += weight_step;
       }
       if (need_x) {
-        const Run dx_run = (grad_run * weight_run - normal * mean) * scale;
-        store_run(dx + ulong(row) * H + c, dx_run, H - c, wide_out);
+        store_run(dx_place, (grad_run * weight_run - normal * mean) * scale, H - c, wide_out);
       }
       sum = sum + grad_run * normal;
       if (!HELD && need_weight) {
-        store_run(sums + c, sum, H - c, wide_out);
+        store_run(sum_place, sum, H - c, wide_out);
       }
     }
   }
@@ -155,7 +183,9 @@ void rms_norm_backward(
       }
     }
     if (thread_index < ROW_THREADS) {
-      store_run(sums + column, sum, left(column, H), wide_out);
+      store_run(first_sum, sum, left(column, H), wide_out);
     }
   }
 }
+
+}  // namespace tfl

@@ -13,6 +13,8 @@
 // Rounding. Once: sums and products are float32.
 #include "rows.h"
 
+namespace tfl {
+
 constant constexpr uint SOFTMAX_WIDE_X = 1, SOFTMAX_WIDE_GRAD = 2, SOFTMAX_WIDE_OUT = 4;
 constant constexpr float LOWEST = -FLT_MAX;
 
@@ -22,34 +24,35 @@ struct Part {
 };
 
 /// The simdgroup's parts as one.
-Part joined(Part part) {
+METAL_FUNC Part joined(Part part) {
   const float maximum = simd_max(part.maximum);
   return {maximum, simd_sum(part.sum * precise::exp(part.maximum - maximum))};
 }
 
-/// A run of the row, -inf beyond its end.
+/// The run of a row at `place`, of which `count` elements exist, -inf beyond its end.
 template <typename T>
-Run load_logits(Matrix<T> x, uint row, uint column) {
-  Run run = load_row(x, row, column);
+METAL_FUNC Run load_logits(Matrix<T> x, device const T* place, uint count) {
+  Run run = x.load(place, count);
+  TFL_UNROLL
   for (short i = 0; i < RUN; ++i) {
-    if (uint(i) >= x.cols - column) {
+    if (uint(i) >= count) {
       run.set(i, -INFINITY);
     }
   }
   return run;
 }
 
-inline float largest(Run run) {
+METAL_FUNC float largest(Run run) {
   const float4 maxima = max(run.low, run.high);
   return max(max(maxima.x, maxima.y), max(maxima.z, maxima.w));
 }
 
-inline Run exponentials(Run run, float maximum) {
+METAL_FUNC Run exponentials(Run run, float maximum) {
   return {precise::exp(run.low - maximum), precise::exp(run.high - maximum)};
 }
 
-template <typename T, short SIMDGROUPS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * group_simdgroups(SIMDGROUPS))]]
+template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void softmax(
     device const T* x [[buffer(0)]],
     device T* y [[buffer(1)]],
@@ -62,20 +65,23 @@ void softmax(
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr uint STEP = Place<SIMDGROUPS>::STEP;
-  threadgroup Part shared[2][group_simdgroups(SIMDGROUPS)];
-  const Place<SIMDGROUPS> place = {thread_index, simdgroup_index, lane};
+  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
+  threadgroup Part shared[2][SIMDGROUPS * ROWS];
+  const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y;
   const bool wide_y = (flags & SOFTMAX_WIDE_OUT) != 0;
-  const Matrix<T> x_rows = matrix(x, M, H, x_levels, x_strides, (flags & SOFTMAX_WIDE_X) != 0);
+  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, (flags & SOFTMAX_WIDE_X) != 0);
+  const ulong x_step = x_rows.across(STEP);
 
   short turn = 0;
   for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
-    const uint row = place.row(block), end = row < M ? H : 0;
+    const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
+    device const T* const first_x = x_rows.at(row, column);
+    device const T* x_place = first_x;
     Run run = filled(0.0f);
     Part own = {LOWEST, 0.0f};
-    for (uint c = place.column(); c < end; c += STEP) {
-      run = load_logits(x_rows, row, c);
+    for (uint c = column; c < end; c += STEP, x_place += x_step) {
+      run = load_logits(x_rows, x_place, H - c);
       const float maximum = max(own.maximum, largest(run));
       run = exponentials(run, maximum);
       own = {maximum, own.sum * precise::exp(own.maximum - maximum) + total(run)};
@@ -93,17 +99,20 @@ void softmax(
       all = joined(all);
     }
     const float scale = precise::exp(own.maximum - all.maximum) * (1.0f / all.sum);
-    for (uint c = place.column(); c < end; c += STEP) {
+    x_place = first_x;
+    device T* y_place = y + ulong(row) * H + column;
+    for (uint c = column; c < end; c += STEP, y_place += STEP) {
       if (!HELD) {
-        run = exponentials(load_logits(x_rows, row, c), own.maximum);
+        run = exponentials(load_logits(x_rows, x_place, H - c), own.maximum);
+        x_place += x_step;
       }
-      store_run(y + ulong(row) * H + c, run * scale, H - c, wide_y);
+      store_run(y_place, run * scale, H - c, wide_y);
     }
   }
 }
 
-template <typename T, short SIMDGROUPS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * group_simdgroups(SIMDGROUPS))]]
+template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void softmax_backward(
     device const T* grad [[buffer(0)]],
     device const T* y [[buffer(1)]],
@@ -119,31 +128,43 @@ void softmax_backward(
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr uint STEP = Place<SIMDGROUPS>::STEP;
-  threadgroup float shared[2][group_simdgroups(SIMDGROUPS)];
-  const Place<SIMDGROUPS> place = {thread_index, simdgroup_index, lane};
+  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
+  threadgroup float shared[2][SIMDGROUPS * ROWS];
+  const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y;
   const bool wide_dx = (flags & SOFTMAX_WIDE_OUT) != 0;
-  const Matrix<T> grads = matrix(grad, M, H, grad_levels, grad_strides, (flags & SOFTMAX_WIDE_GRAD) != 0);
-  const Matrix<T> y_rows = matrix(y, M, H, y_levels, y_strides, (flags & SOFTMAX_WIDE_X) != 0);
+  const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, (flags & SOFTMAX_WIDE_GRAD) != 0);
+  const Matrix<T> y_rows = matrix_of(y, M, H, y_levels, y_strides, (flags & SOFTMAX_WIDE_X) != 0);
+  const ulong grad_step = grads.across(STEP), y_step = y_rows.across(STEP);
 
   Run grad_run = filled(0.0f), y_run = filled(0.0f);
   short turn = 0;
   for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
-    const uint row = place.row(block), end = row < M ? H : 0;
+    const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
+    device const T* const first_grad = grads.at(row, column);
+    device const T* const first_y = y_rows.at(row, column);
+    device const T* grad_place = first_grad;
+    device const T* y_place = first_y;
     float products = 0.0f;
-    for (uint c = place.column(); c < end; c += STEP) {
-      grad_run = load_row(grads, row, c);
-      y_run = load_row(y_rows, row, c);
+    for (uint c = column; c < end; c += STEP, grad_place += grad_step, y_place += y_step) {
+      grad_run = grads.load(grad_place, H - c);
+      y_run = y_rows.load(y_place, H - c);
       products += total(grad_run * y_run);
     }
     const float sum = place.sum(products, shared[turn]);
-    for (uint c = place.column(); c < end; c += STEP) {
+    grad_place = first_grad;
+    y_place = first_y;
+    device T* dx_place = dx + ulong(row) * H + column;
+    for (uint c = column; c < end; c += STEP, dx_place += STEP) {
       if (!HELD) {
-        grad_run = load_row(grads, row, c);
-        y_run = load_row(y_rows, row, c);
+        grad_run = grads.load(grad_place, H - c);
+        y_run = y_rows.load(y_place, H - c);
+        grad_place += grad_step;
+        y_place += y_step;
       }
-      store_run(dx + ulong(row) * H + c, y_run * (grad_run - filled(sum)), H - c, wide_dx);
+      store_run(dx_place, y_run * (grad_run - filled(sum)), H - c, wide_dx);
     }
   }
 }
+
+}  // namespace tfl

@@ -5,6 +5,8 @@
 // Rounding. Sums are float32; a result is rounded once to its type.
 #include <metal_stdlib>
 
+namespace tfl {
+
 using namespace metal;
 
 template <typename T>
@@ -22,10 +24,13 @@ void sum_splits(
   device const float* const partial = is_first ? first_partial : second_partial;
   device T* const out = is_first ? first : second;
   if (i < count) {
+    device const float* source = partial + i;
     float sum = 0.0f;
-    for (uint split = 0; split < splits.x; ++split) {
-      sum += partial[ulong(split) * count + i];
+    for (uint split = 0; split < splits.x; ++split, source += count) {
+      sum += *source;
     }
     out[i] = static_cast<T>(sum);
   }
 }
+
+}  // namespace tfl

@@ -9,6 +9,8 @@
 
 #include "dropout.h"
 
+namespace tfl {
+
 constant constexpr short PADDING = 4;
 
 /// A tile of ROWS x COLS floats inside the kernel's threadgroup array.
@@ -19,55 +21,108 @@ struct Tile {
 
   threadgroup float* data;
 
-  threadgroup float* at(short row, short col) const thread { return data + row * stride + col; }
+  METAL_FUNC threadgroup float* at(short row, short col) const thread { return data + row * stride + col; }
 
-  simdgroup_float8x8 block(short row, short col) const thread {
-    simdgroup_float8x8 found;
-    simdgroup_load(found, at(row, col), stride);
-    return found;
+  METAL_FUNC void read(thread simdgroup_float8x8& block, short row, short col) const thread {
+    simdgroup_load(block, at(row, col), stride);
   }
 
-  simdgroup_float8x8 transposed_block(short row, short col) const thread {
-    simdgroup_float8x8 found;
-    simdgroup_load(found, at(row, col), stride, ulong2(0), true);
-    return found;
+  METAL_FUNC void read_transposed(thread simdgroup_float8x8& block, short row, short col) const thread {
+    simdgroup_load(block, at(row, col), stride, ulong2(0), true);
   }
 
-  Run run(short row, short col) const thread {
-    threadgroup const float4* quads = reinterpret_cast<threadgroup const float4*>(at(row, col));
+  METAL_FUNC Run run(short row, short col) const thread {
+    threadgroup const float4* const quads = reinterpret_cast<threadgroup const float4*>(at(row, col));
     return {quads[0], quads[1]};
   }
 
-  /// Fills the tile from `source`, its corner at (row, col), zero past the edges; DROPPED: through `dropout`.
-  /// THREADS threads move runs of eight elements along the dimension that has unit stride in memory, so that a
-  /// simdgroup reads whole lines. (A dropped operand with unit stride down its columns pays a Philox call an element.)
-  template <short THREADS, bool DROPPED = false, typename T>
-  void load(Matrix<T> source, uint row, uint col, short thread_index, Dropout dropout = Dropout()) const thread {
-    static_assert(ROWS % RUN == 0 && COLS % RUN == 0, "a tile holds whole runs");
-    constexpr short RUNS = ROWS * COLS / RUN;
-    if (source.col_stride == 1 || source.row_stride != 1) {
-      for (short i = thread_index; i < RUNS; i += THREADS) {
-        const short r = i / (COLS / RUN), c = i % (COLS / RUN) * RUN;
-        const uint count = row + r < source.rows ? left(col + c, source.cols) : 0;
-        Run found = load_run(source.at(row + r, col + c), source.col_stride, count, source.wide);
-        if (DROPPED) {
-          found = dropout.apply(found, ulong(row + r) * source.cols + col + c);
-        }
-        threadgroup float4* quads = reinterpret_cast<threadgroup float4*>(at(r, c));
-        quads[0] = found.low;
-        quads[1] = found.high;
-      }
-    } else {
-      for (short i = thread_index; i < RUNS; i += THREADS) {
-        const short c = i / (ROWS / RUN), r = i % (ROWS / RUN) * RUN;
-        const uint count = col + c < source.cols ? left(row + r, source.rows) : 0;
-        const Run found = load_column(source, row + r, col + c, count);
-        for (short j = 0; j < RUN; ++j) {
-          const float value = found.get(j);
-          const ulong element = ulong(row + r + j) * source.cols + col + c;
-          *at(r + j, c) = DROPPED ? dropout.apply(value, element) : value;
+  METAL_FUNC void set_run(short row, short col, Run run) const thread {
+    threadgroup float4* const quads = reinterpret_cast<threadgroup float4*>(at(row, col));
+    quads[0] = run.low;
+    quads[1] = run.high;
+  }
+};
+
+/// Fills tiles with one block of `source` after the other, zero past the edges; DROPPED: through `dropout`.
+/// THREADS threads move runs of eight elements along the dimension that has unit stride in memory, so that a simdgroup
+/// reads whole lines. (A dropped operand with unit stride down its columns pays a Philox call an element.) A thread has
+/// the same runs of every block.
+template <typename T, short ROWS, short COLS, short THREADS, bool DROPPED = false>
+struct Loader {
+  static constant constexpr short RUNS = ROWS * COLS / RUN, TURNS = (RUNS + THREADS - 1) / THREADS;
+  static_assert(ROWS % RUN == 0 && COLS % RUN == 0, "a tile holds whole runs");
+
+  Matrix<T> source;
+  uint row, col;  // the block's corner
+  short thread_index;
+  Dropout dropout;
+  bool along_rows;
+  Cursor<T> places[TURNS];  // where the thread's runs start
+  ulong elements[TURNS];    // and as which elements of the matrix, counted row by row: what the mask goes by
+
+  METAL_FUNC Loader(Matrix<T> matrix, uint first_row, uint first_col, short index, Dropout mask = Dropout())
+      : source(matrix), row(first_row), col(first_col), thread_index(index), dropout(mask),
+        along_rows(matrix.col_stride == 1 || matrix.row_stride != 1) {
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      const short2 inside = run_of(turn, index, matrix.col_stride == 1 || matrix.row_stride != 1);
+      places[turn] = cursor_at(matrix, first_row + inside.x, first_col + inside.y);
+      elements[turn] = ulong(first_row + inside.x) * matrix.cols + first_col + inside.y;
+    }
+  }
+
+  /// The row and column of a run inside the tile.
+  static METAL_FUNC short2 run_of(short turn, short thread_index, bool along_rows) {
+    const short i = thread_index + turn * THREADS;
+    return along_rows ? short2(i / (COLS / RUN), i % (COLS / RUN) * RUN)
+                      : short2(i % (ROWS / RUN) * RUN, i / (ROWS / RUN));
+  }
+
+  METAL_FUNC void load(Tile<ROWS, COLS> tile) const thread {
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      if (RUNS % THREADS == 0 || thread_index + turn * THREADS < RUNS) {
+        const short2 inside = run_of(turn, thread_index, along_rows);
+        const short r = inside.x, c = inside.y;
+        if (along_rows) {
+          const uint count = row + r < source.rows ? left(col + c, source.cols) : 0;
+          Run found = source.load(places[turn].data, count);
+          if (DROPPED) {
+            found = dropout.apply(found, elements[turn]);
+          }
+          tile.set_run(r, c, found);
+        } else {
+          const uint count = col + c < source.cols ? left(row + r, source.rows) : 0;
+          const Run found = places[turn].load_column(source, count);
+          TFL_UNROLL
+          for (short j = 0; j < RUN; ++j) {
+            const float value = found.get(j);
+            *tile.at(r + j, c) = DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value;
+          }
         }
       }
     }
   }
+
+  /// On to the block at the right.
+  METAL_FUNC void next_columns() thread {
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      places[turn].data += source.across(COLS);
+      elements[turn] += COLS;
+    }
+    col += COLS;
+  }
+
+  /// On to the block below.
+  METAL_FUNC void next_rows() thread {
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      places[turn].down(source, ROWS);
+      elements[turn] += ulong(ROWS) * source.cols;
+    }
+    row += ROWS;
+  }
 };
+
+}  // namespace tfl

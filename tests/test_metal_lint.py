@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from metal_on_cpu.lint import RULES, lint
+from launch_plan import ROOT, assemble
+from metal_on_cpu.lint import METAL_NAMES, RULES, lint, metal_names, outside_namespaces
 
 HEADER = "#include <metal_stdlib>\n#include <metal_simdgroup_matrix>\nusing namespace metal;\n"
 
@@ -73,3 +74,34 @@ def test_rule(index: int, mistakes: dict, repairs: dict) -> None:
 
 def test_every_rule_has_a_case() -> None:
     assert {case.rule for case in CASES} == set(RULES)
+
+
+def test_names_are_sorted_and_cover_every_kind() -> None:
+    lines = [line for line in METAL_NAMES.read_text().splitlines() if not line.startswith("#")]
+    assert lines == sorted(lines)
+    assert metal_names()["matrix"] == {"metal"}
+    assert metal_names()["INFINITY"] == {"macro"}
+    assert metal_names()["threadgroup"] == {"keyword"}
+    assert "metal" not in metal_names()["nearest"]
+
+
+IN_A_NAMESPACE = """
+namespace tfl {
+using namespace metal;
+constant int n = 1;
+template <int m> [[kernel]] void k(device float* y) { *y = m + n; }
+}
+template [[host_name("k")]] [[kernel]] decltype(tfl::k<2>) tfl::k<2>;
+"""
+
+
+def test_outside_namespaces() -> None:
+    outside = "struct S {};\n[[kernel]] void other(device float* y) { *y = 1; }\nusing T = S;\n"
+    assert outside_namespaces(HEADER + IN_A_NAMESPACE) == []
+    assert [name for _, name in outside_namespaces(HEADER + IN_A_NAMESPACE + outside)] == ["S", "other", "T"]
+
+
+@pytest.mark.parametrize("family", sorted((ROOT / "metal").glob("*.metal")), ids=lambda path: path.stem)
+def test_our_kernels_stand_in_a_namespace(family: Path) -> None:
+    """What a later Metal declares cannot collide with them."""
+    assert outside_namespaces(assemble(family)) == []

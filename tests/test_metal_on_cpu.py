@@ -486,6 +486,50 @@ def test_strict_checks_thread_pointers_and_lints():
         moc.compile(source.replace("thread float* p = y;", "static int s; float p[1];"), strict=True)
 
 
+IN_NAMESPACES = """
+namespace ours {
+using namespace metal;
+enum class Mask { none, all };
+template <typename T, Mask mask> [[kernel, max_total_threads_per_threadgroup(64)]]
+void scaled(device T* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+    y[i] = mask == Mask::all ? max(T(3), T(2)) : T(1);
+}
+}
+namespace theirs {
+template <typename T, int n> [[kernel]] void scaled(constant uint& m [[buffer(0)]], device T* y [[buffer(1)]]) {
+    y[m] = n;
+}
+}
+template [[host_name("all")]] [[kernel]] decltype(ours::scaled<float, ours::Mask::all>)
+    ours::scaled<float, ours::Mask::all>;
+template [[host_name("none")]] [[kernel]] decltype(::ours::scaled<half, ours::Mask::none>)
+    ::ours::scaled<half, ours::Mask::none>;
+template [[host_name("theirs")]] [[kernel]] decltype(theirs::scaled<float, 2>) theirs::scaled<float, 2>;
+"""
+
+
+def test_instantiations_that_name_a_namespace():
+    """Each finds the kernel of its namespace, also where two have one name."""
+    library = moc.compile("#include <metal_stdlib>" + IN_NAMESPACES, "spaces", strict=True)
+    y, halves, other = torch.zeros(8), torch.zeros(8, dtype=torch.float16), torch.zeros(8)
+    run(library["all"], 8, y)
+    run(library["none"], 8, halves)
+    run(library["theirs"], 1, struct.pack("I", 5), other)
+    assert y.tolist() == [3] * 8
+    assert halves.tolist() == [1] * 8
+    assert other.tolist() == [0] * 5 + [2] + [0] * 2
+    assert (library["all"].max_total_threads, library["theirs"].max_total_threads) == (64, 1024)
+    (finding,) = run(library["all"], 9, torch.zeros(8), trace=True).findings
+    assert (finding.kind, finding.line) == ("out-of-bounds", 7)
+
+
+@pytest.mark.parametrize("name", ["scaled", "others::scaled", "ours::other"])
+def test_instantiations_must_name_the_namespace(name):
+    wrong = IN_NAMESPACES.replace("ours::scaled<float,", f"{name}<float,")
+    with pytest.raises(moc.CompileError, match=f"spaces:15: no kernel is defined before this instantiation: {name}<"):
+        moc.compile("#include <metal_stdlib>" + wrong, "spaces")
+
+
 # The cache
 
 

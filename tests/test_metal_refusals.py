@@ -5,6 +5,8 @@ What the lint refuses stands in test_metal_lint.py.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -102,6 +104,79 @@ def test_refused(what: str) -> None:
 def test_repaired_compiles() -> None:
     blocks = "".join(right if "kernel" in right else f"{{ {right} }}\n" for _, right in REFUSED.values())
     assert "mixed" in moc.compile(REFUSED_IN.replace("LINE", blocks), "repaired", strict=True)
+
+
+# ---- what Metal has no overload for
+
+OVERLOADS = {
+    "min(u, i)": "min(u, uint(i))",
+    "max(s, 1)": "max(s, short(1))",
+    "min(u, us)": "min(u, uint(us))",
+    "max(f, 0)": "max(f, 0.0f)",
+    "max(h, 0.0f)": "max(h, 0.0h)",
+    "min(ul, u)": "min(ul, ulong(u))",
+    "max(b, b)": "max(float(b), float(b))",
+    "min<float>(f, f)": "min(f4, 1.0f)",
+    "clamp(u, 0, 1)": "clamp(u, 0u, 1u)",
+    "clamp(h, 0.0h, 1.0f)": "clamp(f4, 0.0f, 1.0f)",
+    "rotate(u, 16)": "rotate(u, 16u)",
+    "rotate(f, f)": "rotate(us, ushort(3))",
+    "fma(f, f, h)": "fma(f, f, float(h))",
+    "rsqrt(u)": "rsqrt(float(u))",
+    "exp(i)": "exp(float(i))",
+    "precise::exp(i)": "precise::exp(f4)",
+    "popcount(f)": "popcount(u)",
+    "dot(b4, b4)": "dot(float4(b4), float4(b4))",
+    "simd_sum(b)": "simd_sum(float(b))",
+    "simd_sum(b4)": "simd_sum(f4)",
+    "simd_max(u > 1)": "simd_max(uint(u > 1))",
+    "simd_sum(ul)": "simd_sum(us)",
+    "simd_prefix_exclusive_sum(ul)": "simd_prefix_exclusive_sum(u)",
+    "simd_shuffle(ul, 1)": "simd_shuffle(h, 1)",
+    "simd_shuffle_xor(u > 1, 1)": "simd_shuffle_xor(u, 1)",
+    "simd_shuffle_down(b, 1)": "simd_shuffle_down(float(b), 1)",
+    "simd_broadcast_first(long2(1))": "simd_broadcast_first(int2(1))",
+    "quad_sum(b)": "quad_sum(f)",
+    "metal::as_type<uint>(f)": "as_type<uint>(f) + nested::bits(f) + metal::min(u, 1u)",
+    "simdgroup_multiply_accumulate(m, simdgroup_float8x8(1), n, m)": "simdgroup_multiply_accumulate(m, n, n, m)",
+    "simdgroup_multiply_accumulate(m, n, c, m)": "simdgroup_multiply_accumulate(m, n, n, n)",
+    "simdgroup_multiply(m, n, c)": "simdgroup_multiply(m, n, n)",
+}
+OVERLOADS_IN = (
+    HEADER.replace("using", "#include <metal_simdgroup_matrix>\nusing")
+    + """
+namespace nested { uint bits(float x) { return as_type<uint>(x); } }
+[[kernel]] void calls(device float* y, device uint* z, device half* w) {
+    uint u = *z; int i = u; short s = i; ushort us = u; ulong ul = u;
+    float f = *y; half h = *w; bfloat b = bfloat(f);
+    float4 f4(f); bfloat4 b4(b);
+    simdgroup_float8x8 m(1), n(1);
+    const simdgroup_float8x8 c(1);
+LINES
+}
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def ambiguous() -> set[str]:
+    """The calls that the compiler refuses, all compiled at once."""
+    first = OVERLOADS_IN.count("\n", 0, OVERLOADS_IN.index("LINES")) + 1
+    with pytest.raises(moc.CompileError) as refused:
+        moc.compile(OVERLOADS_IN.replace("LINES", "\n".join(f"{call};" for call in OVERLOADS)), "calls")
+    lines = {int(line) for line in re.findall(r"^calls:(\d+):\d+: error: ", str(refused.value), re.MULTILINE)}
+    calls = list(OVERLOADS)
+    return {calls[line - first] for line in lines}
+
+
+@pytest.mark.parametrize("call", OVERLOADS)
+def test_call_without_an_overload_is_refused(call: str, ambiguous: set[str]) -> None:
+    assert call in ambiguous
+
+
+def test_calls_with_an_overload_compile() -> None:
+    lines = "".join(f"{call};\n" for call in OVERLOADS.values())
+    assert "calls" in moc.compile(OVERLOADS_IN.replace("LINES", lines), "calls", strict=True)
 
 
 def test_strict_runs_the_lint() -> None:

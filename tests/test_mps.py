@@ -346,6 +346,33 @@ def test_what_cannot_be_launched(failure):
     assert after == "[136.0]"  # 8 + 2 * 8 * 8
 
 
+BACKWARD = torch.ops.torch_fused_lora.lora_linear_backward
+BAD_BACKWARD = {
+    "grad on the CPU": ({"grad": lambda t: t.cpu()}, "grad: expected .* on mps; got .* on cpu"),
+    "grad dtype": ({"grad": lambda t: t.long()}, "grad: expected float16, bfloat16 or float32"),
+    "x on the CPU": ({"x": lambda t: t.cpu()}, "x: expected grad's dtype torch.float32, on mps; got .* on cpu"),
+    "x dtype": ({"x": lambda t: t.half()}, "x: expected grad's dtype torch.float32, on mps; got .* torch.float16"),
+    "x shape": ({"x": lambda t: t.view(1, 2, 4)}, "x: expected the shape"),
+    "weight on the CPU": ({"weight": lambda t: t.cpu()}, "weight: expected grad's dtype .* on cpu"),
+    "weight dtype": ({"weight": lambda t: t.half()}, "weight: expected grad's dtype torch.float32, on mps"),
+    "h on the CPU": ({"h": lambda t: t.cpu()}, "h: expected lora_A's dtype torch.float32, on mps; got .* on cpu"),
+    "h dtype": ({"h": lambda t: t.half()}, "h: expected lora_A's dtype torch.float32, on mps; got .* torch.float16"),
+    "lora_A on the CPU": ({"lora_A": lambda t: t.cpu()}, "lora_A: expected .* on mps; got .* on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_the_backward_operator_names_itself_and_is_as_strict(case):
+    shapes = {"grad": (2, 3), "x": (2, 4), "weight": (3, 4), "lora_A": (2, 4), "lora_B": (3, 2), "h": (2, 2)}
+    arguments = {name: torch.randn(shape).to("mps") for name, shape in shapes.items()}
+    rest = {"scaling": torch.tensor(1.0), "seed": None, "dropout_p": [], "ranks": [], "needs": [True] * 6}
+    assert len(BACKWARD(**arguments, **rest)) == 6
+    changes, message = BAD_BACKWARD[case]
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    with pytest.raises(RuntimeError, match=f"lora_linear_backward: {message}"):
+        BACKWARD(**arguments, **rest)
+
+
 @pytest.mark.parametrize("M", [1, 64])
 def test_out_of_memory_says_so(M):
     """One element stands for a weight of 2**38 bytes; the product of 64 rows is torch's own to allocate."""

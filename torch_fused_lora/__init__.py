@@ -10,13 +10,13 @@ from .norms import patch_norms, unpatch_norms
 from .ops.lora_linear import lora_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .peft import patch_peft, unpatch_peft
 
 extension.load()
 
-__version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
     "lora_linear",

@@ -6,9 +6,15 @@ import ctypes
 import dataclasses
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
+
+from .version import __version__
+
+INTERFACE = f"torch_fused_lora interface 1 version {__version__}"  # tfl_interface() in csrc/mps_kernels.mm
+INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 
 
 @dataclasses.dataclass
@@ -30,16 +36,26 @@ class Extension:
             self.reason = f"it is not built ({path.name} is missing): on the Mac, {INSTALL}"
             return
         try:
+            found = interface_of(path.read_bytes())
+            if found != INTERFACE:
+                self.reason = f"{path.name} is {found}, wanted {INTERFACE}: build it anew, on the Mac {INSTALL}"
+                return
             torch.ops.load_library(str(path))
             library = ctypes.CDLL(str(path))
-        except OSError as error:
+            library.tfl_interface.restype = ctypes.c_char_p
+            library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
+            library.tfl_compiled_kernels.restype = library.tfl_contiguous_copies.restype = ctypes.c_uint64
+            if library.tfl_interface() != INTERFACE.encode():
+                self.reason = f"{path.name} says another interface once loaded than in its file"
+                return
+            cores = core_count()
+            versions = f"torch {torch.__version__}, macOS {platform.mac_ver()[0]}, {torch.backends.mps.get_name()}"
+            library.tfl_configure(cores, versions.encode())
+        except Exception as error:  # whatever it is, importing the package goes on
             self.reason = f"torch {torch.__version__} could not load it: {error}"
             return
-        library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
-        library.tfl_compiled_kernels.restype = library.tfl_contiguous_copies.restype = ctypes.c_uint64
-        versions = f"torch {torch.__version__}, macOS {platform.mac_ver()[0]}, {torch.backends.mps.get_name()}"
-        library.tfl_configure(torch.backends.mps.get_core_count(), versions.encode())
-        self.library, self.reason = library, "loaded"
+        self.library = library
+        self.reason = "loaded" if cores else "loaded; the GPU tells no core count, launches are planned for 8"
 
     @property
     def compiled_kernels(self) -> int:
@@ -52,5 +68,18 @@ class Extension:
         return self.library.tfl_contiguous_copies() if self.library is not None else 0
 
 
-INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
+def interface_of(binary: bytes) -> str:
+    """The interface that an extension's file names. Read before loading: loading alone registers its operators."""
+    marker = re.search(rb"torch_fused_lora interface \d+ version [^\0]+(?=\0)", binary)
+    return marker[0].decode(errors="replace") if marker else "no extension of this package, or one too old to say"
+
+
+def core_count() -> int:
+    """The GPU's cores; 0 where torch cannot tell, as a virtual GPU may not."""
+    try:
+        return max(0, torch.backends.mps.get_core_count())
+    except Exception:
+        return 0
+
+
 extension = Extension()

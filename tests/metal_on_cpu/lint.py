@@ -14,7 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+from .rewrite import LIMIT
 from .syntax_tree import INCLUDE, Node, Tree, preprocessed
 from .token_stream import Token, tokenize
 
@@ -30,6 +33,7 @@ class Diagnostic:
 
 RULES = {
     "address-space": "a pointer or reference needs an address space",
+    "attribute-call": "Apple's compiler is not known to take a call here: write arithmetic on constants",
     "bfloat": "bfloat converts explicitly only: write bfloat(x)",
     "constant-16-bit": "offsets in constant are multiples of 4 bytes: bind such a tensor as device const",
     "cxx17": "MSL before 4 is C++14",
@@ -43,6 +47,7 @@ RULES = {
     "include": "only <metal_*> headers exist when PyTorch compiles the source",
     "lambda": "there are no lambdas",
     "matrix-element": "simdgroup_matrix holds half, bfloat or float",
+    "name": "Metal has this name: take another",
     "non-ascii": "PyTorch's compiler takes ASCII only, in comments too",
     "recursion": "a function may not call itself",
     "rtti": "there is no run-time type information",
@@ -67,6 +72,10 @@ KEYWORDS = {
     "virtual": "virtual",
 }
 
+METAL_NAMES = Path(__file__).with_name("metal_names.tsv")
+NAMESPACES = {"TranslationUnitDecl", "NamespaceDecl", "LinkageSpecDecl"}
+DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)", re.MULTILINE)
+
 THREADGROUP_ARGUMENT = re.compile(r"\bthreadgroup\b([^,()]*)\[\[\s*threadgroup\s*\(\s*\w+\s*\)\s*\]\]")
 ATTRIBUTE = re.compile(r"\[ \[ .*? \] \]|__attribute__ \( \( .*? \) \)")
 FUNCTION_POINTER = re.compile(r"\((?:\w+::|__generic )?[*&][\w ]*\)\(")
@@ -78,6 +87,7 @@ def lint(source: str) -> list[Diagnostic]:
     tokens = [token for token in tokenize(text) if token.kind not in ("space", "marker")]
     tree = Tree(THREADGROUP_ARGUMENT.sub(r"device\1", text))  # the executor does not read such a parameter
     found = {*non_ascii(source), *includes(source), *words(tokens), *threadgroup_locals(tokens)}
+    found |= {*attribute_calls(tokens), *macro_names(source), *names(tree)}
     found |= {*cxx17(tree), *declarations(tree), *conversions(tree), *recursion(tree)}
     found |= {*narrow_constants(tree, {function.name for function in functions(tokens) if function.is_kernel})}
     return sorted(found)
@@ -85,6 +95,17 @@ def lint(source: str) -> list[Diagnostic]:
 
 def broken(rule: str, line: int, what: str) -> Diagnostic:
     return Diagnostic(line, rule, f"{what}: {RULES[rule]}")
+
+
+@cache
+def metal_names() -> dict[str, set[str]]:
+    """The scopes of each name of Metal's; macros and keywords have scopes of that name."""
+    scopes: dict[str, set[str]] = {}
+    for line in METAL_NAMES.read_text().splitlines():
+        if not line.startswith("#"):
+            name, _, scope, _ = line.split("\t")
+            scopes.setdefault(name, set()).add(scope)
+    return scopes
 
 
 # ---- by characters and words
@@ -100,6 +121,26 @@ def includes(source: str) -> Iterator[Diagnostic]:
     for match in INCLUDE.finditer(source):
         if not re.match(r"<metal_\w+>", match[1]):
             yield broken("include", 1 + source.count("\n", 0, match.start()), match[0].strip())
+
+
+def macro_names(source: str) -> Iterator[Diagnostic]:
+    for match in DEFINE.finditer(source):
+        if match[1] in metal_names():
+            yield broken("name", 1 + source.count("\n", 0, match.start()), f"#define {match[1]}")
+
+
+def attribute_calls(tokens: list[Token]) -> Iterator[Diagnostic]:
+    """Calls in the arguments of max_total_threads_per_threadgroup."""
+    for i, token in enumerate(tokens):
+        if token.text != "max_total_threads_per_threadgroup":
+            continue
+        depth = 0
+        for before, mark in zip(tokens[i + 1 :], tokens[i + 2 :], strict=False):
+            depth += (before.text == "(") - (before.text == ")")
+            if depth == 0:
+                break
+            if mark.text == "(" and (before.kind == "word" or before.text == ">"):
+                yield broken("attribute-call", mark.line, before.text)
 
 
 def words(tokens: list[Token]) -> Iterator[Diagnostic]:
@@ -203,6 +244,37 @@ def declarations(tree: Tree) -> Iterator[Diagnostic]:
             yield broken("lambda", node.line, "lambda")
         elif node.takes_function_address:
             yield broken("function-pointer", node.line, "address of a function")
+
+
+def names(tree: Tree) -> Iterator[Diagnostic]:
+    for node in tree:
+        if node.is_implicit or not node.name or not node.kind.endswith("Decl"):
+            continue
+        scopes = metal_names().get(node.name, set())
+        if scopes & {"macro", "keyword"} or (scopes & {"metal", "global"} and at_namespace_scope(node)):
+            yield broken("name", node.line, node.name)
+
+
+def at_namespace_scope(node: Node) -> bool:
+    """Whether a declaration's name belongs to a namespace or to the file; an enumerator's does if its enum's does."""
+    parent = node.parent
+    if parent is None:
+        return False
+    if parent.kind == "EnumDecl" and not parent["scopedEnumTag"]:
+        return at_namespace_scope(parent)
+    return parent.kind in NAMESPACES
+
+
+def outside_namespaces(source: str) -> list[tuple[int, str]]:
+    """Line and name of what a source declares in no namespace."""
+    tree = Tree(preprocessed(source))
+    found = {
+        (node.line, node.name)
+        for node in tree
+        if node.parent and node.parent.kind == "TranslationUnitDecl" and node.name and node.kind != "NamespaceDecl"
+        if not node.name.startswith(LIMIT) and node.kind != "UsingDirectiveDecl"
+    }
+    return sorted(found)
 
 
 def variable(node: Node) -> Iterator[Diagnostic]:

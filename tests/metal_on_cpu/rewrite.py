@@ -16,6 +16,7 @@ VECTOR_NAME = re.compile(
 )
 # Names that OpenCL reserves and Metal does not.
 RESERVED = {"global", "local", "generic", "private_", "pipe", "read_only", "write_only", "read_write", "event_t"}
+LIMIT = "metal_limit_"  # begins the name of the struct that holds a kernel's limit of threads
 BUILTIN_SOURCES = {
     f"thread{rest}"
     for rest in ("_position_in_grid", "_position_in_threadgroup", "_index_in_threadgroup", "_index_in_simdgroup")
@@ -64,8 +65,8 @@ class Rewriter(TokenStream):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.attributes: dict[int, list[tuple[str, str]]] = {}  # by the index of the token that follows them
-        self.kernels: dict[str, Kernel] = {}
-        self.namespaces: list[range] = []
+        self.kernels: dict[str, Kernel] = {}  # by qualified name
+        self.namespaces: list[tuple[range, str]] = []
         self.result = Rewritten("")
 
     def run(self) -> Rewritten:
@@ -82,7 +83,7 @@ class Rewriter(TokenStream):
                     self.take_instantiation(position)
                 elif token.text == "namespace" and self.text(self.next(self.next(position + 1) + 1)) == "{":
                     brace = self.next(self.next(position + 1) + 1)
-                    self.namespaces.append(range(brace, self.after_brackets(brace)))
+                    self.namespaces.append((range(brace, self.after_brackets(brace)), self.peek(position)))
                 elif token.text == "threadgroup":
                     self.take_threadgroup_variable(position)
                 elif token.text == "static_cast":
@@ -97,6 +98,10 @@ class Rewriter(TokenStream):
 
     def has_attribute(self, position: int, name: str) -> bool:
         return any(name == found for found, _ in self.attributes.get(position, ()))
+
+    def scope(self, position: int) -> list[str]:
+        """The names of the namespaces around a token, the outermost first."""
+        return [name for inside, name in self.namespaces if position in inside]
 
     # Rewriting
 
@@ -204,18 +209,18 @@ class Rewriter(TokenStream):
         header = self.template_header(position)
         sources, arguments = self.parameters(paren, end)
         kernel = Kernel(name, sources, arguments, header is not None)
-        self.kernels[name] = kernel
+        self.kernels["::".join([*self.scope(position), name])] = kernel
         start = position if header is None else header[0]
         prefix = "" if header is None else self.join(*header)
         limit = limits[0] if limits else "1024"
-        before = f"{prefix} struct metal_limit_{name} {{ enum : uint {{ value = {limit} }}; }}; "
+        before = f"{prefix} struct {LIMIT}{name} {{ enum : uint {{ value = {limit} }}; }}; "
         self.tokens[start].text = before + self.tokens[start].text
         if self.text(body) == ";":
             return
         if header is None:
             close = self.after_brackets(body)
             self.tokens[close - 1].text += self.launcher(
-                kernel, name, f"metal_limit_{name}", host_names[0].strip('"') if host_names else name, position
+                kernel, name, f"{LIMIT}{name}", host_names[0].strip('"') if host_names else name, position
             )
 
     def template_header(self, position: int) -> tuple[int, int] | None:
@@ -289,11 +294,14 @@ class Rewriter(TokenStream):
         else:  # template [[host_name("x")]] [[kernel]] void f<…>(…);
             function = re.sub(r"^(kernel\s+)?void\s+", "", body)
             function = function[: self.end_of_arguments(function)]
+        function = function.removeprefix("::")
         name = re.match(r"((?:\w+::)*)(\w+)", function)
-        if not name or name[2] not in self.kernels:
+        scope = self.scope(position)
+        candidates = ["::".join([*scope[:depth], name[0]]) for depth in range(len(scope), -1, -1)] if name else []
+        kernel = next((self.kernels[found] for found in candidates if found in self.kernels), None)
+        if not name or not kernel:
             raise self.error(begin, f"no kernel is defined before this instantiation: {function}")
-        limit = f"{name[1]}metal_limit_{function[len(name[1]) :]}"
-        kernel = self.kernels[name[2]]
+        limit = f"{name[1]}{LIMIT}{function[len(name[1]) :]}"
         text = self.launcher(kernel, function, limit, attributes["host_name"].strip('"'), position)
         self.blank(position, end + 1)
         self.tokens[position] = Token(text, "code", self.tokens[position].line)
@@ -310,7 +318,7 @@ class Rewriter(TokenStream):
     def launcher(self, kernel: Kernel, function: str, limit: str, host_name: str, position: int) -> str:
         if host_name in self.result.entries:
             raise self.error(position, f"two kernels are named {host_name!r}")
-        if not any(position in namespace for namespace in self.namespaces):
+        if not self.scope(position):
             function = f"::{function}"  # not a function of namespace metal that has the same name
         symbol = f"metal_kernel_{len(self.result.entries)}"
         line = self.tokens[position].line

@@ -21,6 +21,9 @@ POINTERS = "__cl_clang_function_pointers : "
 WARNINGS = ["-Wpre-c++17-compat", "-ferror-limit=0", "-fno-color-diagnostics", "-fno-caret-diagnostics"]
 INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b[ \t]*(.*)$", re.MULTILINE)
 LINE_MARKER = re.compile(r'#(?:line)? (\d+)(?: "(.*?)")?')
+# Macros that stand for a value. Here they are constants instead, so that a declaration of that name is seen.
+VALUES = dict(re.findall(r"^#define ([A-Z]\w*) (.*)$", (HERE / "shim" / "macros.h").read_text(), re.MULTILINE))
+VALUES = {name: value for name, value in VALUES.items() if not name.startswith("METAL_")}
 LAUNCHER = "metal_kernel_"
 FUNCTIONS = {"FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl", "CXXDestructorDecl", "CXXConversionDecl"}
 
@@ -91,7 +94,8 @@ class Tree:
 
     def __init__(self, text: str) -> None:
         """Parse Metal that ``preprocessed`` made; what clang refuses does not keep it from giving a tree."""
-        rewritten = Rewriter(text).run().text
+        constants = "".join(f"constant constexpr auto {name} = {value};\n" for name, value in VALUES.items())
+        rewritten = f'# 1 "constants"\n{constants}{Rewriter(text).run().text}'
         # One text without includes, so that a place in it is a number.
         text, _ = clang("-E", *SPACES, "-include", HERE / "shim" / "metal.h", text=rewritten)
         # Function pointers stay allowed behind the shim, so that the tree shows them: the lint refuses them.
@@ -137,7 +141,8 @@ class Tree:
 
 def preprocessed(source: str) -> str:
     """The source with its macros expanded. Includes are left out: Metal's headers are the shim."""
-    return preprocess(f'#line 1 "{SOURCE}"\n' + INCLUDE.sub("", source), SOURCE)
+    unexpanded = "".join(f"#undef {name}\n#define {name} {name}\n" for name in VALUES)
+    return preprocess(f'{unexpanded}#line 1 "{SOURCE}"\n' + INCLUDE.sub("", source), SOURCE)
 
 
 def clang(*arguments: str | Path, text: str) -> tuple[str, str]:

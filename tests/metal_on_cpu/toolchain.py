@@ -30,6 +30,7 @@ METAL_CODE = [
     *["-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno"],
     *["-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"],
     *["-ftrivial-auto-var-init=pattern", "-gline-tables-only", "-gdwarf-4", "-fno-caret-diagnostics"],
+    "-ferror-limit=0",
     *["-Wno-everything", "-Werror=return-type", "-Werror=uninitialized"],
 ]
 FAST = ["-O2"]

@@ -20,7 +20,7 @@ def install() -> None:
     import mps_on_linux
 
     mps_on_linux.install()
-    sources = [*sorted((ROOT / "csrc").glob("*.*")), *sorted((ROOT / "metal").glob("*.*"))]
+    sources = [ROOT / "pyproject.toml", *sorted((ROOT / "csrc").glob("*.*")), *sorted((ROOT / "metal").glob("*.*"))]
     os.environ["TORCH_FUSED_LORA_MPS"] = str(mps_on_linux.extension(ROOT / "setup.py", sources))
 
 

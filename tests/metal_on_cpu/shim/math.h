@@ -3,50 +3,87 @@
 
 namespace metal {
 
-#define UNARY(name, builtin) \
-    template <typename T> T name(T x) { return builtin(x); }
-#define BINARY(name, builtin) \
-    template <typename T> T name(T x, T y) { return builtin(x, y); }
+// What kernels use most is, as in Metal, a set of overloads, one for each type: a call whose arguments have several types
+// (min(uint, int), fma(float, float, half)) or a type without an overload (rsqrt(uint)) is ambiguous, and a scalar among
+// vectors is spread over one. There are none of bfloat, as MLX declares its own in this namespace; whether Metal then
+// takes exp(bfloat) as exp(float), as here, is not known. A template below takes arguments of one type: Metal takes more.
+#define WIDTHS(OVERLOAD, name, builtin, scalar) \
+    OVERLOAD(name, builtin, scalar)             \
+    OVERLOAD(name, builtin, scalar##2)          \
+    OVERLOAD(name, builtin, scalar##3)          \
+    OVERLOAD(name, builtin, scalar##4)
+#define FLOATS(OVERLOAD, name, builtin)   \
+    WIDTHS(OVERLOAD, name, builtin, half) \
+    WIDTHS(OVERLOAD, name, builtin, float)
+#define SIGNED(OVERLOAD, name, builtin)    \
+    WIDTHS(OVERLOAD, name, builtin, char)  \
+    WIDTHS(OVERLOAD, name, builtin, short) \
+    WIDTHS(OVERLOAD, name, builtin, int)   \
+    WIDTHS(OVERLOAD, name, builtin, long)
+#define UNSIGNED(OVERLOAD, name, builtin)   \
+    WIDTHS(OVERLOAD, name, builtin, uchar)  \
+    WIDTHS(OVERLOAD, name, builtin, ushort) \
+    WIDTHS(OVERLOAD, name, builtin, uint)   \
+    WIDTHS(OVERLOAD, name, builtin, ulong)
+#define INTEGERS(OVERLOAD, name, builtin) SIGNED(OVERLOAD, name, builtin) UNSIGNED(OVERLOAD, name, builtin)
+#define NUMBERS(OVERLOAD, name, builtin) INTEGERS(OVERLOAD, name, builtin) FLOATS(OVERLOAD, name, builtin)
+#define UNARY(name, builtin, T) inline T name(T x) { return builtin(x); }
+#define BINARY(name, builtin, T) inline T name(T x, T y) { return builtin(x, y); }
+#define TERNARY(name, builtin, T) inline T name(T x, T y, T z) { return builtin(x, y, z); }
 
-UNARY(abs, __builtin_elementwise_abs)
-BINARY(min, __builtin_elementwise_min)
-BINARY(max, __builtin_elementwise_max)
-template <typename T> T clamp(T x, T low, T high) { return min(max(x, low), high); }
+namespace executor {
+template <typename T> T clamp(T x, T low, T high) {
+    return __builtin_elementwise_min(__builtin_elementwise_max(x, low), high);
+}
+template <typename T> T rsqrt(T x) { return T(1) / __builtin_elementwise_sqrt(x); }
+template <typename T> T rotate(T x, T bits) {
+    const T modulus = T(sizeof(element_of<T>) * 8), left = bits % modulus;
+    return (x << left) | (x >> ((modulus - left) % modulus) & ~(T(-1) << left));  // >> copies the sign of a signed x
+}
+}  // namespace executor
+
+SIGNED(UNARY, abs, __builtin_elementwise_abs)
+UNSIGNED(UNARY, abs, )
+FLOATS(UNARY, abs, __builtin_elementwise_abs)
+NUMBERS(BINARY, min, __builtin_elementwise_min)
+NUMBERS(BINARY, max, __builtin_elementwise_max)
+NUMBERS(TERNARY, clamp, executor::clamp)
+INTEGERS(BINARY, rotate, executor::rotate)
 template <typename T> T min3(T x, T y, T z) { return min(x, min(y, z)); }
 template <typename T> T max3(T x, T y, T z) { return max(x, max(y, z)); }
 
-#define MATH                                        \
-    UNARY(fabs, __builtin_elementwise_abs)          \
-    UNARY(acos, __builtin_elementwise_acos)         \
-    UNARY(asin, __builtin_elementwise_asin)         \
-    UNARY(atan, __builtin_elementwise_atan)         \
-    UNARY(ceil, __builtin_elementwise_ceil)         \
-    UNARY(cos, __builtin_elementwise_cos)           \
-    UNARY(cosh, __builtin_elementwise_cosh)         \
-    UNARY(exp, __builtin_elementwise_exp)           \
-    UNARY(exp2, __builtin_elementwise_exp2)         \
-    UNARY(exp10, __builtin_elementwise_exp10)       \
-    UNARY(floor, __builtin_elementwise_floor)       \
-    UNARY(log, __builtin_elementwise_log)           \
-    UNARY(log2, __builtin_elementwise_log2)         \
-    UNARY(log10, __builtin_elementwise_log10)       \
-    UNARY(rint, __builtin_elementwise_roundeven)    \
-    UNARY(round, __builtin_elementwise_round)       \
-    UNARY(sin, __builtin_elementwise_sin)           \
-    UNARY(sinh, __builtin_elementwise_sinh)         \
-    UNARY(sqrt, __builtin_elementwise_sqrt)         \
-    UNARY(tan, __builtin_elementwise_tan)           \
-    UNARY(tanh, __builtin_elementwise_tanh)         \
-    UNARY(trunc, __builtin_elementwise_trunc)       \
-    BINARY(atan2, __builtin_elementwise_atan2)      \
-    BINARY(copysign, __builtin_elementwise_copysign) \
-    BINARY(fmin, __builtin_elementwise_min)         \
-    BINARY(fmax, __builtin_elementwise_max)         \
-    BINARY(fmod, __builtin_elementwise_fmod)        \
-    BINARY(pow, __builtin_elementwise_pow)          \
-    BINARY(powr, __builtin_elementwise_pow)         \
-    template <typename T> T rsqrt(T x) { return T(1) / __builtin_elementwise_sqrt(x); } \
-    template <typename T> T fma(T x, T y, T z) { return __builtin_elementwise_fma(x, y, z); }
+#define MATH                                                 \
+    FLOATS(UNARY, fabs, __builtin_elementwise_abs)           \
+    FLOATS(UNARY, acos, __builtin_elementwise_acos)          \
+    FLOATS(UNARY, asin, __builtin_elementwise_asin)          \
+    FLOATS(UNARY, atan, __builtin_elementwise_atan)          \
+    FLOATS(UNARY, ceil, __builtin_elementwise_ceil)          \
+    FLOATS(UNARY, cos, __builtin_elementwise_cos)            \
+    FLOATS(UNARY, cosh, __builtin_elementwise_cosh)          \
+    FLOATS(UNARY, exp, __builtin_elementwise_exp)            \
+    FLOATS(UNARY, exp2, __builtin_elementwise_exp2)          \
+    FLOATS(UNARY, exp10, __builtin_elementwise_exp10)        \
+    FLOATS(UNARY, floor, __builtin_elementwise_floor)        \
+    FLOATS(UNARY, log, __builtin_elementwise_log)            \
+    FLOATS(UNARY, log2, __builtin_elementwise_log2)          \
+    FLOATS(UNARY, log10, __builtin_elementwise_log10)        \
+    FLOATS(UNARY, rint, __builtin_elementwise_roundeven)     \
+    FLOATS(UNARY, round, __builtin_elementwise_round)        \
+    FLOATS(UNARY, sin, __builtin_elementwise_sin)            \
+    FLOATS(UNARY, sinh, __builtin_elementwise_sinh)          \
+    FLOATS(UNARY, sqrt, __builtin_elementwise_sqrt)          \
+    FLOATS(UNARY, tan, __builtin_elementwise_tan)            \
+    FLOATS(UNARY, tanh, __builtin_elementwise_tanh)          \
+    FLOATS(UNARY, trunc, __builtin_elementwise_trunc)        \
+    FLOATS(BINARY, atan2, __builtin_elementwise_atan2)       \
+    FLOATS(BINARY, copysign, __builtin_elementwise_copysign) \
+    FLOATS(BINARY, fmin, __builtin_elementwise_min)          \
+    FLOATS(BINARY, fmax, __builtin_elementwise_max)          \
+    FLOATS(BINARY, fmod, __builtin_elementwise_fmod)         \
+    FLOATS(BINARY, pow, __builtin_elementwise_pow)           \
+    FLOATS(BINARY, powr, __builtin_elementwise_pow)          \
+    FLOATS(UNARY, rsqrt, executor::rsqrt)                    \
+    FLOATS(TERNARY, fma, __builtin_elementwise_fma)
 
 // Metal's fast variants may be less exact; here all three are the precise ones.
 MATH
@@ -54,18 +91,21 @@ namespace precise { MATH }
 namespace fast { MATH }
 #undef MATH
 
-UNARY(popcount, __builtin_elementwise_popcount)
-UNARY(reverse_bits, __builtin_elementwise_bitreverse)
+INTEGERS(UNARY, popcount, __builtin_elementwise_popcount)
+INTEGERS(UNARY, reverse_bits, __builtin_elementwise_bitreverse)
 template <typename T> auto isnan(T x) { return x != x; }
-#undef UNARY
+#undef TERNARY
 #undef BINARY
+#undef UNARY
+#undef NUMBERS
+#undef INTEGERS
+#undef UNSIGNED
+#undef SIGNED
+#undef FLOATS
+#undef WIDTHS
 
 template <typename T> T clz(T x) { return x ? T(sizeof(T) * 8 - 1 - (63 - __builtin_clzl(ulong(x)))) : T(sizeof(T) * 8); }
 template <typename T> T ctz(T x) { return x ? T(__builtin_ctzl(ulong(x))) : T(sizeof(T) * 8); }
-template <typename T> T rotate(T x, T bits) {
-    const T modulus = T(sizeof(executor::element_of<T>) * 8), left = bits % modulus;
-    return (x << left) | (x >> ((modulus - left) % modulus));
-}
 template <typename T> T mad24(T x, T y, T z) { return x * y + z; }
 template <typename T> T absdiff(T x, T y) { return x > y ? x - y : y - x; }
 
@@ -122,7 +162,9 @@ template <typename T> T step(T edge, T x) { return x < edge ? T(0) : T(1); }
 template <typename T> T sign(T x) { return x > T(0) ? T(1) : x < T(0) ? T(-1) : x; }
 template <typename T> T divide(T x, T y) { return x / y; }
 
-template <typename V> executor::element_of<V> dot(V x, V y) {
+// Of half and float only.
+template <typename V, typename = enable_if_t<__is_same(executor::element_of<V>, half) || __is_same(executor::element_of<V>, float)>>
+executor::element_of<V> dot(V x, V y) {
     executor::element_of<V> sum = x[0] * y[0];
     for (int i = 1; i < executor::vector_traits<V>::size; ++i) sum += x[i] * y[i];
     return sum;

@@ -4,6 +4,11 @@
 namespace metal {
 namespace executor {
 
+// What these functions take: numbers of up to 32 bits and vectors of them, but neither bool nor bfloat.
+template <typename T> inline constexpr bool is_simd_element =
+    is_arithmetic_v<T> && sizeof(T) <= 4 && !__is_same(T, bool) && !__is_same(T, bfloat);
+template <typename T> using simd_value = enable_if_t<is_simd_element<element_of<T>>, T>;
+
 template <typename T> struct Shuffle {
     T value;
     uint source;  // lane to read; a lane that does not exist leaves the value as it is
@@ -73,47 +78,47 @@ struct Xor { template <typename T> static T apply(T a, T b) { return a ^ b; } };
 
 }  // namespace executor
 
-template <typename T> AT_CALLER T simd_sum(T x) { return executor::collective<executor::Reduce<executor::Sum, T>>(x); }
-template <typename T> AT_CALLER T simd_product(T x) { return executor::collective<executor::Reduce<executor::Product, T>>(x); }
-template <typename T> AT_CALLER T simd_min(T x) { return executor::collective<executor::Reduce<executor::Min, T>>(x); }
-template <typename T> AT_CALLER T simd_max(T x) { return executor::collective<executor::Reduce<executor::Max, T>>(x); }
-template <typename T> AT_CALLER T simd_and(T x) { return executor::collective<executor::Reduce<executor::And, T>>(x); }
-template <typename T> AT_CALLER T simd_or(T x) { return executor::collective<executor::Reduce<executor::Or, T>>(x); }
-template <typename T> AT_CALLER T simd_xor(T x) { return executor::collective<executor::Reduce<executor::Xor, T>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_sum(T x) { return executor::collective<executor::Reduce<executor::Sum, T>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_product(T x) { return executor::collective<executor::Reduce<executor::Product, T>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_min(T x) { return executor::collective<executor::Reduce<executor::Min, T>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_max(T x) { return executor::collective<executor::Reduce<executor::Max, T>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_and(T x) { return executor::collective<executor::Reduce<executor::And, T>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_or(T x) { return executor::collective<executor::Reduce<executor::Or, T>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_xor(T x) { return executor::collective<executor::Reduce<executor::Xor, T>>(x); }
 AT_CALLER inline bool simd_all(bool x) { return simd_and(uint(x)); }
 AT_CALLER inline bool simd_any(bool x) { return simd_or(uint(x)); }
 
-template <typename T> AT_CALLER T simd_prefix_inclusive_sum(T x) { return executor::collective<executor::Prefix<executor::Sum, T, true>>(x); }
-template <typename T> AT_CALLER T simd_prefix_exclusive_sum(T x) { return executor::collective<executor::Prefix<executor::Sum, T, false>>(x); }
-template <typename T> AT_CALLER T simd_prefix_inclusive_product(T x) { return executor::collective<executor::Prefix<executor::Product, T, true>>(x); }
-template <typename T> AT_CALLER T simd_prefix_exclusive_product(T x) { return executor::collective<executor::Prefix<executor::Product, T, false>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_prefix_inclusive_sum(T x) { return executor::collective<executor::Prefix<executor::Sum, T, true>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_prefix_exclusive_sum(T x) { return executor::collective<executor::Prefix<executor::Sum, T, false>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_prefix_inclusive_product(T x) { return executor::collective<executor::Prefix<executor::Product, T, true>>(x); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_prefix_exclusive_product(T x) { return executor::collective<executor::Prefix<executor::Product, T, false>>(x); }
 
-template <typename T> AT_CALLER T simd_shuffle(T x, ushort lane) { return executor::shuffle(x, lane); }
-template <typename T> AT_CALLER T simd_broadcast(T x, ushort lane) { return executor::shuffle(x, lane); }
-template <typename T> AT_CALLER T simd_broadcast_first(T x) { return executor::shuffle(x, 0); }
-template <typename T> AT_CALLER T simd_shuffle_xor(T x, ushort mask) { return executor::shuffle(x, executor_lane() ^ mask); }
-template <typename T> AT_CALLER T simd_shuffle_up(T x, ushort delta) { return executor::shuffle(x, executor_lane() - delta); }
-template <typename T> AT_CALLER T simd_shuffle_down(T x, ushort delta) { return executor::shuffle(x, executor_lane() + delta); }
-template <typename T> AT_CALLER T simd_shuffle_rotate_up(T x, ushort delta) { return executor::shuffle(x, (executor_lane() - delta) % executor::simd_width); }
-template <typename T> AT_CALLER T simd_shuffle_rotate_down(T x, ushort delta) { return executor::shuffle(x, (executor_lane() + delta) % executor::simd_width); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle(T x, ushort lane) { return executor::shuffle(x, lane); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_broadcast(T x, ushort lane) { return executor::shuffle(x, lane); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_broadcast_first(T x) { return executor::shuffle(x, 0); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle_xor(T x, ushort mask) { return executor::shuffle(x, executor_lane() ^ mask); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle_up(T x, ushort delta) { return executor::shuffle(x, executor_lane() - delta); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle_down(T x, ushort delta) { return executor::shuffle(x, executor_lane() + delta); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle_rotate_up(T x, ushort delta) { return executor::shuffle(x, (executor_lane() - delta) % executor::simd_width); }
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle_rotate_down(T x, ushort delta) { return executor::shuffle(x, (executor_lane() + delta) % executor::simd_width); }
 // Lanes that would read beyond the simdgroup read the other end of `filling`.
-template <typename T> AT_CALLER T simd_shuffle_and_fill_up(T x, T filling, ushort delta) {
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle_and_fill_up(T x, T filling, ushort delta) {
     const T shifted = simd_shuffle_up(x, delta), filled = simd_shuffle_rotate_up(filling, delta);
     return executor_lane() < delta ? filled : shifted;
 }
-template <typename T> AT_CALLER T simd_shuffle_and_fill_down(T x, T filling, ushort delta) {
+template <typename T> AT_CALLER executor::simd_value<T> simd_shuffle_and_fill_down(T x, T filling, ushort delta) {
     const T shifted = simd_shuffle_down(x, delta), filled = simd_shuffle_rotate_down(filling, delta);
     return executor_lane() + delta >= executor::simd_width ? filled : shifted;
 }
 AT_CALLER inline bool simd_is_first() { return executor_lane() == 0; }
 
-template <typename T> AT_CALLER T quad_shuffle_xor(T x, ushort mask) { return executor::shuffle(x, executor_lane() ^ (mask & 3)); }
-template <typename T> AT_CALLER T quad_broadcast(T x, ushort lane) { return executor::shuffle(x, (executor_lane() & ~3u) | (lane & 3)); }
-template <typename T> AT_CALLER T quad_sum(T x) {
+template <typename T> AT_CALLER executor::simd_value<T> quad_shuffle_xor(T x, ushort mask) { return executor::shuffle(x, executor_lane() ^ (mask & 3)); }
+template <typename T> AT_CALLER executor::simd_value<T> quad_broadcast(T x, ushort lane) { return executor::shuffle(x, (executor_lane() & ~3u) | (lane & 3)); }
+template <typename T> AT_CALLER executor::simd_value<T> quad_sum(T x) {
     x += quad_shuffle_xor(x, 1);
     return x + quad_shuffle_xor(x, 2);
 }
-template <typename T> AT_CALLER T quad_max(T x) {
+template <typename T> AT_CALLER executor::simd_value<T> quad_max(T x) {
     x = max(x, quad_shuffle_xor(x, 1));
     return max(x, quad_shuffle_xor(x, 2));
 }
@@ -129,6 +134,6 @@ class simd_vote {
   private:
     vote_t votes_;
 };
-AT_CALLER inline simd_vote simd_ballot(bool x) { return simd_vote(simd_or(ulong(x) << executor_lane())); }
+AT_CALLER inline simd_vote simd_ballot(bool x) { return simd_vote(simd_or(uint(x) << executor_lane())); }
 
 }  // namespace metal

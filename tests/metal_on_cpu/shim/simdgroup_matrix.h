@@ -123,18 +123,20 @@ LOAD_STORE(device)
 LOAD_STORE(threadgroup)
 #undef LOAD_STORE
 
-// d = a b + c. Sums are taken in float, also of half and bfloat matrices.
+// d = a b + c. Sums are taken in float, also of half and bfloat matrices. Apple documents the operands by thread& in one
+// place and by value in another: a variable that is not const fits both, and only that is taken here.
 template <typename D, typename A, typename B, typename C>
-AT_CALLER void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
-                                   const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c) {
+AT_CALLER void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a,
+                                   simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 8>& c) {
     using Frame = executor::MultiplyFrame<D, A, B, C>;
     const Frame frame = {vec<D, 2>{}, a.thread_elements(), b.thread_elements(), c.thread_elements()};
     d.thread_elements() = executor::collective<typename Frame::Multiply>(frame, true).d;
 }
 
 template <typename D, typename A, typename B>
-AT_CALLER void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a, const simdgroup_matrix<B, 8, 8>& b) {
-    simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8, 8>(D(0)));
+AT_CALLER void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a, simdgroup_matrix<B, 8, 8>& b) {
+    auto zero = make_filled_simdgroup_matrix<D, 8, 8>(D(0));
+    simdgroup_multiply_accumulate(d, a, b, zero);
 }
 
 }  // namespace metal

@@ -163,11 +163,10 @@ template <typename T, typename... A> constexpr T make(A... values) {
 template <typename T> using uniform = T;
 template <typename T> constexpr T make_uniform(T value) { return value; }
 
+}  // namespace metal
+
+// An operator of the language, no member of metal.
 template <typename To, typename From> constexpr To as_type(From value) {
     static_assert(sizeof(To) == sizeof(From), "as_type between types of different size");
     return __builtin_bit_cast(To, value);
 }
-
-}  // namespace metal
-
-using metal::as_type;
