@@ -218,6 +218,8 @@ outer:                                            ; preds = %outer.end, %entry
 
 inner:                                            ; preds = %inner, %outer
   %j = phi i64 [ 0, %outer ], [ %j.next, %inner ]
+  %k = phi <4 x i32> [ zeroinitializer, %outer ], [ %k.next, %inner ]
+  %k.next = add <4 x i32> %k, splat (i32 1)
   %j.next = add i64 %j, %step
   %more = icmp ult i64 %j.next, 100
   br i1 %more, label %inner, label %outer.end
@@ -236,8 +238,8 @@ end:                                              ; preds = %outer.end, %outer.e
 """
     function = Function(*DEFINITION.search(ir).groups()[1:])
     assert function.innermost_loops() == [{"inner"}]
-    # At the end of `inner`: i, step, j.next and more. n is dead, y is the address of a buffer, p an offset from it.
-    assert function.live_registers() == 1 + 2 + 2 + 1
+    # At the end of `inner`: i, step, j.next, k.next and more. n is dead, y the address of a buffer, p an offset from it.
+    assert function.live_registers() == 1 + 2 + 2 + 4 + 1
 
 
 def test_a_figure_that_grew():
