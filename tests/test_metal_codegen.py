@@ -238,7 +238,7 @@ end:                                              ; preds = %outer.end, %outer.e
 """
     function = Function(*DEFINITION.search(ir).groups()[1:])
     assert function.innermost_loops() == [{"inner"}]
-    # At the end of `inner`: i, step, j.next, k.next and more. n is dead, y the address of a buffer, p an offset from it.
+    # At the end of `inner`: i, step, j.next, k.next, more. n is dead, y the address of a buffer, p an offset from it.
     assert function.live_registers() == 1 + 2 + 2 + 4 + 1
 
 

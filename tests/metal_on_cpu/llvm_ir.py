@@ -171,7 +171,7 @@ def registers(kind: str) -> int:
     if kind == MATRIX:
         return 2
     if kind.startswith("ptr"):
-        return 1 if kind == "ptr addrspace(3)" else 2  # threadgroup memory has 32-bit addresses
+        return 1 if kind == "ptr addrspace(3)" else 2  # threadgroup memory is small: taken as 32 bits
     count, _, element = kind.strip("<>").rpartition(" x ")
     bits = {"float": 32, "half": 16, "bfloat": 16}.get(element) or int(element.removeprefix("i"))
     return -(-int(count or 1) * bits // 32)
