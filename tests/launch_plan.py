@@ -143,12 +143,15 @@ class Kernels(Launcher):
 
     def delta_dx(self, dx, dy, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_z=False) -> Tensor | None:
         """Adds to dx (M, K) in place, or computes nothing but z where dx is None; returns z."""
-        problem = self._problem(None, None, lora_A, lora_B, dy=dy, dropout_p=dropout_p, ranks=ranks, save_h=save_z)
-        problem.y_offset = dx.storage_offset() if dx is not None else 0
-        z = fresh(lora_A, problem.dy.rows, lora_A.shape[0]) if save_z else None
-        for launch in self._plan(library().tfl_plan_delta_dx, problem, (ctypes.c_uint32(dx is None),)):
+        z = fresh(lora_A, operand(dy).rows, lora_A.shape[0]) if save_z else None
+        for launch in self.plan_delta_dx(dx, dy, lora_A, lora_B, dropout_p, ranks, save_z):
             self._dispatch(launch, (dy, lora_B, lora_A, dx, z, scalar(scaling), seed_tensor(seed)))
         return z
+
+    def plan_delta_dx(self, dx, dy, lora_A, lora_B, dropout_p=(), ranks=(), save_z=False) -> list[Launch]:
+        problem = self._problem(None, None, lora_A, lora_B, dy=dy, dropout_p=dropout_p, ranks=ranks, save_h=save_z)
+        problem.y_offset = dx.storage_offset() if dx is not None else 0
+        return self._plan(library().tfl_plan_delta_dx, problem, (ctypes.c_uint32(dx is None),))
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
