@@ -17,6 +17,11 @@ std::mutex mutex;  // of what follows
 std::string platform = "unknown torch and system";
 std::map<const char*, AOTIMetalKernelFunctionHandle> kernels;  // by Launch::source, one string a kernel
 
+// A kernel's handle holds the encoder that start_encoding took from the caller's stream. Two threads, each with a stream
+// of its own, would encode into each other's through the handles that they share, so one of them encodes at a time. The
+// holder waits for its stream's queue, on which nothing takes this mutex: neither torch's operators nor encode_block.
+std::mutex encoding_mutex;
+
 [[noreturn]] void fail(const char* kernel, const char* what, const std::string& reason) {
   throw std::runtime_error(
       std::string("torch_fused_lora: kernel ") + kernel + ": " + what + " failed (" + platform + ")" +
@@ -48,6 +53,15 @@ AOTIMetalKernelFunctionHandle compiled(const Launch& launch) {
     }
   }
   return kernel;
+}
+
+/// Throws unless as many tensors are bound as the launch has: the words behind them would come at other indices.
+void check_bindings(const Batch& batch, const Launch& launch) {
+  const size_t bound = batch.buffers.size() + batch.constants.size();
+  if (bound == launch.tensors) return;
+  throw std::runtime_error(
+      std::string("torch_fused_lora: kernel ") + launch.kernel + ": its plan has " + std::to_string(launch.tensors) +
+      " tensors, and " + std::to_string(bound) + " are bound");
 }
 
 /// One dispatch with its kernel, and the first call of the shim that failed.
@@ -113,11 +127,13 @@ void encode(std::span<const Batch> batches) {
   Block block;
   for (const Batch& batch : batches) {
     for (const Launch& launch : batch.launches) {
+      check_bindings(batch, launch);
       block.encodings.push_back({&batch, &launch, compiled(launch)});
     }
   }
   if (block.encodings.empty()) return;
   const Encoding& first = block.encodings.front();
+  std::lock_guard<std::mutex> lock(encoding_mutex);
   if (aoti_torch_mps_run_command_block(first.kernel, encode_block, &block) != AOTI_TORCH_SUCCESS) {
     fail(first.launch->kernel, "run_command_block", last_error());
   }
