@@ -44,8 +44,8 @@ void check_adapters(
   for (int64_t rank : ranks) sum += rank;
   STD_TORCH_CHECK(
       sum == r && dropout_p.size() == (ranks.empty() ? 1 : ranks.size()),
-      expect.op, ": ranks: expected one for each of ", dropout_p.size(), " dropout_p, ", r, " in all; got ", ranks.size(),
-      " that sum to ", sum);
+      expect.op, ": ranks: expected one for each of ", dropout_p.size(), " dropout_p, ", r, " in all; got ",
+      ranks.size(), " that sum to ", sum);
   for (double p : dropout_p) {
     STD_TORCH_CHECK(p >= 0.0 && p < 1.0, expect.op, ": dropout_p: expected probabilities in [0, 1); got ", p);
   }
@@ -157,26 +157,23 @@ Batch plan_gradients(
   return {launches, {x ? x : Binding(grad), z, grad, h, partial_dA, partial_dB}, {scaling, seed}};
 }
 
-std::vector<Tensor> backward(
+void check_backward(
     const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& h, const OptionalTensor& seed,
     const std::vector<double>& dropout_p, const std::vector<int64_t>& ranks, const std::vector<bool>& needs) {
   constexpr Expect expect = {"lora_linear_backward"};
   STD_TORCH_CHECK(needs.size() == 6, expect.op, ": needs: expected 6 flags, got ", needs.size());
-  const bool need_x = needs[0], need_weight = needs[1], need_bias = needs[2], need_A = needs[3], need_B = needs[4],
-             need_scaling = needs[5];
-  expect(lora_A.dim() == 2, "lora_A", lora_A, "shape (r, K)");
-  expect(lora_B.dim() == 2, "lora_B", lora_B, "shape (N, r)");
-  const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
-  expect(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., ", N, ")");
+  expect(lora_A.dim() == 2 && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, K) with r >= 1");
+  const int64_t r = lora_A.size(0), K = lora_A.size(1);
+  expect(
+      lora_B.dim() == 2 && lora_B.size(1) == r, "lora_B", lora_B, "shape (N, ", r, "), since lora_A is (", r, ", ", K,
+      ")");
+  const int64_t N = lora_B.size(0);
+  expect(
+      grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., ", N, "), since lora_B is (", N,
+      ", ", r, ")");
   check_adapters(expect, grad, "grad", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
-  Layer layer(grad.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
-  Problem& problem = layer.problem;
-  Rows dy = rows_of(grad);
-  if (need_x || need_weight || need_bias) dy = as_matrix(dy);
-  problem.dy = dy.operand;
-  problem.x.rows = dy.operand.rows;
-  const int64_t M = static_cast<int64_t>(dy.operand.rows);
+
   const auto given = [&](const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
                          const char* like_name, const Tensor& like) {
     STD_TORCH_CHECK(
@@ -185,10 +182,29 @@ std::vector<Tensor> backward(
         expect.op, ": ", name, ": expected ", describe(shape), ", ", like_name, "'s dtype ",
         name_of(like.scalar_type()), ", on mps; got ", tensor.has_value() ? describe(*tensor) : "None");
   };
+  const bool need_x = needs[0], need_weight = needs[1], need_A = needs[3], need_B = needs[4], need_scaling = needs[5];
+  int64_t M = 1;
+  for (int64_t d = 0; d + 1 < grad.dim(); ++d) M *= grad.size(d);
   if (need_A || need_weight) given("x", x, with_last(grad, K), "grad", grad);
   if (need_x) given("weight", weight, {N, K}, "grad", grad);
   if (need_B || need_scaling) given("h", h, {M, r}, "lora_A", lora_A);
+}
 
+std::vector<Tensor> backward(
+    const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& h, const OptionalTensor& seed,
+    const std::vector<double>& dropout_p, const std::vector<int64_t>& ranks, const std::vector<bool>& needs) {
+  check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs);
+  const bool need_x = needs[0], need_weight = needs[1], need_bias = needs[2], need_A = needs[3], need_B = needs[4],
+             need_scaling = needs[5];
+  const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
+  Layer layer(grad.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
+  Problem& problem = layer.problem;
+  Rows dy = rows_of(grad);
+  if (need_x || need_weight || need_bias) dy = as_matrix(dy);
+  problem.dy = dy.operand;
+  problem.x.rows = dy.operand.rows;
+  const int64_t M = static_cast<int64_t>(dy.operand.rows);
   const bool empty_sum = M == 0;
   const auto fresh = [&](const std::vector<int64_t>& shape, const Tensor& like) {
     return empty_sum ? torch::stable::new_zeros(like, shape) : empty(shape, like);

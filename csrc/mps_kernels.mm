@@ -17,9 +17,10 @@ std::mutex mutex;  // of what follows
 std::string platform = "unknown torch and system";
 std::map<const char*, AOTIMetalKernelFunctionHandle> kernels;  // by Launch::source, one string a kernel
 
-// A kernel's handle holds the encoder that start_encoding took from the caller's stream. Two threads, each with a stream
-// of its own, would encode into each other's through the handles that they share, so one of them encodes at a time. The
-// holder waits for its stream's queue, on which nothing takes this mutex: neither torch's operators nor encode_block.
+// A kernel's handle holds the encoder that start_encoding took from the caller's stream. Two threads with streams of
+// their own would encode into each other's through the handles that they share, so one encodes at a time. It cannot
+// deadlock: the holder waits for its stream's queue alone, on which neither torch's blocks nor encode_block take this
+// mutex; kernels are compiled before it is taken.
 std::mutex encoding_mutex;
 
 [[noreturn]] void fail(const char* kernel, const char* what, const std::string& reason) {

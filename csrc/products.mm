@@ -5,14 +5,15 @@
 namespace torch_fused_lora {
 namespace {
 
-// What is wrong or slow on some Mac, and never asked of torch (issues of pytorch/pytorch; the emulated device refuses it):
+// What is wrong or slow on some Mac and never asked of torch, by the issues of pytorch/pytorch; the emulated device
+// refuses it:
 // - linear and matmul of more than two dimensions: another result each time on M5 (#180776, #181936), wrong ones with a
 //   bias (#192934, #189495), an abort (#197796), 8 times slower for a row a batch (#189847);
 // - linear of a single row with a bias: the bias is lost (#188438; torch's own way out is to add it afterwards, too);
 // - an empty reduction: aborts the process (#190050);
 // - a reduction of 32,767 or more: reads past the operands on M1 and M2 (#177116, #195163).
-// Long sums are split on every GPU and under every torch: what each of them needs is not known well enough to tell them
-// apart, and beside that many products a pass over the result costs nothing.
+// Long sums are split on every GPU and under every torch: one rule, one result, and beside so many products a pass over
+// the result is cheap. torch 2.14 has a way round of its own, from a reduction of 32,769 on.
 constexpr int64_t kLongReduction = 32767;
 constexpr int64_t kPart = 32704;  // the multiple of 64 below: parts of aligned operands are aligned
 

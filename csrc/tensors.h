@@ -45,8 +45,8 @@ struct Rows {
 
 Rows rows_of(const Tensor& tensor);
 
-/// The same with one level of rows, for torch's own products: `tensor` has two dimensions, and is a contiguous copy where
-/// the original is no view of such a shape.
+/// The same with one level of rows, for torch's own products: `tensor` has two dimensions, and is a contiguous copy
+/// where the original has no such view.
 Rows as_matrix(Rows rows);
 
 /// The tensor, or a copy; where nothing is to be done, without a call of the dispatcher.

@@ -30,9 +30,10 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtyp
 
 /// Other sizes and strides over the same memory.
 Tensor reinterpreted(const Tensor& tensor, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  constexpr int64_t added_offset = 0;
   AtenTensorHandle made;
   const auto status = aoti_torch__reinterpret_tensor(
-      tensor.get(), static_cast<int64_t>(shape.size()), shape.data(), strides.data(), 0, &made);  // beside its own offset
+      tensor.get(), static_cast<int64_t>(shape.size()), shape.data(), strides.data(), added_offset, &made);
   check_status(status, "reshaping a tensor");
   return Tensor(made);
 }

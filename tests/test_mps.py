@@ -5,12 +5,14 @@ Numbers are checked by the operator's own tests, which run on every device.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,10 @@ from torch_fused_lora.ops.lora_linear import lora_linear_stacked
 if sys.platform != "linux":
     pytest.skip("what is counted here only the bench counts", allow_module_level=True)
 
+import mps_on_linux
 from mps_on_linux import a_stream_a_thread, counters, reset_counters
 
+TESTS = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("mps")
 
 
@@ -476,6 +480,27 @@ def test_what_cannot_be_launched(failure):
     assert after == "[136.0]"  # 8 + 2 * 8 * 8
 
 
+@pytest.mark.parametrize("planned", [2, 3, 4])
+def test_a_wrong_list_of_tensors(planned):
+    """A small operator on the same encoder binds three tensors, whatever its plan says."""
+    add_two = operator_that_binds_three()
+    x, one = torch.zeros(5, device="mps"), torch.tensor(1.0)
+    if planned == 3:
+        assert add_two(x, one, planned).eq(2).all()
+        return
+    with pytest.raises(RuntimeError, match=f"kernel add_two: its plan has {planned} tensors, and 3 are bound"):
+        add_two(x, one, planned)
+
+
+@functools.cache
+def operator_that_binds_three() -> Callable[..., torch.Tensor]:
+    folder, csrc = TESTS / "wrong_binding", TESTS.parent / "csrc"
+    torch.library.define("wrong_binding::add_two", "(Tensor x, Tensor one, int planned) -> Tensor")
+    sources = [folder / "wrong_binding.mm", csrc / "launch.h", csrc / "mps_kernels.h", csrc / "mps_kernels.mm"]
+    torch.ops.load_library(mps_on_linux.extension(folder / "setup.py", sources))
+    return torch.ops.wrong_binding.add_two
+
+
 @pytest.mark.parametrize("M", [1, 64])
 def test_out_of_memory_says_so(M):
     """One element stands for a weight of 2**38 bytes; the product of 64 rows is torch's own to allocate."""
@@ -508,6 +533,6 @@ for call in (lambda: tfl.lora_linear(a, a, None, a, a), lambda: tfl.rms_norm(a),
 def in_a_process(script: str, *arguments: str) -> list[str]:
     """The lines it prints."""
     command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

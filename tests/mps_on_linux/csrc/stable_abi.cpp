@@ -52,7 +52,8 @@ void release(const Product& product, StableIValue* stack) {
 }
 
 void check_or_release(std::string_view name, StableIValue* stack) {
-    const auto* product = std::find_if(std::begin(products), std::end(products), [&](auto& one) { return one.name == name; });
+    const auto is_named = [name](const Product& product) { return product.name == name; };
+    const auto* product = std::find_if(std::begin(products), std::end(products), is_named);
     if (product == std::end(products)) return;
     try {
         check(*product, stack);
@@ -67,7 +68,8 @@ void check_or_release(std::string_view name, StableIValue* stack) {
 
 extern "C" AOTITorchError torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack,
                                                 uint64_t extension_build_version) {
-    static const auto real = reinterpret_cast<decltype(&torch_call_dispatcher)>(dlsym(RTLD_NEXT, "torch_call_dispatcher"));
+    using Function = decltype(&torch_call_dispatcher);
+    static const auto real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "torch_call_dispatcher"));
     bench::count_stable_call(name);
     AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
         bench::check_or_release(name, stack);
