@@ -9,22 +9,17 @@
 
 #include "lora_plan.h"
 #include "mps_kernels.h"
+#include "products.h"
 #include "tensors.h"
 
 namespace torch_fused_lora {
 namespace {
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  return call<Tensor>("aten::linear", "", x, weight, bias);
-}
-
 Tensor multiply(const Tensor& a, const Tensor& b) { return call<Tensor>("aten::mul", "Tensor", a, b); }
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
 void check_adapters(
-    const Expect& expect, const Tensor& like, const char* like_name, int64_t K, int64_t N, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
+    const Expect& expect, const Tensor& like, const char* like_name, int64_t K, int64_t N, const Tensor& lora_A,
+    const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
     const std::vector<int64_t>& ranks) {
   expect(
       is_supported(like.scalar_type()) && !like.is_cpu(), like_name, like,
@@ -49,7 +44,8 @@ void check_adapters(
   for (int64_t rank : ranks) sum += rank;
   STD_TORCH_CHECK(
       sum == r && dropout_p.size() == (ranks.empty() ? 1 : ranks.size()),
-      expect.op, ": ranks: expected one for each of ", dropout_p.size(), " dropout_p, ", r, " in all; got ", ranks.size(), " that sum to ", sum);
+      expect.op, ": ranks: expected one for each of ", dropout_p.size(), " dropout_p, ", r, " in all; got ",
+      ranks.size(), " that sum to ", sum);
   for (double p : dropout_p) {
     STD_TORCH_CHECK(p >= 0.0 && p < 1.0, expect.op, ": dropout_p: expected probabilities in [0, 1); got ", p);
   }
@@ -105,7 +101,7 @@ std::tuple<Tensor, Tensor> forward(
 
   Layer layer(x.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
   Problem& problem = layer.problem;
-  const Rows x_rows = rows_of(x);
+  Rows x_rows = rows_of(x);
   problem.x = x_rows.operand;
   if (weight.stride(1) == 1 || K == 1) problem.weight = rows_of(weight).operand;  // as it is: what lora_decode reads
   problem.save_h = save_h;
@@ -126,7 +122,10 @@ std::tuple<Tensor, Tensor> forward(
     encode({&batch, 1});
     return {y, h};
   }
-  const Tensor y = torch::stable::contiguous(linear(x, weight, bias));
+  x_rows = as_matrix(x_rows);
+  problem.x = x_rows.operand;
+  const Tensor base = linear(x_rows.tensor, weight, bias);
+  const Tensor y = x.dim() == 2 ? base : with_shape(base, with_last(x, N));
   problem.y_offset = static_cast<uint64_t>(y.storage_offset());
   const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_delta(&problem, i, l, n); };
   const Batch batch = {
@@ -158,37 +157,54 @@ Batch plan_gradients(
   return {launches, {x ? x : Binding(grad), z, grad, h, partial_dA, partial_dB}, {scaling, seed}};
 }
 
-std::vector<Tensor> backward(
+void check_backward(
     const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& h, const OptionalTensor& seed,
     const std::vector<double>& dropout_p, const std::vector<int64_t>& ranks, const std::vector<bool>& needs) {
   constexpr Expect expect = {"lora_linear_backward"};
-  STD_TORCH_CHECK(needs.size() == 6, "lora_linear_backward: needs: expected 6 flags, got ", needs.size());
-  const bool need_x = needs[0], need_weight = needs[1], need_bias = needs[2], need_A = needs[3], need_B = needs[4],
-             need_scaling = needs[5];
-  expect(lora_A.dim() == 2 && lora_B.dim() == 2, "lora_A", lora_A, "two dimensions, as lora_B");
-  const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
-  expect(grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., ", N, ")");
+  STD_TORCH_CHECK(needs.size() == 6, expect.op, ": needs: expected 6 flags, got ", needs.size());
+  expect(lora_A.dim() == 2 && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, K) with r >= 1");
+  const int64_t r = lora_A.size(0), K = lora_A.size(1);
+  expect(
+      lora_B.dim() == 2 && lora_B.size(1) == r, "lora_B", lora_B, "shape (N, ", r, "), since lora_A is (", r, ", ", K,
+      ")");
+  const int64_t N = lora_B.size(0);
+  expect(
+      grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., ", N, "), since lora_B is (", N,
+      ", ", r, ")");
   check_adapters(expect, grad, "grad", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
-  Layer layer(grad.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
-  Problem& problem = layer.problem;
-  const Rows dy = rows_of(grad);
-  problem.dy = dy.operand;
-  problem.x.rows = dy.operand.rows;
-  const int64_t M = static_cast<int64_t>(dy.operand.rows);
+
   const auto given = [&](const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
                          const char* like_name, const Tensor& like) {
     STD_TORCH_CHECK(
-        tensor.has_value(), "lora_linear_backward: ", name, ": expected a tensor for these needs, got None");
-    expect(has_shape(*tensor, shape), name, *tensor, "the shape that grad, lora_A and lora_B imply");
-    expect(
-        tensor->scalar_type() == like.scalar_type() && !tensor->is_cpu(), name, *tensor,
-        like_name, "'s dtype ", name_of(like.scalar_type()), ", on mps");
+        tensor.has_value() && has_shape(*tensor, shape) && tensor->scalar_type() == like.scalar_type() &&
+            !tensor->is_cpu(),
+        expect.op, ": ", name, ": expected ", describe(shape), ", ", like_name, "'s dtype ",
+        name_of(like.scalar_type()), ", on mps; got ", tensor.has_value() ? describe(*tensor) : "None");
   };
+  const bool need_x = needs[0], need_weight = needs[1], need_A = needs[3], need_B = needs[4], need_scaling = needs[5];
+  int64_t M = 1;
+  for (int64_t d = 0; d + 1 < grad.dim(); ++d) M *= grad.size(d);
   if (need_A || need_weight) given("x", x, with_last(grad, K), "grad", grad);
   if (need_x) given("weight", weight, {N, K}, "grad", grad);
   if (need_B || need_scaling) given("h", h, {M, r}, "lora_A", lora_A);
+}
 
+std::vector<Tensor> backward(
+    const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& h, const OptionalTensor& seed,
+    const std::vector<double>& dropout_p, const std::vector<int64_t>& ranks, const std::vector<bool>& needs) {
+  check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs);
+  const bool need_x = needs[0], need_weight = needs[1], need_bias = needs[2], need_A = needs[3], need_B = needs[4],
+             need_scaling = needs[5];
+  const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
+  Layer layer(grad.scalar_type(), lora_A, lora_B, seed, dropout_p, ranks);
+  Problem& problem = layer.problem;
+  Rows dy = rows_of(grad);
+  if (need_x || need_weight || need_bias) dy = as_matrix(dy);
+  problem.dy = dy.operand;
+  problem.x.rows = dy.operand.rows;
+  const int64_t M = static_cast<int64_t>(dy.operand.rows);
   const bool empty_sum = M == 0;
   const auto fresh = [&](const std::vector<int64_t>& shape, const Tensor& like) {
     return empty_sum ? torch::stable::new_zeros(like, shape) : empty(shape, like);
@@ -197,7 +213,7 @@ std::vector<Tensor> backward(
   Binding dx, dA, dB, z, unscaled_dB;
   const Tensor scale = constant(scaling);
   const Binding seed_binding = seed.has_value() ? Binding(constant(*seed)) : std::nullopt;
-  if (need_x) dx = torch::stable::contiguous(torch::stable::matmul(grad, *weight));
+  if (need_x) dx = product(dy.tensor, *weight);
   if (need_A) dA = fresh({r, K}, lora_A);
   if (need_B && !need_scaling) dB = fresh({N, r}, lora_B);
   if (need_scaling) unscaled_dB = fresh({N, r}, lora_B);
@@ -212,13 +228,14 @@ std::vector<Tensor> backward(
     batches.push_back(
         {plan_all(plan), {dy.tensor, layer.lora_B.tensor, layer.lora_A.tensor, dx, z}, {scale, seed_binding}});
   }
-  std::optional<Rows> x_rows, h_rows;
-  if (need_A) {
+  std::optional<Rows> x_rows;
+  if (need_A || need_weight) {
     x_rows = rows_of(*x);
+    if (need_weight) x_rows = as_matrix(*x_rows);
     problem.x = x_rows->operand;
   }
   const Binding x_binding = x_rows ? Binding(x_rows->tensor) : std::nullopt;
-  const Binding h_binding = h.has_value() ? Binding(torch::stable::contiguous(*h)) : std::nullopt;
+  const Binding h_binding = h.has_value() ? Binding(as_contiguous(*h)) : std::nullopt;
   const auto add_gradients = [&](const Binding& for_A, const Binding& for_B, const Tensor& factor) {
     if (empty_sum || (!for_A && !for_B)) return;
     Batch sum;
@@ -237,16 +254,12 @@ std::vector<Tensor> backward(
   }
   encode(batches);
 
-  const auto matrix = [](const Tensor& tensor) {
-    const std::vector<int64_t> shape = {-1, tensor.size(tensor.dim() - 1)};
-    return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, shape);
-  };
   std::vector<Tensor> found;
-  if (need_x) found.push_back(*dx);
-  if (need_weight) found.push_back(torch::stable::matmul(transposed(matrix(grad)), matrix(*x)));
+  if (need_x) found.push_back(grad.dim() == 2 ? *dx : with_shape(*dx, with_last(grad, K)));
+  if (need_weight) found.push_back(product(transposed(dy.tensor), x_rows->tensor));
   if (need_bias) {
     const std::vector<int64_t> rows = {0};
-    found.push_back(torch::stable::sum(matrix(grad), rows));
+    found.push_back(torch::stable::sum(dy.tensor, rows));
   }
   if (need_A) found.push_back(*dA);
   if (need_B) found.push_back(dB ? *dB : torch::stable::to(multiply(*unscaled_dB, scaling), lora_B.scalar_type()));

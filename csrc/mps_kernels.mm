@@ -17,6 +17,12 @@ std::mutex mutex;  // of what follows
 std::string platform = "unknown torch and system";
 std::map<const char*, AOTIMetalKernelFunctionHandle> kernels;  // by Launch::source, one string a kernel
 
+// A kernel's handle holds the encoder that start_encoding took from the caller's stream. Two threads with streams of
+// their own would encode into each other's through the handles that they share, so one encodes at a time. It cannot
+// deadlock: the holder waits for its stream's queue alone, on which neither torch's blocks nor encode_block take this
+// mutex; kernels are compiled before it is taken.
+std::mutex encoding_mutex;
+
 [[noreturn]] void fail(const char* kernel, const char* what, const std::string& reason) {
   throw std::runtime_error(
       std::string("torch_fused_lora: kernel ") + kernel + ": " + what + " failed (" + platform + ")" +
@@ -48,6 +54,15 @@ AOTIMetalKernelFunctionHandle compiled(const Launch& launch) {
     }
   }
   return kernel;
+}
+
+/// Throws unless as many tensors are bound as the launch has: the words behind them would come at other indices.
+void check_bindings(const Batch& batch, const Launch& launch) {
+  const size_t bound = batch.buffers.size() + batch.constants.size();
+  if (bound == launch.tensors) return;
+  throw std::runtime_error(
+      std::string("torch_fused_lora: kernel ") + launch.kernel + ": its plan has " + std::to_string(launch.tensors) +
+      " tensors, and " + std::to_string(bound) + " are bound");
 }
 
 /// One dispatch with its kernel, and the first call of the shim that failed.
@@ -94,14 +109,6 @@ const char* encode_one(const Encoding& encoding) {
   return nullptr;
 }
 
-void check_tensors(const Batch& batch, const Launch& launch) {
-  const size_t bound = batch.buffers.size() + batch.constants.size();
-  if (bound == launch.tensors) return;
-  throw std::runtime_error(
-      std::string("torch_fused_lora: kernel ") + launch.kernel + ": takes " + std::to_string(launch.tensors) +
-      " tensors, " + std::to_string(bound) + " are bound");
-}
-
 /// Runs on the stream's queue, where no exception may pass: what failed is told afterwards.
 void encode_block(AOTIMetalKernelFunctionHandle, void* user_data) {
   Block& block = *static_cast<Block*>(user_data);
@@ -121,12 +128,13 @@ void encode(std::span<const Batch> batches) {
   Block block;
   for (const Batch& batch : batches) {
     for (const Launch& launch : batch.launches) {
-      check_tensors(batch, launch);
+      check_bindings(batch, launch);
       block.encodings.push_back({&batch, &launch, compiled(launch)});
     }
   }
   if (block.encodings.empty()) return;
   const Encoding& first = block.encodings.front();
+  std::lock_guard<std::mutex> lock(encoding_mutex);
   if (aoti_torch_mps_run_command_block(first.kernel, encode_block, &block) != AOTI_TORCH_SUCCESS) {
     fail(first.launch->kernel, "run_command_block", last_error());
   }

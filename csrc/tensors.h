@@ -30,6 +30,9 @@ Result call(const char* name, const char* overload, const Arguments&... argument
 Tensor empty(const std::vector<int64_t>& shape, const Tensor& like);
 Tensor empty_float(const std::vector<int64_t>& shape, const Tensor& like);
 
+/// A contiguous tensor in another shape, as a tensor of its own: autograd would forbid to write to a view.
+Tensor with_shape(const Tensor& tensor, const std::vector<int64_t>& shape);
+
 /// The tensor's shape, with another last dimension.
 std::vector<int64_t> with_last(const Tensor& tensor, int64_t last);
 
@@ -41,6 +44,13 @@ struct Rows {
 };
 
 Rows rows_of(const Tensor& tensor);
+
+/// The same with one level of rows, for torch's own products: `tensor` has two dimensions, and is a contiguous copy
+/// where the original has no such view.
+Rows as_matrix(Rows rows);
+
+/// The tensor, or a copy; where nothing is to be done, without a call of the dispatcher.
+Tensor as_contiguous(const Tensor& tensor);
 
 /// What set_arg_tensor binds as a constant: a 0-dim tensor whose storage starts with its value.
 Tensor constant(const Tensor& tensor);
@@ -55,6 +65,9 @@ bool is_supported(ScalarType dtype);
 Scalar scalar(ScalarType dtype);
 
 const char* name_of(ScalarType dtype);
+
+/// "shape (3, 4)"
+std::string describe(torch::headeronly::IntHeaderOnlyArrayRef shape);
 
 /// "shape (3, 4), torch.float16, on mps"
 std::string describe(const Tensor& tensor);

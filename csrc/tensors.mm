@@ -8,10 +8,16 @@ namespace {
 
 std::atomic<uint64_t> contiguous_copies{0};
 
-/// Straight from the shim: by its name in the dispatcher it takes twice as long.
-Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtype) {
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  return strides;
+}
+
+// What follows comes straight from the shim: by its name in the dispatcher it takes twice as long.
+
+Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(shape);
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made;
@@ -20,6 +26,21 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, int32_t dtyp
       &made);
   check_status(status, "allocating an output");
   return Tensor(made);
+}
+
+/// Other sizes and strides over the same memory.
+Tensor reinterpreted(const Tensor& tensor, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  constexpr int64_t added_offset = 0;
+  AtenTensorHandle made;
+  const auto status = aoti_torch__reinterpret_tensor(
+      tensor.get(), static_cast<int64_t>(shape.size()), shape.data(), strides.data(), added_offset, &made);
+  check_status(status, "reshaping a tensor");
+  return Tensor(made);
+}
+
+Tensor contiguous_copy(const Tensor& tensor) {
+  ++contiguous_copies;
+  return torch::stable::contiguous(tensor);
 }
 
 }  // namespace
@@ -32,6 +53,10 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like) {
 
 Tensor empty_float(const std::vector<int64_t>& shape, const Tensor& like) {
   return empty(shape, like, aoti_torch_dtype_float32());
+}
+
+Tensor with_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
+  return reinterpreted(tensor, shape, contiguous_strides(shape));
 }
 
 std::vector<int64_t> with_last(const Tensor& tensor, int64_t last) {
@@ -64,8 +89,7 @@ Rows rows_of(const Tensor& tensor) {
   const int64_t cols = tensor.size(dims - 1), col_stride = cols > 1 ? tensor.stride(dims - 1) : 1;
   const int64_t row_stride = count == 0 ? cols : inner.stride;
   if (rows > 0 && cols > 0 && (count > 2 || (col_stride != 1 && row_stride != 1))) {
-    ++contiguous_copies;
-    return rows_of(torch::stable::contiguous(tensor));
+    return rows_of(contiguous_copy(tensor));
   }
   const bool two = count == 2;
   const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
@@ -73,6 +97,15 @@ Rows rows_of(const Tensor& tensor) {
       u(rows), u(cols), u(two ? inner.size : rows), u(two ? outer.stride : 0), u(row_stride), u(col_stride),
       u(tensor.storage_offset())};
   return {tensor, operand};
+}
+
+Rows as_matrix(Rows rows) {
+  if (rows.operand.inner < rows.operand.rows) rows = rows_of(contiguous_copy(rows.tensor));
+  if (rows.tensor.dim() == 2) return rows;
+  const auto i = [](uint64_t value) { return static_cast<int64_t>(value); };
+  const Operand& m = rows.operand;
+  rows.tensor = reinterpreted(rows.tensor, {i(m.rows), i(m.cols)}, {i(m.row_stride), i(m.col_stride)});
+  return rows;
 }
 
 bool has_shape(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef shape) {
@@ -92,6 +125,10 @@ bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
 
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 Tensor constant(const Tensor& tensor) {
   return tensor.is_cpu() && tensor.storage_offset() != 0 ? torch::stable::clone(tensor) : tensor;
 }
@@ -105,11 +142,14 @@ const char* name_of(ScalarType dtype) {
   }
 }
 
-std::string describe(const Tensor& tensor) {
+std::string describe(torch::headeronly::IntHeaderOnlyArrayRef shape) {
   std::string text = "shape (";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  text += tensor.dim() == 1 ? ",), " : "), ";
-  return text + name_of(tensor.scalar_type()) + (tensor.is_cpu() ? ", on cpu" : ", on mps");
+  for (size_t d = 0; d < shape.size(); ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+std::string describe(const Tensor& tensor) {
+  return describe(tensor.sizes()) + ", " + name_of(tensor.scalar_type()) + (tensor.is_cpu() ? ", on cpu" : ", on mps");
 }
 
 }  // namespace torch_fused_lora

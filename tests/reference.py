@@ -17,6 +17,8 @@ from torch import Tensor
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float64: 0.0, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 HALF = (torch.float16, torch.bfloat16)
+# On mps a base product of so many terms or more is added up in parts of so many (csrc/products.mm).
+LONG_SUM, PART = 32_767, 32_704
 
 
 @dataclasses.dataclass
@@ -84,15 +86,21 @@ class Layer:
         return torch.cat(parts, 1)
 
     def output(self) -> Exact:
-        """y = x Wᵀ + b + s x̃ Aᵀ Bᵀ. A half base product is rounded; so is h where the adapters are half."""
+        """y = x Wᵀ + b + s x̃ Aᵀ Bᵀ. A half base product is rounded; so is h where the adapters are half.
+
+        On mps the bias of a single row, or of a long sum, is added to what is rounded already.
+        """
         x, W, b, A, B = self._operands()
-        base, s = x @ W.T + b, float(self.scaling)
+        product, off = self._product(x, W.T)
+        if self.x.is_mps and self.bias is not None and (len(x) == 1 or x.shape[1] >= LONG_SUM):
+            off = self._round(product, off)
+        base, s = product + b, float(self.scaling)
         delta_magnitude = abs(s) * self._h(x.abs(), A.abs()) @ B.abs().T
         return Exact(
             base + s * self._h(x, A) @ B.T,
             x.abs() @ W.abs().T + b.abs() + delta_magnitude,
             W.shape[1] + A.shape[0],
-            self._rounded(base, delta_magnitude),
+            self._rounded(base, off, delta_magnitude),
         ).reshape(*self.x.shape[:-1], len(W))
 
     def gradients(self, grad: Tensor) -> dict[str, Exact]:
@@ -110,11 +118,13 @@ class Layer:
             delta_a += m * (za[:, rank] @ Aa[rank])
             dA[rank] += z[:, rank].T @ (m * x)
             dA_a[rank] += za[:, rank].T @ (m * xa)
-        base, dB_a, ds_a = g @ W, sa * ga.T @ ha, (ga.T @ ha * Ba).sum()
+        dB_a, ds_a = sa * ga.T @ ha, (ga.T @ ha * Ba).sum()
+        (base, base_off), (dW, dW_off) = self._product(g, W), self._product(g.T, x)
         half = UNIT[self.lora_A.dtype] if self.lora_A.dtype in HALF else 0.0
+        dx_rounded = self._rounded(base, base_off, delta_a)
         return {
-            "x": Exact(base + delta, ga @ Wa + delta_a, N + r, self._rounded(base, delta_a)).reshape(*self.x.shape),
-            "weight": Exact(g.T @ x, ga.T @ xa, M),
+            "x": Exact(base + delta, ga @ Wa + delta_a, N + r, dx_rounded).reshape(*self.x.shape),
+            "weight": Exact(dW, ga.T @ xa, M, dW_off),
             "bias": Exact(g.sum(0), ga.sum(0), M),
             "lora_A": Exact(dA, dA_a, M + N, self._if_half(dA_a)),
             "lora_B": Exact(s * g.T @ h, dB_a, M + K, self._if_half(dB_a)),
@@ -122,10 +132,26 @@ class Layer:
             "scaling": Exact((g.T @ h * B).sum(), ds_a * (1 + half / UNIT[torch.float32]), M + K + N * r),
         }
 
-    def _rounded(self, base: Tensor, delta_magnitude: Tensor) -> Tensor:
+    def _product(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """A base product, and how far off it is before it is rounded itself, in units of x's roundoff: not at all, but
+        for a long sum on mps. Each of its parts is rounded, and each sum of them is before the next one is added."""
+        is_long = self.x.is_mps and left.shape[1] >= LONG_SUM
+        size = PART if is_long else max(left.shape[1], 1)
+        first, *others = (a @ b for a, b in zip(left.split(size, 1), right.split(size), strict=True))
+        total, off = first, torch.zeros_like(first)
+        for part in others:
+            off = self._round(total, off) + part.abs()
+            total = total + part
+        return total, off
+
+    def _round(self, value: Tensor, off: Tensor) -> Tensor:
+        """How far off is what is computed of ``value``, once it is rounded: see `_product`."""
+        return off + value.abs() + UNIT[self.x.dtype] * off
+
+    def _rounded(self, base: Tensor, off: Tensor, delta_magnitude: Tensor) -> Tensor:
         """The base product, a half h or z, and what every launch but the last adds up to."""
         between = (self.launches - 1) * (base.abs() + delta_magnitude)
-        return base.abs() + self._if_half(delta_magnitude) + between
+        return self._round(base, off) + self._if_half(delta_magnitude) + between
 
     def _if_half(self, magnitude: Tensor) -> Tensor:
         """What a half h or z carries on, where the adapters are half."""

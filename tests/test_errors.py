@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -123,23 +125,66 @@ def test_mps_without_kernels_is_an_error_not_a_slow_path():
             _portable_kernel(*on_mps)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grad": torch.randn(2, 4)}, r"grad: expected shape \(\.\.\., 3\)"),
-        ({"x": None}, r"x: expected shape \(2, 4\); got None"),
-        ({"weight": torch.randn(4, 3)}, r"weight: expected shape \(3, 4\)"),
-        ({"h": None}, r"h: expected shape \(2, 2\); got None"),
-        ({"needs": [True]}, "needs: expected 6 flags"),
-    ],
+def arguments_of_backward(device="cpu"):
+    tensors = operands() | {"grad": torch.randn(2, 3), "h": torch.randn(2, 2)}
+    del tensors["bias"]
+    on_device = {name: value.to(device) for name, value in tensors.items()}
+    return on_device | {"seed": None, "dropout_p": [], "ranks": [], "needs": [True] * 6}
+
+
+BAD_BACKWARD = {
+    "grad columns": ("grad", torch.randn(2, 4), r"shape \(\.\.\., 3\)"),
+    "grad 0-dim": ("grad", torch.tensor(1.0), r"shape \(\.\.\., 3\)"),
+    "grad integer": ("grad", torch.ones(2, 3, dtype=torch.int64), "float16, bfloat16"),
+    "x missing": ("x", None, r"shape \(2, 4\), .*; got None"),
+    "x rows": ("x", torch.randn(3, 4), r"shape \(2, 4\)"),
+    "x in another shape": ("x", torch.randn(2, 1, 4), r"shape \(2, 4\)"),
+    "x dtype": ("x", torch.randn(2, 4).half(), "grad's dtype torch.float32"),
+    "weight missing": ("weight", None, r"shape \(3, 4\), .*; got None"),
+    "weight transposed": ("weight", torch.randn(4, 3), r"shape \(3, 4\)"),
+    "weight dtype": ("weight", torch.randn(3, 4).bfloat16(), "grad's dtype torch.float32"),
+    "lora_A 1-D": ("lora_A", torch.randn(4), r"shape \(r, "),
+    "lora_A rank 0": ("lora_A", torch.randn(0, 4), r"shape \(r, "),
+    "lora_A half over float": ("lora_A", torch.randn(2, 4).half(), "torch.float32"),
+    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \("),
+    "lora_B dtype": ("lora_B", torch.randn(3, 2).half(), "lora_A's dtype torch.float32"),
+    "scaling 1-D": ("scaling", torch.ones(1), "a 0-dim"),
+    "scaling integer": ("scaling", torch.tensor(1), "a 0-dim"),
+    "h missing": ("h", None, r"shape \(2, 2\), .*; got None"),
+    "h rows": ("h", torch.randn(3, 2), r"shape \(2, 2\)"),
+    "h dtype": ("h", torch.randn(2, 2).half(), "lora_A's dtype torch.float32"),
+    "seed integer": ("seed", torch.tensor(1, dtype=torch.int32), "a 0-dim int64 tensor on the CPU"),
+    "needs": ("needs", [True], "6 flags"),
+}
+backward = torch.ops.torch_fused_lora.lora_linear_backward
+RAISES = pytest.mark.parametrize(
+    ("context", "error"), [(contextlib.nullcontext, ValueError), (torch.inference_mode, (ValueError, RuntimeError))]
 )
-def test_bad_arguments_of_the_backward_operator(change, message):
-    a = operands()
-    arguments = {"grad": torch.randn(2, 3), "x": a["x"], "weight": a["weight"], "lora_A": a["lora_A"]}
-    arguments |= {"lora_B": a["lora_B"], "scaling": a["scaling"], "h": torch.randn(2, 2), "seed": None}
-    arguments |= {"dropout_p": [], "ranks": [], "needs": [True] * 6}
-    with pytest.raises(ValueError, match=message):
-        torch.ops.torch_fused_lora.lora_linear_backward(**arguments | change)
+
+
+@RAISES
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_bad_arguments_of_the_backward_operator(device, case, context, error):
+    """In inference mode it is the device's kernel alone that checks: on mps in C++, whose error is a RuntimeError."""
+    name, value, expected = BAD_BACKWARD[case]
+    on_device = isinstance(value, torch.Tensor) and name != "seed"
+    with context(), pytest.raises(error, match=f"lora_linear_backward: {name}: expected .*{expected}"):
+        backward(**arguments_of_backward(device) | {name: value.to(device) if on_device else value})
+
+
+@RAISES
+@pytest.mark.parametrize("name", ["grad", "x", "weight", "lora_A", "lora_B", "h"])
+def test_an_operand_of_backward_left_on_the_cpu(mps, name, context, error):
+    arguments = arguments_of_backward(mps)
+    named = "lora_A" if name == "grad" and error is ValueError else name  # whichever differs from grad
+    with context(), pytest.raises(error, match=f"lora_linear_backward: {named}: expected .*(mps|device)"):
+        backward(**arguments | {name: arguments[name].cpu()})
+
+
+def test_operands_of_backward_that_are_not_needed_may_be_anything(device):
+    arguments = arguments_of_backward(device) | {"needs": [False, False, True, False, False, False]}
+    expected = arguments["grad"].sum(0)
+    assert torch.equal(backward(**arguments | {"x": None, "weight": None, "h": None})[0], expected)
 
 
 def test_ranks_must_add_up():

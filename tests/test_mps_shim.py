@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
 import sys
 import threading
 from pathlib import Path
@@ -11,12 +13,12 @@ import pytest
 import torch
 
 import mps_on_linux
-from mps_on_linux import counters, execution, no_leaks, reset_counters
+from mps_on_linux import a_stream_a_thread, counters, execution, no_leaks, reset_counters
 
 if sys.platform != "linux" or not torch.backends.mps.is_built():
     pytest.skip("for the bench, which tests/conftest.py installs on Linux", allow_module_level=True)
 
-from mps_on_linux.shim import Kernel, ShimError, call
+from mps_on_linux.shim import Kernel, ShimError, call, call_operator
 
 EXAMPLE = Path(mps_on_linux.__file__).parent / "example"
 
@@ -159,6 +161,29 @@ def test_encoding_belongs_to_the_thread_of_its_command_block():
     assert "outside a command block" in seen[0]
 
 
+@pytest.mark.parametrize("lock", [threading.Lock(), None])
+def test_two_streams_share_a_handle(lock):
+    """Which holds the encoder of whoever started it last: without a lock, one encodes into the other's, every time."""
+    small, y = Kernel(SOURCE, "small"), torch.zeros(2, 4, device="mps")
+    both, errors = threading.Barrier(2), []
+
+    def work(i: int) -> None:
+        both.wait()
+        with lock or contextlib.nullcontext():
+            try:
+                small(y[i], threads=(4,), group=(4,))
+            except ShimError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    with a_stream_a_thread(meet_seconds=0.2 if lock else 60):
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert len(errors) == (0 if lock else 1)
+    assert all("small: its handle holds another stream's encoder" in error for error in errors)
+    assert sum(y[i].tolist() == [0, 1, 2, 3] for i in range(2)) == 2 - len(errors)
+
+
 def test_what_a_kernel_does_wrong_is_told_when_somebody_waits():
     small, y = Kernel(SOURCE, "small"), torch.zeros(12, device="mps")
     small(y, threads=(13,), group=(13,))
@@ -178,6 +203,62 @@ def test_raw_buffers():
         call("copy_buffer", a, b, *[ctypes.c_size_t(n) for n in (8, 0, 4)])
     for buffer in (a, b):
         call("free", buffer)
+
+
+# --- ATen as an extension calls it
+
+
+def on_mps(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, device="mps")
+
+
+REFUSED = {
+    "aten::linear of [2, 3, 4] and [5, 4]: an operand that has not two dimensions": (
+        on_mps(2, 3, 4),
+        on_mps(5, 4),
+        None,
+    ),
+    "aten::linear of [4] and [5, 4]: an operand that has not two dimensions": (on_mps(4), on_mps(5, 4), None),
+    "aten::linear of [1, 4] and [5, 4]: a single row with a bias": (on_mps(1, 4), on_mps(5, 4), on_mps(5)),
+    "aten::linear of [9, 0] and [5, 0]: an empty operand": (on_mps(9, 0), on_mps(5, 0), None),
+    "aten::linear of [2, 32767] and [2, 32767]: a reduction of": (on_mps(2, 32767), on_mps(2, 32767), None),
+    "aten::matmul of [2, 3, 4] and [4, 5]: an operand that has not two dimensions": (on_mps(2, 3, 4), on_mps(4, 5)),
+    "aten::mm of [9, 0] and [0, 5]: an empty operand": (on_mps(9, 0), on_mps(0, 5)),
+    "aten::mm of [0, 9] and [9, 5]: an empty operand": (on_mps(0, 9), on_mps(9, 5)),
+    "aten::mm of [2, 40000] and [40000, 2]: a reduction of 32,767 or more": (on_mps(2, 40000), on_mps(40000, 2)),
+    "aten::bmm of [2, 3, 4] and [2, 4, 5]: an operand that has not two": (on_mps(2, 3, 4), on_mps(2, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_products_that_fail_on_some_mac_are_refused(message):
+    name = message.split()[0]
+    with pytest.raises(ShimError, match=re.escape(f"mps bench: {message}")):
+        call_operator(name, "", *REFUSED[message])
+    assert counters().stable_calls == {name: 1}
+    assert counters().fallbacks == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("aten::linear", (on_mps(2, 4), on_mps(5, 4), on_mps(5))),
+        ("aten::linear", (on_mps(1, 4), on_mps(5, 4), None)),
+        ("aten::linear", (on_mps(2, 32766), on_mps(2, 32766), on_mps(2))),
+        ("aten::matmul", (on_mps(2, 4), on_mps(4, 5))),
+        ("aten::mm", (on_mps(1, 4), on_mps(4, 1))),
+        ("aten::relu", (on_mps(2, 0, 4),)),
+    ],
+)
+def test_other_calls_of_an_extension_are_not(name, arguments):
+    call_operator(name, "", *arguments)
+    assert counters().stable_calls == {name: 1}
+
+
+def test_stock_code_is_let_through():
+    x, weight = on_mps(2, 3, 4), on_mps(5, 4)
+    assert torch.nn.functional.linear(x, weight, on_mps(5)).eq(5).all()
+    assert counters().stable_calls == {}
 
 
 # --- An Objective-C++ extension

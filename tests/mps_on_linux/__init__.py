@@ -1,6 +1,25 @@
 """``torch.device("mps")`` on Linux, and the C functions of PyTorch's MPS shim. See README.md."""
 
 from .build import extension
-from .device import Counters, counters, execution, install, no_leaks, reset_counters, why_unavailable
+from .device import (
+    Counters,
+    a_stream_a_thread,
+    counters,
+    execution,
+    install,
+    no_leaks,
+    reset_counters,
+    why_unavailable,
+)
 
-__all__ = ["Counters", "counters", "execution", "extension", "install", "no_leaks", "reset_counters", "why_unavailable"]
+__all__ = [
+    "Counters",
+    "a_stream_a_thread",
+    "counters",
+    "execution",
+    "extension",
+    "install",
+    "no_leaks",
+    "reset_counters",
+    "why_unavailable",
+]

@@ -38,6 +38,7 @@ class Counters:
 
     dispatches: dict[str, int]  # by kernel name
     fallbacks: dict[str, int]  # calls of ATen operators that the CPU's kernels computed, by name
+    stable_calls: dict[str, int]  # operators that extensions called through PyTorch's stable ABI, by name
     command_blocks: int
     commits: int
     synchronisations: int  # the host waited for the device
@@ -81,6 +82,20 @@ def execution(*, enabled: bool = True, order: str = "forward") -> Iterator[None]
         torch.mps.synchronize()
     finally:
         library().bench_set_execution(True, abi.ORDERS["forward"])
+
+
+@contextmanager
+def a_stream_a_thread(meet_seconds: float = 1.0) -> Iterator[None]:
+    """Every thread encodes into a stream of its own, as with PyTorch's pool of streams, and none waits for another.
+
+    The first to start encoding waits until a second one has started, too, for ``meet_seconds`` at most: two that share
+    a kernel's handle without a lock go wrong every time, and two with a lock take that long.
+    """
+    library().bench_give_each_thread_a_stream(meet_seconds)
+    try:
+        yield
+    finally:
+        library().bench_share_one_stream()
 
 
 def why_unavailable() -> str | None:
@@ -135,6 +150,7 @@ def library() -> ctypes.CDLL:
     """The device; its C functions are visible to extensions that are loaded later."""
     device = ctypes.CDLL(str(build.device_library()), mode=ctypes.RTLD_GLOBAL)
     device.bench_counters.restype = ctypes.c_char_p
+    device.bench_give_each_thread_a_stream.argtypes = [ctypes.c_double]
     device.bench_set_execution.argtypes = [ctypes.c_bool, ctypes.c_uint32]
     device.bench_add_kernel.argtypes = [
         *[ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint32],

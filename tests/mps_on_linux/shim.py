@@ -15,6 +15,8 @@ Argument = torch.Tensor | int
 
 libtorch = ctypes.CDLL(str(TORCH_LIBRARIES / "libtorch_cpu.so"))
 libtorch.torch_exception_get_what_without_backtrace.restype = ctypes.c_char_p
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
 capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 capsule_pointer.restype, capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
@@ -26,6 +28,29 @@ class ShimError(RuntimeError):
 def call(name: str, *arguments: object) -> None:
     if getattr(library(), f"aoti_torch_mps_{name}")(*arguments):
         raise ShimError(libtorch.torch_exception_get_what_without_backtrace().decode())
+
+
+ABI_VERSION = sum(int(part) << shift for part, shift in zip(torch.__version__.split(".")[:2], (56, 48), strict=True))
+
+
+def call_operator(name: str, overload: str, *arguments: torch.Tensor | None) -> None:
+    """Call an ATen operator as an extension does, by the stable ABI's torch_call_dispatcher; the result is dropped.
+
+    A tensor as the last of three arguments is an optional one.
+    """
+    stack = (ctypes.c_uint64 * len(arguments))(*[handle(value) if value is not None else 0 for value in arguments])
+    if len(arguments) == 3 and arguments[2] is not None:
+        box = ctypes.c_uint64.from_address(libc.malloc(8))  # the callee deletes it
+        box.value, stack[2] = stack[2], ctypes.addressof(box)
+    text = [word.encode() for word in (name, overload)]
+    if library().torch_call_dispatcher(*text, stack, ctypes.c_uint64(ABI_VERSION)):
+        raise ShimError(libtorch.torch_exception_get_what_without_backtrace().decode())
+    libtorch.aoti_torch_delete_tensor_object(ctypes.c_void_p(stack[0]))
+
+
+def handle(tensor: torch.Tensor) -> int:
+    """A new AtenTensorHandle, which its receiver deletes."""
+    return capsule_pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor), None)
 
 
 class Kernel:
@@ -44,8 +69,7 @@ class Kernel:
         if isinstance(value, int):
             call("set_arg_int", self.handle, ctypes.c_uint(index), ctypes.c_int64(value))
         else:
-            capsule = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(value)
-            tensor = ctypes.c_void_p(capsule_pointer(capsule, None))
+            tensor = ctypes.c_void_p(handle(value))
             try:
                 call("set_arg_tensor", self.handle, ctypes.c_uint(index), tensor)
             finally:

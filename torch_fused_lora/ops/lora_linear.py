@@ -21,6 +21,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -184,14 +185,15 @@ def _public(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def _refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
+    got = f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}" if isinstance(value, Tensor) else value
+    raise ValueError(f"{operator}: {name}: expected {expected}; got {got}")
+
+
 def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
     """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
-
-    def refuse(name: str, value: Tensor, expected: str) -> None:
-        got = f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-        raise ValueError(f"lora_linear: {name}: expected {expected}; got {got}")
-
-    dtype, device, adapter_dtype = x.dtype, x.device, lora_A.dtype
+    refuse = functools.partial(_refuse, "lora_linear")
+    dtype, device = x.dtype, x.device
     x_shape, W_shape, A_shape = x.shape, weight.shape, lora_A.shape
     if dtype not in _DTYPES:
         refuse("x", x, "float16, bfloat16, float32 or float64")
@@ -207,45 +209,60 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
         refuse("lora_B", lora_B, f"shape ({N}, {r}), since weight is ({N}, {K}) and lora_A ({r}, {K})")
     if weight.dtype != dtype or weight.device != device:
         refuse("weight", weight, f"x's dtype {dtype} and device {device}")
-    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in portable.HALF):
-        refuse("lora_A", lora_A, f"x's dtype {dtype}" + (" or torch.float32" if dtype in portable.HALF else ""))
-    if lora_A.device != device:
-        refuse("lora_A", lora_A, f"x's device {device}")
-    if lora_B.dtype != adapter_dtype or lora_B.device != device:
-        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype} and device {device}")
     if bias is not None and (bias.shape != (N,) or bias.dtype != dtype or bias.device != device):
         refuse("bias", bias, f"shape ({N},), x's dtype {dtype} and device {device}")
+    _check_adapters(refuse, "x", dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+
+
+def _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+    """As `_check`, for the operands of the gradients asked for."""
+    refuse = functools.partial(_refuse, "lora_linear_backward")
+    if len(needs) != 6:
+        refuse("needs", list(needs), "6 flags")
+    need_x, need_weight, _, need_A, need_B, need_scaling = needs
+    dtype, device = grad.dtype, grad.device
+    if dtype not in _DTYPES:
+        refuse("grad", grad, "float16, bfloat16, float32 or float64")
+    if lora_A.dim() != 2 or lora_A.shape[0] < 1:
+        refuse("lora_A", lora_A, "shape (r, K) with r >= 1")
+    r, K = lora_A.shape
+    if lora_B.dim() != 2 or lora_B.shape[1] != r:
+        refuse("lora_B", lora_B, f"shape (N, {r}), since lora_A is ({r}, {K})")
+    N = lora_B.shape[0]
+    if grad.dim() < 1 or grad.shape[-1] != N:
+        refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
+    _check_adapters(refuse, "grad", dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+    for name, value, needed, shape, like, its_dtype in (
+        ("x", x, need_A or need_weight, (*grad.shape[:-1], K), "grad", dtype),
+        ("weight", weight, need_x, (N, K), "grad", dtype),
+        ("h", h, need_B or need_scaling, (math.prod(grad.shape[:-1]), r), "lora_A", lora_A.dtype),
+    ):
+        if needed and (value is None or value.shape != shape or value.dtype != its_dtype or value.device != device):
+            refuse(name, value, f"shape {tuple(shape)}, {like}'s dtype {its_dtype} and device {device}")
+
+
+def _check_adapters(refuse, like, dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks):
+    """The dtypes and devices beside those of ``like``, the operand of the full width, and what concerns dropout."""
+    r, adapter_dtype = lora_A.shape[0], lora_A.dtype
+    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in portable.HALF):
+        refuse("lora_A", lora_A, f"{like}'s dtype {dtype}" + (" or torch.float32" if dtype in portable.HALF else ""))
+    if lora_A.device != device:
+        refuse("lora_A", lora_A, f"{like}'s device {device}")
+    if lora_B.dtype != adapter_dtype or lora_B.device != device:
+        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype} and device {device}")
     if scaling.dim() != 0 or not scaling.is_floating_point():
         refuse("scaling", scaling, "a 0-dim floating tensor")
     if not scaling.is_cpu and scaling.device != device:
-        refuse("scaling", scaling, f"a tensor on the CPU or on x's device {device}")
+        refuse("scaling", scaling, f"a tensor on the CPU or on {like}'s device {device}")
     if seed is None:
         return
     if seed.shape != () or seed.dtype != torch.int64 or not seed.is_cpu:
         refuse("seed", seed, "a 0-dim int64 tensor on the CPU")
     if not all(0.0 <= p < 1.0 for p in dropout_p):
-        raise ValueError(f"lora_linear: dropout_p: expected probabilities in [0, 1); got {list(dropout_p)}")
+        refuse("dropout_p", list(dropout_p), "probabilities in [0, 1)")
     got_ranks = list(ranks) or [r]
     if sum(got_ranks) != r or len(got_ranks) != len(dropout_p):
-        expected = f"one rank for each of the {len(dropout_p)} dropout_p, {r} in all"
-        raise ValueError(f"lora_linear: ranks: expected {expected}; got {got_ranks}")
-
-
-def _check_backward(grad, x, weight, lora_A, lora_B, h, needs):
-    if len(needs) != 6:
-        raise ValueError(f"lora_linear_backward: needs: expected 6 flags, got {len(needs)}")
-    need_x, need_weight, _, need_A, need_B, need_scaling = needs
-    (r, K), N, M = lora_A.shape, lora_B.shape[0], math.prod(grad.shape[:-1])
-    if grad.dim() < 1 or grad.shape[-1] != N:
-        raise ValueError(f"lora_linear_backward: grad: expected shape (..., {N}); got {tuple(grad.shape)}")
-    for name, value, needed, shape in (
-        ("x", x, need_A or need_weight, (*grad.shape[:-1], K)),
-        ("weight", weight, need_x, (N, K)),
-        ("h", h, need_B or need_scaling, (M, r)),
-    ):
-        if needed and (value is None or value.shape != shape):
-            got = None if value is None else tuple(value.shape)
-            raise ValueError(f"lora_linear_backward: {name}: expected shape {tuple(shape)}; got {got}")
+        refuse("ranks", got_ranks, f"one rank for each of the {len(dropout_p)} dropout_p, {r} in all")
 
 
 # ------------------------------------------------------------------------------------------ kernels and shapes
@@ -275,7 +292,7 @@ def _differentiable(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout
 
 @kernel("lora_linear_backward", "CompositeExplicitAutograd")
 def _portable_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
-    _check_backward(grad, x, weight, lora_A, lora_B, h, needs)
+    _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     return _found(portable.backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs))
 
 
@@ -293,7 +310,7 @@ def _fake_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p
 
 @fake("lora_linear_backward")
 def _fake_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
-    _check_backward(grad, x, weight, lora_A, lora_B, h, needs)
+    _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     (r, K), N = lora_A.shape, lora_B.shape[0]
     grads = (
         (grad, (*grad.shape[:-1], K)),
@@ -392,7 +409,7 @@ def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _found(portable.differentiable_backward(grad, None, *arguments))
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(grad, *arguments)
+        return call_device(_backward_op, _check_backward, grad, *arguments)
 
 
 def _cast(device_type, x, weight, bias, lora_A, lora_B, *options):

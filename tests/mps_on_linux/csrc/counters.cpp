@@ -16,7 +16,7 @@ using ByName = std::map<std::string, size_t>;
 
 std::mutex mutex;
 std::array<size_t, 4> events;
-ByName dispatches, fallbacks;
+ByName dispatches, fallbacks, stable_calls;
 
 size_t of(Event event) { return events[static_cast<size_t>(event)]; }
 
@@ -44,11 +44,17 @@ void count_fallback(const std::string& op) {
     ++fallbacks[op];
 }
 
+void count_stable_call(const std::string& op) {
+    const std::lock_guard lock(mutex);
+    ++stable_calls[op];
+}
+
 void reset_counters() {
     const std::lock_guard lock(mutex);
     events = {};
     dispatches.clear();
     fallbacks.clear();
+    stable_calls.clear();
     reset_allocation_count();
 }
 
@@ -57,7 +63,8 @@ std::string counters_as_json() {
     const MemoryUse memory = memory_use();
     std::ostringstream out;
     out << "{\"dispatches\": " << dispatches << ", \"fallbacks\": " << fallbacks
-        << ", \"command_blocks\": " << of(Event::command_block) << ", \"commits\": " << of(Event::commit)
+        << ", \"stable_calls\": " << stable_calls << ", \"command_blocks\": " << of(Event::command_block)
+        << ", \"commits\": " << of(Event::commit)
         << ", \"synchronisations\": " << of(Event::synchronisation) << ", \"libraries\": " << of(Event::library)
         << ", \"allocations\": " << memory.allocations << ", \"live_buffers\": " << memory.live_buffers
         << ", \"live_bytes\": " << memory.live_bytes << "}";

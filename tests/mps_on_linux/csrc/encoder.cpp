@@ -1,8 +1,10 @@
 #include "encoder.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <limits>
-#include <mutex>
 
 #include "counters.h"
 #include "queue.h"
@@ -13,22 +15,51 @@ namespace {
 
 thread_local Encoder* this_thread_encoder = nullptr;
 std::mutex stream_mutex;
+std::atomic<bool> stream_a_thread = false;
+
+// Where two threads meet, once.
+class Meeting {
+  public:
+    void arrange(double seconds) {
+        const std::lock_guard lock(mutex_);
+        arrived_ = 0;
+        seconds_ = seconds;
+    }
+
+    void attend() {
+        std::unique_lock lock(mutex_);
+        ++arrived_;
+        changed_.notify_all();
+        changed_.wait_for(lock, std::chrono::duration<double>(seconds_), [this] { return arrived_ != 1; });
+        arrived_ = 2;  // whoever comes now comes too late
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    int arrived_ = 0;
+    double seconds_ = 0;
+} meeting;
 
 }  // namespace
+
+void share_one_stream() { stream_a_thread = false; }
+
+void give_each_thread_a_stream(double meet_seconds) {
+    meeting.arrange(meet_seconds);
+    stream_a_thread = true;
+}
 
 bool in_command_block() { return this_thread_encoder; }
 
 CommandBlock::CommandBlock() {
     TORCH_CHECK(!in_command_block(), "mps bench: a command block inside a command block waits for itself");
-    stream_mutex.lock();
+    if (!stream_a_thread) stream_ = std::unique_lock(stream_mutex);
     this_thread_encoder = &encoder_;
     count(Event::command_block);
 }
 
-CommandBlock::~CommandBlock() {
-    this_thread_encoder = nullptr;
-    stream_mutex.unlock();
-}
+CommandBlock::~CommandBlock() { this_thread_encoder = nullptr; }
 
 Encoder& Encoder::current() {
     TORCH_CHECK(in_command_block(), "mps bench: encoding outside a command block");
@@ -38,6 +69,8 @@ Encoder& Encoder::current() {
 Encoder& Encoder::encoding(const Kernel* kernel) {
     Encoder& encoder = current();
     TORCH_CHECK(encoder.kernel_ == kernel, "mps bench: start_encoding of ", kernel->name, " comes first");
+    TORCH_CHECK(std::atomic_ref(kernel->encoder) == &encoder, "mps bench: ", kernel->name,
+                ": its handle holds another stream's encoder, which another thread has started");
     return encoder;
 }
 
@@ -45,6 +78,8 @@ Encoder& Encoder::encoding(const Kernel* kernel) {
 void Encoder::start(const Kernel* kernel) {
     kernel_ = kernel;
     bindings_ = {};
+    std::atomic_ref(kernel->encoder) = this;
+    if (stream_a_thread) meeting.attend();
 }
 
 Binding& Encoder::at(uint32_t index) {

@@ -5,6 +5,7 @@
 #include <c10/util/ArrayRef.h>
 
 #include <array>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -23,7 +24,9 @@ struct Binding {
 class Encoder {
   public:
     static Encoder& current();                      // of this thread's command block; throws outside of one
-    static Encoder& encoding(const Kernel* kernel);  // the same; throws unless it has started this kernel
+    // The one that the kernel's handle holds, as PyTorch's handle does: whoever started it last. Throws unless it is this
+    // thread's and encodes this kernel.
+    static Encoder& encoding(const Kernel* kernel);
 
     void start(const Kernel* kernel);
     void set_tensor(uint32_t index, const at::Tensor& tensor);
@@ -39,6 +42,11 @@ class Encoder {
     std::array<std::optional<Binding>, executor_buffers> bindings_;
 };
 
+// Usually all threads share one stream. With a stream a thread, none waits for another; and of the next two that start
+// encoding the first waits, `meet_seconds` at most, until the second has started too. Not while a command block exists.
+void share_one_stream();
+void give_each_thread_a_stream(double meet_seconds);
+
 // This thread encodes while one exists; other threads wait for their turn, as on the stream's serial dispatch queue.
 class CommandBlock {
   public:
@@ -46,6 +54,7 @@ class CommandBlock {
     ~CommandBlock();
 
   private:
+    std::unique_lock<std::mutex> stream_;
     Encoder encoder_;
 };
 

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "counters.h"
+#include "encoder.h"
 #include "queue.h"
 
 namespace bench {
@@ -50,9 +51,13 @@ void bench_set_execution(bool enabled, uint32_t order) {
     bench::order = order;
 }
 
+void bench_share_one_stream() { bench::share_one_stream(); }
+
+void bench_give_each_thread_a_stream(double meet_seconds) { bench::give_each_thread_a_stream(meet_seconds); }
+
 void bench_add_kernel(bench::ShaderLibrary* library, const char* name, void (*launch)(const ExecutorThread*),
                       uint32_t max_threads, const ExecutorParameter* parameters, uint32_t parameter_count, uint64_t id) {
-    bench::Kernel kernel{name, launch, max_threads, {}, id};
+    bench::Kernel kernel{name, launch, max_threads, {}, id, nullptr};
     for (uint32_t i = 0; i < parameter_count; ++i) kernel.parameters.emplace(parameters[i].index, parameters[i]);
     library->kernels.emplace(name, std::move(kernel));
 }

@@ -9,12 +9,15 @@
 
 namespace bench {
 
+class Encoder;
+
 struct Kernel {
     std::string name;
     void (*launch)(const ExecutorThread*);
     uint32_t max_threads;                             // a threadgroup
     std::map<uint32_t, ExecutorParameter> parameters;  // by buffer index
     uint64_t id;                                      // Python's
+    mutable Encoder* encoder;                         // of any thread, that started it last
 };
 
 struct ShaderLibrary {
@@ -41,6 +44,9 @@ struct BenchHost {
 
 void bench_set_host(const BenchHost* host);
 void bench_set_execution(bool enabled, uint32_t order);
+// share_one_stream and give_each_thread_a_stream of encoder.h.
+void bench_share_one_stream();
+void bench_give_each_thread_a_stream(double meet_seconds);
 void bench_add_kernel(bench::ShaderLibrary* library, const char* name, void (*launch)(const ExecutorThread*),
                       uint32_t max_threads, const ExecutorParameter* parameters, uint32_t parameter_count, uint64_t id);
 void bench_say(const char* text);
