@@ -27,8 +27,8 @@ Operand transposed(const Operand& m);
 /// The elements of 16 bytes: what the kernels load and store at once.
 inline uint32_t wide_elements(Scalar dtype) { return 16 / bytes(dtype); }
 
-/// Whether runs of elements along the dimension of unit stride are aligned to 16 bytes wherever they start at a multiple
-/// of `wide_elements`.
+/// Whether runs of elements along the dimension of unit stride are aligned to 16 bytes wherever they start at a
+/// multiple of `wide_elements`.
 bool aligned(const Operand& m, Scalar dtype);
 
 /// Null if every extent and stride fits the kernels' 32-bit arguments, else `error`.

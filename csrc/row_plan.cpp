@@ -40,7 +40,10 @@ struct Layout {
   }
 
   void assemble(Variant variant, const char* text, uint64_t groups, Launch* launch) const {
-    variant.add(row_simdgroups).add(group_simdgroups / row_simdgroups).add(held ? "true" : "false", held ? "held" : "looped").assemble(text, *launch);
+    variant.add(row_simdgroups)
+        .add(group_simdgroups / row_simdgroups)
+        .add(held ? "true" : "false", held ? "held" : "looped")
+        .assemble(text, *launch);
     set_grid(*launch, 32 * group_simdgroups, groups);
   }
 };

@@ -1,7 +1,7 @@
 // How the kernels reach device memory: strided operands, read and written in runs of eight elements, as float.
 //
-// Inside a loop an address is stepped, never computed again: these GPUs have no 64-bit multiplier (public measurements
-// say about 13 cycles), and a division costs more.
+// Inside a loop an address is stepped, never computed again: public measurements quote about 13 cycles for a 64-bit
+// multiplication on Apple GPUs.
 #pragma once
 
 #include <metal_stdlib>
@@ -62,7 +62,8 @@ METAL_FUNC void store_eight(device float* target, Run run) {
   quads[1] = run.high;
 }
 
-/// The `count` first elements of a run (all of them when count >= RUN), zero beyond. `wide`: contiguous, 16-byte aligned.
+/// The `count` first elements of a run (all of them when count >= RUN), zero beyond. `wide`: contiguous and aligned to
+/// 16 bytes.
 template <typename T>
 METAL_FUNC Run load_run(device const T* source, uint stride, uint count, bool wide) {
   if (wide && count >= uint(RUN)) {
@@ -132,8 +133,8 @@ METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, uint2
 template <typename T>
 struct Cursor {
   device const T* data;
-  uint level_row;  // the row within its level
-  long next_level; // what the step into the next level adds
+  uint level_row;   // the row within its level
+  long next_level;  // what the step into the next level adds
 
   METAL_FUNC void down(thread const Matrix<T>& matrix, uint rows) thread {
     data += ulong(rows) * matrix.row_stride;

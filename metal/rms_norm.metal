@@ -8,8 +8,8 @@
 // Tile. None: a float a simdgroup in threadgroup memory, twice; 8 KiB to add the sums of a block's rows in backward.
 // Threads. A run of eight elements each: 1 to 16 simdgroups a row, 8 to 16 a group.
 // Bytes (counted by the executor). HELD: x, grad, y, dx and rstd are touched once, the least possible, the weight once
-//   by each row that a group has at once. Looped rows: x and grad twice, the weight once a row (twice in backward), the group's row of partial
-//   sums is read and written once a row.
+//   by each row that a group has at once. Looped rows: x and grad twice, the weight once a row (twice in backward), the
+//   group's row of partial sums is read and written once a row.
 // Rounding. Once: sums and products are float32.
 #include "rows.h"
 

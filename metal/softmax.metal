@@ -9,7 +9,8 @@
 //   torch's.
 // Tile. None: two floats a simdgroup in threadgroup memory, twice.
 // Threads. A run of eight elements each: 1 to 16 simdgroups a row, 8 to 16 a group.
-// Bytes (counted by the executor). HELD: every operand is touched once, the least possible. Looped rows: what is read is read twice.
+// Bytes (counted by the executor). HELD: every operand is touched once, the least possible. Looped rows: what is read
+//   is read twice.
 // Rounding. Once: sums and products are float32.
 #include "rows.h"
 

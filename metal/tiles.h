@@ -65,7 +65,7 @@ struct Loader {
         along_rows(matrix.col_stride == 1 || matrix.row_stride != 1) {
     TFL_UNROLL
     for (short turn = 0; turn < TURNS; ++turn) {
-      const short2 inside = run_of(turn, index, matrix.col_stride == 1 || matrix.row_stride != 1);
+      const short2 inside = run_of(turn, index, along_rows);
       places[turn] = cursor_at(matrix, first_row + inside.x, first_col + inside.y);
       elements[turn] = ulong(first_row + inside.x) * matrix.cols + first_col + inside.y;
     }
