@@ -1,13 +1,16 @@
-"""What the optimiser makes of every kernel that the launch plans ask for: ``python tests/kernel_code.py [--update]``.
+"""What the optimiser makes of every kernel that the launch plans ask for: ``python tests/kernel_code.py``.
 
 Fails on what metal_on_cpu/codegen.py finds, and where a variant has more values live at once than kernel_code.tsv says;
 ``--update`` writes that file anew. Printed beside it: the 32-bit registers a thread has, if a core's register file has
 208 KB and one threadgroup at a time (a figure from public sources). Both are estimates: what Apple's compiler
 allocates, only a Mac can show.
+
+``--sources FOLDER`` compiles nothing and writes every kernel's source there, as torch is given it on a Mac.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import re
@@ -117,14 +120,28 @@ def faults(codes: Mapping[str, Code], limits: Mapping[str, int]) -> list[str]:
     return found
 
 
-def main(update: bool) -> int:
+def write_sources(launches: Mapping[str, Launch], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, launch in launches.items():
+        (folder / f"{name}.metal").write_bytes(launch.source)
+    print(f"{len(launches)} sources in {folder}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--update", action="store_true", help=f"write {FIGURES.name} anew")
+    parser.add_argument("--sources", type=Path, metavar="FOLDER", help="write every kernel's source there and stop")
+    options = parser.parse_args()
     launches = variants()
+    if options.sources:
+        write_sources(launches, options.sources)
+        return 0
     codes = generate(launches)
     print("32-bit registers a thread, estimates: live at once, at most / there, of 208 KB for one threadgroup")
     for name, code in codes.items():
         there = REGISTER_FILE // (4 * launches[name].group[0])
         print(f"{name:50} {code.live_registers:4} /{there:4}{'  more than there are' * (code.live_registers > there)}")
-    if update:
+    if options.update:
         FIGURES.write_text("".join(f"{name}\t{registers}\n" for name, registers in sorted(figures(codes).items())))
     limits = committed()
     wrong = faults(codes, limits) + [f"{name}: no such variant" for name in limits.keys() - figures(codes).keys()]
@@ -133,4 +150,4 @@ def main(update: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--update" in sys.argv[1:]))
+    sys.exit(main())
