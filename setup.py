@@ -4,6 +4,7 @@ The metadata stands in pyproject.toml.
 """
 
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ class PythonFreeWheel(bdist_wheel):
 
 def extension_build():
     """The extension and its build command; nothing where there is no MPS to build for."""
+    if sys.platform == "darwin" and platform.machine() != "arm64":  # an Intel Mac's torch knows MPS, too
+        return {}
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension

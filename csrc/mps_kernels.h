@@ -57,7 +57,8 @@ extern "C" {
 __attribute__((visibility("default"))) const char* tfl_interface();
 /// Once, before the first call: the GPU's number of cores, and the versions that error messages name.
 __attribute__((visibility("default"))) void tfl_configure(uint32_t gpu_cores, const char* platform);
-/// How many kernels are compiled so far, and how many contiguous copies of operands were made.
+/// How many kernels are compiled so far, in how many seconds, and how many contiguous copies of operands were made.
 __attribute__((visibility("default"))) uint64_t tfl_compiled_kernels();
+__attribute__((visibility("default"))) double tfl_compile_seconds();
 __attribute__((visibility("default"))) uint64_t tfl_contiguous_copies();
 }

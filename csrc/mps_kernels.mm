@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <mutex>
 
@@ -16,6 +17,7 @@ std::atomic<uint32_t> cores{8};
 std::mutex mutex;  // of what follows
 std::string platform = "unknown torch and system";
 std::map<const char*, AOTIMetalKernelFunctionHandle> kernels;  // by Launch::source, one string a kernel
+double compile_seconds = 0;
 
 // A kernel's handle holds the encoder that start_encoding took from the caller's stream. Two threads with streams of
 // their own would encode into each other's through the handles that they share, so one encodes at a time. It cannot
@@ -42,6 +44,7 @@ AOTIMetalKernelFunctionHandle compiled(const Launch& launch) {
   std::lock_guard<std::mutex> lock(mutex);
   AOTIMetalKernelFunctionHandle& kernel = kernels[launch.source];
   if (kernel == nullptr) {
+    const auto start = std::chrono::steady_clock::now();
     AOTIMetalShaderLibraryHandle library = nullptr;
     if (aoti_torch_mps_create_shader_library(launch.source, &library) != AOTI_TORCH_SUCCESS) {
       fail(launch.kernel, "compiling it", last_error());
@@ -52,6 +55,7 @@ AOTIMetalKernelFunctionHandle compiled(const Launch& launch) {
       aoti_torch_mps_delete_shader_library(library);
       fail(launch.kernel, "finding it in its library", reason);
     }
+    compile_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   return kernel;
 }
@@ -152,7 +156,7 @@ uint32_t gpu_cores() { return cores; }
 
 #define TFL_TEXT(x) #x
 #define TFL_TEXT_OF(x) TFL_TEXT(x)
-const char* tfl_interface() { return "torch_fused_lora interface 1 version " TFL_TEXT_OF(TFL_VERSION); }
+const char* tfl_interface() { return "torch_fused_lora interface 2 version " TFL_TEXT_OF(TFL_VERSION); }
 
 void tfl_configure(uint32_t gpu_cores, const char* platform) {
   std::lock_guard<std::mutex> lock(torch_fused_lora::mutex);
@@ -165,4 +169,9 @@ uint64_t tfl_compiled_kernels() {
   uint64_t count = 0;
   for (const auto& [source, kernel] : torch_fused_lora::kernels) count += kernel != nullptr;
   return count;
+}
+
+double tfl_compile_seconds() {
+  std::lock_guard<std::mutex> lock(torch_fused_lora::mutex);
+  return torch_fused_lora::compile_seconds;
 }

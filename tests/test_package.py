@@ -13,33 +13,8 @@ import pytest
 import torch
 
 import torch_fused_lora as tfl
-from torch_fused_lora import doctor
 from torch_fused_lora.__main__ import main
 from torch_fused_lora.bench import measure
-
-
-def test_doctor_reports_and_passes(capsys):
-    assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    for expected in ("torch 2", "lora_linear  portable", "float32      ok", "bfloat16     ok", "all is well"):
-        assert expected in text
-
-
-def test_doctor_on_mps(mps, capsys):
-    assert main(["doctor"]) == 0
-    section = capsys.readouterr().out.partition(f"\nmps: {torch.backends.mps.get_name()}, ")[2]
-    for expected in (
-        f"{torch.backends.mps.get_core_count()} cores",
-        "lora_linear  mps kernels",
-        "inside the Metal kernels",
-        "float32      ok",
-        "bfloat16     ok",
-        "float16      ok",
-        "extension    loaded; in this process ",
-        "copies       ",
-    ):
-        assert expected in section
-
 
 TESTS = Path(__file__).parent
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a Mac has MPS, and the real one")
@@ -54,63 +29,11 @@ def run_python(*arguments: object, **environment: str) -> tuple[int, str]:
 
 
 @on_linux
-def test_doctor_without_mps():
-    status, text = run_python("-m", "torch_fused_lora", "doctor")
-    assert status == 0
-    assert "mps: none: this torch is built without MPS" in text
-    assert "all is well" in text
-
-
-@on_linux
-@pytest.mark.parametrize("built", [False, True])
-def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
-    extension = tmp_path / "_mps.so"
-    if built:
-        extension.write_text("built for something else")
-    doctor_on_bench = (
-        "import mps_on_linux as m; m.install(); from torch_fused_lora.doctor import doctor; exit(doctor())"
-    )
-    status, text = run_python("-c", doctor_on_bench, TORCH_FUSED_LORA_MPS=str(extension))
-    reason = (
-        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 1"
-        if built
-        else "it is not built (_mps.so is missing): on the Mac"
-    )
-    assert status == 1
-    assert f"lora_linear  none, calls raise: the Metal extension is missing, {reason}" in text
-    assert "float32      FAILED: NotImplementedError: lora_linear: device 'mps' needs this package's Metal" in text
-    assert f"extension    {reason}" in text
-
-
-@on_linux
 def test_runner_gives_a_script_the_bench(mps, tmp_path):
     (tmp_path / "beside.py").write_text("from torch_fused_lora.mps import extension")
     script = tmp_path / "script.py"
     script.write_text("import sys\nfrom beside import extension\nprint(extension.reason, sys.argv[1:])")
     assert run_python(TESTS / "mps_on_linux" / "run.py", script, "--steps", 2) == (0, "loaded ['--steps', '2']\n")
-
-
-def test_doctor_fails_on_wrong_numbers(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "lora_linear", lambda *a: tfl.lora_linear(*a[:5], 0.5001))
-    assert main(["doctor"]) == 1
-    assert "float32      FAILED: error" in capsys.readouterr().out
-
-
-def test_doctor_survives_a_backend_that_raises(capsys, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(doctor, "lora_linear", broken)
-    assert main(["doctor"]) == 1
-    assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("operator", ["lora_linear", "rms_norm", "softmax"])
-def test_doctor_sees_a_nan(operator, capsys, monkeypatch):
-    function = getattr(tfl, operator)
-    monkeypatch.setattr(f"torch_fused_lora.doctor.{operator}", lambda *arguments: function(*arguments) * torch.nan)
-    assert main(["doctor"]) == 1
-    assert capsys.readouterr().out.count("FAILED: error nan") == 3 * len(doctor.devices())  # dtypes
 
 
 def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):

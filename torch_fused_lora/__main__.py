@@ -10,7 +10,10 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_fused_lora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what is installed, which backend each device gets, a numeric self-test")
+    doctor = commands.add_parser(
+        "doctor", help="what is installed, which backend each device gets, a numeric self-test"
+    )
+    doctor.add_argument("--json", action="store_true", help="all of it as JSON, which a bug report attaches")
     bench = commands.add_parser("bench", help="the LoRA tax of stock PEFT and of the patched model, on this machine")
     bench.add_argument("--device", default=None, help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
     bench.add_argument(
@@ -26,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png")
     options = parser.parse_args(arguments)
     if options.command == "doctor":
-        from .doctor import doctor
+        from .doctor import doctor as run_doctor
 
-        return doctor()
+        return run_doctor(options.json)
     try:
         from .bench.report import bench as run_bench
     except ImportError as error:

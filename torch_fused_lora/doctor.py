@@ -2,45 +2,183 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import json
 import math
+import os
 import platform
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .mps import extension
+from .mps import core_count, extension
 from .ops.library import NAMESPACE, has_kernel
 from .ops.lora_linear import lora_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
+from .system import System, gpu_family, is_virtual, metal_version, notable_variables
+
+_Answer = TypeVar("_Answer")
+
+OPERATORS = ("lora_linear", "rms_norm", "softmax")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
 
-def doctor() -> int:
-    """Print the report; 0 if every device that is here computes right, else 1."""
-    print(f"torch-fused-lora {_version('torch-fused-lora')}")
-    print(f"  python {platform.python_version()} on {platform.platform()}")
-    for package in ("torch", "triton", "peft", "transformers", "numpy"):
-        print(f"  {package} {_version(package)}")
-    healthy = True
-    for device in devices():
-        print(f"\n{device}: {device_name(device)}")
-        backend, why = backend_of("lora_linear", device.type)
-        print(f"  lora_linear  {backend}: {why}")
-        print(f"  rms_norm     {backend_of('rms_norm', device.type)[0]}")
-        print(f"  softmax      {backend_of('softmax', device.type)[0]}")
-        print(f"  dropout      {_dropout_backend(device.type)}")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            healthy &= _report_self_test(device, dtype)
-        if device.type == "mps":
-            print(f"  extension    {extension.reason}; in this process {extension.compiled_kernels} kernels compiled")
-            print(f"  copies       {extension.contiguous_copies} operands of a layout that no kernel reads")
-    if not torch.backends.mps.is_available():
-        print(f"\nmps: {_why_no_mps()}")
-    print("\nall is well" if healthy else "\nsomething is wrong: see FAILED above")
-    return 0 if healthy else 1
+@dataclasses.dataclass(frozen=True)
+class SelfTest:
+    """The worst error of one dtype's results and gradients against float64, and what is allowed; or what was raised."""
+
+    dtype: str
+    passed: bool
+    error: str
+    allowed: str
+    raised: str | None = None
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "FAILED"
+        return f"{verdict}: {self.raised or f'error {self.error}, {self.allowed} allowed'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Who computes on a device, and whether right. ``backends``: operator to (who, why)."""
+
+    type: str
+    name: str
+    backends: dict[str, tuple[str, str]]
+    self_tests: list[SelfTest]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metal:
+    """The Apple GPU and the extension, after the self-tests. Times in seconds."""
+
+    gpu: str
+    family: str
+    virtual: bool
+    cores: int
+    language: str
+    extension: str
+    loaded: bool
+    compiled_kernels: int
+    compile_seconds: float
+    contiguous_copies: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that doctor finds. A probe that fails leaves a text that starts with "unknown" in its place."""
+
+    version: str
+    python: str
+    platform: str
+    packages: dict[str, str]
+    system: System | str
+    without_metal: str | None
+    variables: dict[str, str]
+    devices: list[Device]
+    metal: Metal | str
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every device that is here computes right."""
+        return all(test.passed for device in self.devices for test in device.self_tests)
+
+    def json(self) -> str:
+        return json.dumps(dataclasses.asdict(self) | {"healthy": self.healthy}, indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"torch-fused-lora {self.version}", f"  python {self.python} on {self.platform}"]
+        lines += [f"  {package} {version}" for package, version in self.packages.items()]
+        lines += [f"  {variable}: {meaning}" for variable, meaning in self.variables.items()]
+        if self.without_metal:
+            lines.append(f"  {self.without_metal}")
+        for device in self.devices:
+            (backend, why), *others = device.backends.values()
+            lines += ["", f"{device.type}: {device.name}", f"  lora_linear  {backend}: {why}"]
+            lines += [f"  {operator:<12} {who}" for operator, (who, _) in zip(OPERATORS[1:], others, strict=True)]
+            lines.append(f"  dropout      {_dropout_backend(device.type)}")
+            lines += [f"  {test.dtype:<12} {test}" for test in device.self_tests]
+            if device.type == "mps":
+                lines += _metal_lines(self.metal)
+        if isinstance(self.metal, str):
+            lines += ["", f"mps: {self.metal}"]
+        lines += ["", "all is well" if self.healthy else "something is wrong: see FAILED above"]
+        return "\n".join(lines)
+
+
+def _metal_lines(metal: Metal | str) -> list[str]:
+    if isinstance(metal, str):
+        return []
+    family = f"family {metal.family}, by its name"
+    if metal.virtual:
+        family = "virtual: it may lack what the kernels need, and its times say nothing of a real one"
+    return [
+        f"  GPU          {family}",
+        f"  Metal        {metal.language}, as torch compiles it",
+        f"  extension    {metal.extension}; in this process {metal.compiled_kernels} kernels compiled in "
+        f"{metal.compile_seconds:.1f} s",
+        f"  copies       {metal.contiguous_copies} operands of a layout that no kernel reads",
+    ]
+
+
+def doctor(as_json: bool = False) -> int:
+    """Print the report, as text or JSON; 0 if every device that is here computes right, else 1."""
+    report = examine()
+    print(report.json() if as_json else report)
+    return 0 if report.healthy else 1
+
+
+def examine() -> Report:
+    """Ask and test everything. No probe that fails keeps the others from being made."""
+    system = _probe(System.here)
+    found = _probe(devices)
+    return Report(
+        version=_version("torch-fused-lora"),
+        python=platform.python_version(),
+        platform=_probe(platform.platform),
+        packages={package: _version(package) for package in PACKAGES},
+        system=system,
+        without_metal=_probe(system.without_metal) if isinstance(system, System) else None,
+        variables=notable_variables(os.environ),
+        devices=[_examine_device(device) for device in (found if isinstance(found, list) else [torch.device("cpu")])],
+        metal=_examine_metal() if torch.backends.mps.is_available() else _why_no_mps(),
+    )
+
+
+def _examine_device(device: torch.device) -> Device:
+    backends = {operator: backend_of(operator, device.type) for operator in OPERATORS}
+    name = str(_probe(lambda: device_name(device)))
+    return Device(device.type, name, backends, [_run_self_test(device, dtype) for dtype in DTYPES])
+
+
+def _examine_metal() -> Metal:
+    name = str(_probe(torch.backends.mps.get_name))
+    return Metal(
+        gpu=name,
+        family=gpu_family(name),
+        virtual=is_virtual(name),
+        cores=core_count(),
+        language=str(_probe(lambda: metal_version(platform.mac_ver()[0]))),
+        extension=extension.reason,
+        loaded=extension.library is not None,
+        compiled_kernels=extension.compiled_kernels,
+        compile_seconds=extension.compile_seconds,
+        contiguous_copies=extension.contiguous_copies,
+    )
+
+
+def _probe(ask: Callable[[], _Answer]) -> _Answer | str:
+    """An answer; or, where asking fails, that it is unknown, and why."""
+    try:
+        return ask()
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
 
 
 def devices() -> list[torch.device]:
@@ -54,10 +192,12 @@ def devices() -> list[torch.device]:
 def backend_of(operator: str, device_type: str) -> tuple[str, str]:
     """(who computes an operator on a device type, why)."""
     private = operator if operator == "softmax" else f"_{operator}"  # the one that kernels are registered for
-    if has_kernel(f"{NAMESPACE}::{private}", device_type.upper()):
+    registered = has_kernel(f"{NAMESPACE}::{private}", device_type.upper())
+    if device_type == "mps" and extension.library is None:
+        who = "mps kernels of an extension that is not ours" if registered else "none, calls raise"
+        return who, f"the Metal extension is missing, {extension.reason}"
+    if registered:
         return f"{device_type} kernels", "the extension is built and loaded"
-    if device_type == "mps":
-        return "none, calls raise", f"the Metal extension is missing, {extension.reason}"
     return "portable", "aten calls in the order that touches the full-width output least; no compiler needed"
 
 
@@ -71,7 +211,8 @@ def _dropout_backend(device_type: str) -> str:
     return "Philox 4x32-10 on the CPU, masks copied over (slow)"
 
 
-def _report_self_test(device: torch.device, dtype: torch.dtype) -> bool:
+def _run_self_test(device: torch.device, dtype: torch.dtype) -> SelfTest:
+    name = str(dtype).removeprefix("torch.")
     try:
         with warnings.catch_warnings():  # torch's own, where a process's first cuBLAS call is made in backward
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
@@ -79,13 +220,9 @@ def _report_self_test(device: torch.device, dtype: torch.dtype) -> bool:
             results = [self_test(device, dtype, rows) for rows in (3, 33)]
             results += row_self_test(device, dtype)
     except Exception as exception:
-        print(f"  {str(dtype).removeprefix('torch.'):<12} FAILED: {type(exception).__name__}: {exception}")
-        return False
+        return SelfTest(name, False, "unknown", "unknown", f"{type(exception).__name__}: {exception}")
     error, allowed = max(results, key=lambda result: math.inf if math.isnan(result[0]) else result[0] / result[1])
-    passed = error <= allowed  # NaN is not
-    verdict = "ok" if passed else "FAILED"
-    print(f"  {str(dtype).removeprefix('torch.'):<12} {verdict}: error {error:.1e}, {allowed:.1e} allowed")
-    return passed
+    return SelfTest(name, error <= allowed, f"{error:.1e}", f"{allowed:.1e}")  # NaN is not
 
 
 def self_test(device: torch.device, dtype: torch.dtype, M: int) -> tuple[float, float]:
@@ -164,7 +301,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
-        return f"{torch.backends.mps.get_name()}, {torch.backends.mps.get_core_count()} cores"
+        return f"{torch.backends.mps.get_name()}, {core_count() or 'unknown'} cores"
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 

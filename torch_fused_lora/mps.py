@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from .system import System
 from .version import __version__
 
-INTERFACE = f"torch_fused_lora interface 1 version {__version__}"  # tfl_interface() in csrc/mps_kernels.mm
+INTERFACE = f"torch_fused_lora interface 2 version {__version__}"  # tfl_interface() in csrc/mps_kernels.mm
 INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 
 
@@ -31,6 +32,10 @@ class Extension:
         """
         if self.library is not None or not torch.backends.mps.is_available():
             return
+        obstacle = System.here().without_metal()
+        if obstacle is not None:
+            self.reason = obstacle
+            return
         path = path or Path(os.environ.get("TORCH_FUSED_LORA_MPS", Path(__file__).parent / "_mps.so"))
         if not path.exists():
             self.reason = f"it is not built ({path.name} is missing): on the Mac, {INSTALL}"
@@ -44,6 +49,7 @@ class Extension:
             library = ctypes.CDLL(str(path))
             library.tfl_interface.restype = ctypes.c_char_p
             library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
+            library.tfl_compile_seconds.restype = ctypes.c_double
             library.tfl_compiled_kernels.restype = library.tfl_contiguous_copies.restype = ctypes.c_uint64
             if library.tfl_interface() != INTERFACE.encode():
                 self.reason = f"{path.name} says another interface once loaded than in its file"
@@ -61,6 +67,11 @@ class Extension:
     def compiled_kernels(self) -> int:
         """Kernels compiled in this process so far."""
         return self.library.tfl_compiled_kernels() if self.library is not None else 0
+
+    @property
+    def compile_seconds(self) -> float:
+        """How long compiling them took."""
+        return self.library.tfl_compile_seconds() if self.library is not None else 0.0
 
     @property
     def contiguous_copies(self) -> int:
