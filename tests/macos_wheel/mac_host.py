@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import runpy
 import sys
 import sysconfig
@@ -18,6 +19,7 @@ import torch  # Linux's, while this is still Linux
 def become_a_mac(headers: str, libraries: str, compiler: str) -> None:
     python = sysconfig.get_config_vars()  # read from a file that is named by the platform
     sys.platform = "darwin"
+    platform.machine = lambda: "arm64"
     os.environ["_PYTHON_HOST_PLATFORM"] = "macosx-14.0-arm64"
     os.environ |= {"CC": compiler, "CXX": compiler}
     link = f"{compiler} -bundle -undefined dynamic_lookup"
