@@ -297,13 +297,30 @@ def test_long_sums_are_made_of_parts(start, name, size, dtype, adapter_dtype):
         **{"M": 9, "K": 8, "N": 8, name: size}, dtype=dtype, adapter_dtype=adapter_dtype
     )
     layer = Layer(x, weight, bias, lora_A, lora_B, 0.5)
+    parts = -(-size // 32_704) if size >= 32_767 else 1
+    start()
     y = tfl.lora_linear(x, weight, bias, lora_A, lora_B, 0.5)
+    calls = counters().stable_calls
+    assert calls["aten::mm" if name == "K" and parts > 1 else "aten::linear"] == (parts if name == "K" else 1)
     layer.output().check(y.detach())
     grad = torch.randn(y.shape).to("mps", dtype)
     start()
     (dx,) = torch.autograd.grad(y, x, grad)
-    assert counters().stable_calls.get("aten::mm") == (-(-size // 32_704) if name == "N" and size >= 32_767 else 1)
+    assert counters().stable_calls["aten::mm"] == (parts if name == "N" else 1)
     layer.gradients(grad)["x"].check(dx, "x")
+
+
+@pytest.mark.parametrize("size", [32_766, 32_767, 65_409])
+def test_no_part_of_a_long_sum_is_lost(mps, size):
+    """Sums with a single term, at the seams of the parts: exact."""
+    terms = torch.tensor([0, 32_703, 32_704 % size, size - 1] * 3)
+    ones = torch.nn.functional.one_hot(terms, size).float().to(mps)
+    none = lambda *shape: torch.zeros(shape, device=mps)  # noqa: E731
+    weight = torch.randn(8, size, device=mps)
+    assert torch.equal(tfl.lora_linear(ones, weight, None, none(1, size), none(8, 1)), weight.cpu().t()[terms].to(mps))
+    x = torch.randn(12, 8, device=mps).requires_grad_()
+    y = tfl.lora_linear(x, weight.t(), None, none(1, 8), none(size, 1))
+    assert torch.equal(torch.autograd.grad(y, x, ones)[0], weight.cpu().t()[terms].to(mps))
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), TYPES)
