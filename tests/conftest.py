@@ -13,6 +13,8 @@ from mps_on_linux import run
 
 # Shared, noisy machines: no deadline; the same examples on every run, so that a failure is everybody's.
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+# A search of its own: pytest tests/test_lora_linear.py --hypothesis-profile=long --hypothesis-seed=1
+settings.register_profile("long", settings.get_profile("default"), max_examples=5000, derandomize=False)
 settings.load_profile("default")
 
 

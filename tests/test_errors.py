@@ -181,6 +181,43 @@ def test_an_operand_of_backward_left_on_the_cpu(mps, name, context, error):
         backward(**arguments | {name: arguments[name].cpu()})
 
 
+def test_the_gradient_of_scaling_alone_needs_h(device):
+    needs = [False, False, False, False, False, True]
+    with pytest.raises(ValueError, match=r"lora_linear_backward: h: expected shape \(2, 2\)"):
+        backward(**arguments_of_backward(device) | {"h": None, "needs": needs})
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "mkldnn"])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B"])
+def test_sparse_operands(name, layout):
+    """As tensors that ask for no gradient, too: these never see a dispatcher."""
+    tensor = operands()[name]
+    sparse = tensor.to_mkldnn() if layout == "mkldnn" else tensor.to_sparse(layout=getattr(torch, layout))
+    for call in (tfl.lora_linear, op):
+        with pytest.raises(ValueError, match=f"lora_linear: {name}: expected a dense tensor; got .*{layout}"):
+            call(**operands(**{name: sparse}))
+    with pytest.raises(ValueError, match=f"lora_linear_backward: {name}: expected a dense tensor; got .*{layout}"):
+        backward(**arguments_of_backward() | {name: sparse})
+
+
+def test_sparse_rows():
+    sparse = torch.randn(2, 4).to_sparse()
+    for call in (tfl.softmax, torch.ops.torch_fused_lora.softmax):
+        with pytest.raises(ValueError, match=r"softmax: x: expected a dense tensor; got torch\.sparse_coo"):
+            call(sparse)
+    for call in (tfl.rms_norm, torch.ops.torch_fused_lora.rms_norm):
+        with pytest.raises(ValueError, match=r"rms_norm: x: expected a dense tensor; got .*torch\.sparse_coo"):
+            call(sparse, None)
+        with pytest.raises(ValueError, match=r"rms_norm: weight: expected a dense tensor; got .*torch\.sparse_coo"):
+            call(torch.randn(2, 4), torch.ones(4).to_sparse())
+
+
+@pytest.mark.parametrize("dim", ["a", 1.0, None, True])
+def test_a_dimension_of_a_wrong_type(dim):
+    with pytest.raises(TypeError, match=f"dim: expected an int, got {dim!r}"):
+        tfl.softmax(torch.randn(2, 4), dim)
+
+
 def test_operands_of_backward_that_are_not_needed_may_be_anything(device):
     arguments = arguments_of_backward(device) | {"needs": [False, False, True, False, False, False]}
     expected = arguments["grad"].sum(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_fused_lora as tfl
+from budget import examples
 from reference import Layer
 from torch_fused_lora.ops import portable
 from torch_fused_lora.ops.dropout import draw_seed
@@ -64,7 +67,7 @@ def seeded_masks(seed: int, x: torch.Tensor, ranks: list[int], dropout_p: list[f
 def test_output_and_gradients(device):
     on_cpu = device.type == "cpu"
 
-    @settings(max_examples=150 if on_cpu else 40)
+    @settings(max_examples=examples(150 if on_cpu else 40))
     @given(
         lead=st.sampled_from([(), (1,), (7,), (33,), (0,), (2, 3), (2, 0, 3), (2, 1, 2, 5)]),
         sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 3, 8, 17])),
@@ -115,6 +118,65 @@ def test_output_and_gradients(device):
                 exact[name].check(g, name)
 
     check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_a_scaling_that_is_no_number(device, dtype, adapter_dtype, as_tensor, value):
+    """As in PEFT: it multiplies the low-rank term. torch's addmm takes an alpha of NaN for 0, at some sizes."""
+    if device.type == "mps" and dtype == torch.float64:
+        pytest.skip("mps has no float64")
+    wide = torch.promote_types(dtype, torch.float32)
+    scaling = torch.tensor(value, dtype=wide, device=device) if as_tensor else value
+    for M, K, N in ((1, 8, 6), (64, 8, 64), (200, 8, 300)):
+        shapes = ((M, K), dtype), ((N, K), dtype), ((4, K), adapter_dtype), ((N, 4), adapter_dtype)
+        x, W, A, B = (torch.rand(shape).to(device, its).requires_grad_() for shape, its in shapes)
+        y = tfl.lora_linear(x, W, None, A, B, scaling)
+        assert y.isnan().all() if math.isnan(value) else (y == math.inf).all()
+        assert not any(g.isfinite().any() for g in torch.autograd.grad(y.sum(), (x, A, B)))
+
+
+class HalfProducts(TorchDispatchMode):
+    """The operands of half products, each a matrix that is packed by rows or by columns; how many there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            for matrix in args[-2:]:
+                if matrix.dtype in portable.HALF:
+                    self.seen += 1
+                    assert matrix.is_contiguous() or matrix.t().is_contiguous(), (function, matrix.stride())
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lead", [(17,), (1, 31), (2, 31)])
+@pytest.mark.parametrize("dropouts", [(), (0.5, 0.0)])
+def test_half_rows_with_gaps_are_packed_for_a_cpu(lead, adapter_dtype, dropouts):
+    """torch's product by AMX reads into the gaps, where the operands' neighbours are NaN here."""
+    padded = lambda *shape, dtype=torch.bfloat16: (  # noqa: E731
+        torch.full([n + 3 for n in shape], float("nan"), dtype=dtype)[tuple(slice(1, n + 1) for n in shape)].copy_(
+            torch.randn(shape)
+        )
+    )
+    x, weight, grad = padded(*lead, 7), padded(10, 7), padded(*lead, 10)
+    lora_A, lora_B = padded(4, 7, dtype=adapter_dtype), padded(10, 4, dtype=adapter_dtype)
+    scaling, seed = torch.tensor(0.5), torch.tensor(7) if dropouts else None
+    dropout = seed, dropouts, (1, 3) if dropouts else ()
+    needs = (True, True, True, True, True, False)
+    for forward, backward in (
+        (portable.forward, portable.backward),
+        (portable.differentiable_forward, lambda grad, *rest: portable.differentiable_backward(grad, None, *rest)),
+    ):
+        with HalfProducts() as products:
+            y, h = forward(x, weight, None, lora_A, lora_B, scaling, *dropout, save_h=True)
+            found = backward(grad, x, weight, lora_A, lora_B, scaling, h, *dropout, needs)
+        assert products.seen >= 6
+        assert all(t.isfinite().all() for t in (y, *found[:5]))
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[1:])

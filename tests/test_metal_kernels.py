@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metal_on_cpu
+from budget import examples
 from launch_plan import ROOT, Kernels, assemble
 from reference import Exact
 from torch_fused_lora.ops.dropout import keep_mask, philox
@@ -245,7 +246,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_any_shape_and_layout(problem):
     M, K, N, r, layouts, dropout_p, gpu_cores, dtypes = problem
     operands = list(layer(M, K, N, r, *dtypes))

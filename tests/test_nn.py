@@ -25,6 +25,29 @@ def layer(dtype=torch.float32, **options):
     return found
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("r", 1.5, "an int"),
+        ("r", "a", "an int"),
+        ("r", True, "an int"),
+        ("lora_alpha", "16", "a number"),
+        ("lora_dropout", None, "a number"),
+    ],
+)
+def test_arguments_of_a_wrong_type(name, value, expected):
+    for build in (lambda **options: tfl.LoRALinear(6, 5, **options), layer):
+        with pytest.raises(TypeError, match=f"{name}: expected {expected}, got {value!r}"):
+            build(**{name: value})
+
+
+@pytest.mark.parametrize("lora_alpha", [float("nan"), float("inf")])
+def test_merging_an_alpha_that_is_no_number(lora_alpha):
+    merged = layer(lora_alpha=lora_alpha)
+    merged.merge()
+    assert not merged.weight.isfinite().any()
+
+
 def test_a_new_layer_computes_what_its_base_did():
     linear = nn.Linear(6, 5)
     x = torch.randn(9, 6)  # from nine rows on, every device leaves the base product to torch

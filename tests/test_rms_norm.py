@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import torch_fused_lora as tfl
+from budget import examples
 from reference import Exact
 from test_compile import OPCHECKS
 from test_lora_linear import DTYPES as LORA_DTYPES
@@ -42,7 +43,7 @@ def exact(x: Tensor, weight: Tensor | None, grad: Tensor) -> tuple[Exact, Exact,
 def test_output_and_gradients(device):
     on_cpu = device.type == "cpu"
 
-    @settings(max_examples=150 if on_cpu else 40)
+    @settings(max_examples=examples(150 if on_cpu else 40))
     @given(
         lead=st.sampled_from([(), (1,), (7,), (33,), (0,), (2, 3), (2, 0, 3), (2, 1, 2, 5)]),
         H=st.sampled_from([1, 5, 8, 64, 130]),

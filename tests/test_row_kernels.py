@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metal_on_cpu
+from budget import examples
 from launch_plan import ROOT, assemble
 from reference import HALF, SMALLEST, UNIT, Exact
 from row_plan import RowKernels
@@ -344,7 +345,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_any_shape_and_layout(problem):
     M, H, layouts, gpu_cores, (dtype, weight_dtype) = problem
     x, grad = (randn(M, H, dtype=dtype, layout=layout) for layout in layouts)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import torch_fused_lora as tfl
+from budget import examples
 from reference import Exact
 from test_compile import OPCHECKS
 from test_lora_linear import LAYOUTS, laid_out
@@ -21,7 +22,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_output_and_gradient(device):
     on_cpu = device.type == "cpu"
 
-    @settings(max_examples=150 if on_cpu else 40)
+    @settings(max_examples=examples(150 if on_cpu else 40))
     @given(
         shape=st.sampled_from([(), (1,), (9,), (7, 5), (33, 130), (0, 4), (3, 0), (2, 3, 64), (2, 1, 2, 300)]),
         dtype=st.sampled_from(DTYPES if on_cpu else DTYPES[1:]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: of lora_A and lora_B; float32 over a half-precision base by default, as in PEFT.
 
     Raises:
+        TypeError: r is not an int, or lora_alpha or lora_dropout not a number.
         ValueError: r below 1, or lora_dropout outside [0, 1).
     """
 
@@ -60,7 +62,7 @@ class LoRALinear(nn.Module):
         """An adapter on ``linear``, whose weight and bias are shared, not copied, and frozen.
 
         Raises:
-            TypeError: ``linear`` is not an `nn.Linear`.
+            TypeError: ``linear`` is not an `nn.Linear`; as the constructor.
             ValueError: as the constructor.
         """
         if not isinstance(linear, nn.Linear):
@@ -73,6 +75,11 @@ class LoRALinear(nn.Module):
     def _setup(
         self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float, adapter_dtype: torch.dtype | None
     ) -> None:
+        if not isinstance(r, int) or isinstance(r, bool):
+            raise TypeError(f"r: expected an int, got {r!r}")
+        for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if r < 1:
             raise ValueError(f"r: expected a rank of at least 1, got {r}")
         if not 0.0 <= lora_dropout < 1.0:
@@ -119,8 +126,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def _weight_plus(self, scale: float) -> Tensor:
-        """``weight + scale · lora_B lora_A``, in the adapter's dtype."""
-        return torch.addmm(self.weight.to(self.lora_A.dtype), self.lora_B, self.lora_A, alpha=scale)
+        """``weight + scale · lora_B lora_A`` in float32, or float64."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(scale).add_(self.weight)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -133,6 +133,8 @@ def _why_not_linear(module: nn.Module) -> str | None:
     if type(weight) not in PLAIN_OR_NONE or type(bias) not in PLAIN_OR_NONE:
         name, value = ("bias", bias) if type(weight) in PLAIN_OR_NONE else ("weight", weight)
         return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
+    if weight is not None and weight.layout is not torch.strided:
+        return f"a weight whose layout is {weight.layout}"
     return _why_not_called(module)
 
 

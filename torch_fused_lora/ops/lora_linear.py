@@ -105,7 +105,7 @@ def lora_linear(
 
     Raises:
         TypeError: an argument is not a tensor (scaling: a tensor or a number).
-        ValueError: a shape, dtype or device that does not fit; dropout_p outside [0, 1).
+        ValueError: a shape, dtype or device that does not fit; a sparse tensor; dropout_p outside [0, 1).
     """
     tensors = (x, weight, lora_A, lora_B)
     if not PLAIN_TYPES.issuperset(map(type, tensors)):
@@ -186,13 +186,23 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
-    got = f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}" if isinstance(value, Tensor) else value
+    got = value
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{value.layout}, "
+        got = f"shape {tuple(value.shape)}, {value.dtype}, {layout}on {value.device}"
     raise ValueError(f"{operator}: {name}: expected {expected}; got {got}")
+
+
+def _check_dense(refuse, **tensors):
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.layout is not torch.strided:
+            refuse(name, tensor, "a dense tensor")
 
 
 def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
     """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
     refuse = functools.partial(_refuse, "lora_linear")
+    _check_dense(refuse, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
     dtype, device = x.dtype, x.device
     x_shape, W_shape, A_shape = x.shape, weight.shape, lora_A.shape
     if dtype not in _DTYPES:
@@ -219,6 +229,7 @@ def _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p
     refuse = functools.partial(_refuse, "lora_linear_backward")
     if len(needs) != 6:
         refuse("needs", list(needs), "6 flags")
+    _check_dense(refuse, grad=grad, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling, h=h)
     need_x, need_weight, _, need_A, need_B, need_scaling = needs
     dtype, device = grad.dtype, grad.device
     if dtype not in _DTYPES:

@@ -32,7 +32,7 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), r
 
     Returns (y, h), h None unless it is to be saved.
     """
-    x_rows = flat(x)
+    x_rows, weight = packed(flat(x)), packed(weight)
     y = F.linear(x_rows, weight, bias)
     # A number where reading it does not synchronise with the device.
     scale = scaling.item() if scaling.is_cpu else scaling
@@ -53,8 +53,7 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = flat(grad)
-    x_rows = flat(x) if x is not None else None
+    grad_rows, x_rows, weight = (None if t is None else packed(flat(t)) for t in (grad, x, weight))
     # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
     grad_x = grad_A = grad_h = None
     A, B = _operands(lora_A, lora_B, seed)
@@ -204,6 +203,9 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
     """``out += scale · a b``, summed in float32 (float64 for float64) and rounded once to out's dtype."""
     if isinstance(scale, Tensor):
         a, scale = a * scale, 1.0
+    elif not math.isfinite(scale):  # BLAS may take an alpha of NaN for 0
+        out.copy_(a.mm(b).mul_(scale).add_(out))
+        return
     if out.dtype is a.dtype:
         out.addmm_(a, b, alpha=scale)
     else:
@@ -222,6 +224,14 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def flat(x: Tensor) -> Tensor:
     """x as a matrix (M, last dimension): a view wherever one exists."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def packed(matrix: Tensor) -> Tensor:
+    """The matrix as torch's products may read it: halves with gaps between rows (or columns) are copied on a CPU,
+    where torch's product by AMX reads into the gaps."""
+    if matrix.dtype not in HALF or not matrix.is_cpu or matrix.is_contiguous() or matrix.t().is_contiguous():
+        return matrix
+    return matrix.contiguous()
 
 
 def _unflat(rows: Tensor, like: Tensor) -> Tensor:
@@ -246,7 +256,7 @@ def _whole_masks(x, lora_A, seed, dropout_p, ranks):
 
 def differentiable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
     """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
-    x_rows = flat(x)
+    x_rows, weight, lora_A, lora_B = packed(flat(x)), packed(weight), packed(lora_A), packed(lora_B)
     wide = x_rows.to(lora_A.dtype)
     masks = _whole_masks(x_rows, lora_A, seed, dropout_p, ranks)
     h = torch.cat([dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
@@ -258,21 +268,21 @@ def differentiable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, 
 def differentiable_backward(grad, grad_h, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
     """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = flat(grad)
+    grad_rows, x_rows, weight = (None if t is None else packed(flat(t)) for t in (grad, x, weight))
+    lora_A, lora_B = packed(lora_A), packed(lora_B)
     wide_grad = grad_rows.to(lora_A.dtype)
     z = (wide_grad @ lora_B) * scaling
     if grad_h is not None:
         z = z + grad_h
-    x_rows = flat(x) if x is not None else None
     grad_x = grad_A = None
     if need_x or need_A:
         masks = _whole_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
     if need_x:
-        delta = functools.reduce(torch.add, [dropped(z[:, rank] @ lora_A[rank], mask) for rank, mask in masks])
+        delta = functools.reduce(torch.add, [dropped(packed(z[:, rank]) @ lora_A[rank], mask) for rank, mask in masks])
         grad_x = (grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
     if need_A:
         wide = x_rows.to(lora_A.dtype)
-        grad_A = torch.cat([z[:, rank].t() @ dropped(wide, mask) for rank, mask in masks])
+        grad_A = torch.cat([packed(z[:, rank].t()) @ dropped(wide, mask) for rank, mask in masks])
     return (
         grad_x,
         grad_rows.t() @ x_rows if need_weight else None,

@@ -63,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
     Raises:
         TypeError: x or weight is not a tensor, or eps not a number.
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit; a sparse x or weight.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
@@ -90,9 +90,12 @@ def _public(x, weight, eps=1e-6):
 
 def _check(x, weight):
     def refuse(name: str, value: Tensor, expected: str) -> None:
-        got = f"shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+        got = f"shape {tuple(value.shape)}, {value.dtype}, {value.layout}, on {value.device}"
         raise ValueError(f"rms_norm: {name}: expected {expected}; got {got}")
 
+    for name, value in (("x", x), ("weight", weight)):
+        if value is not None and value.layout is not torch.strided:
+            refuse(name, value, "a dense tensor")
     if x.dim() < 1 or x.shape[-1] < 1:
         refuse("x", x, "shape (..., H) with H >= 1")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -207,6 +210,7 @@ def _portable_backward(grad, x, weight, rstd, needs):
 
 @kernel("_rms_norm", "CompositeExplicitAutograd")
 def _portable_kernel(x, weight, eps):
+    _check(x, weight)
     if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
         raise NotImplementedError(
             f"rms_norm: device 'mps' needs this package's Metal extension, and {extension.reason}; "

@@ -46,12 +46,14 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
         dim: -x.dim() to x.dim() - 1.
 
     Raises:
-        TypeError: x is not a tensor.
-        ValueError: another dtype.
+        TypeError: x is not a tensor, or dim not an int.
+        ValueError: another dtype, or a sparse x.
         IndexError: a dimension that x does not have.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if not isinstance(dim, (int, torch.SymInt)) or isinstance(dim, bool):
+        raise TypeError(f"dim: expected an int, got {dim!r}")
     device_type = x.device.type
     if unwatched(device_type) and type(x) in PLAIN_TYPES:  # nobody wants to see the operator: the shortest way
         if device_type in PORTABLE:
@@ -64,6 +66,8 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
 def _check(x, dim, operator="softmax", name="x"):
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"{operator}: {name}: expected float16, bfloat16, float32 or float64; got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{operator}: {name}: expected a dense tensor; got {x.layout}")
     most = max(x.dim(), 1)
     if not -most <= dim < most:
         raise IndexError(
