@@ -547,6 +547,28 @@ for call in (lambda: tfl.lora_linear(a, a, None, a, a), lambda: tfl.rms_norm(a),
     assert all("it is not built (nonexistent is missing): on the Mac, pip install" in line for line in on_mps)
 
 
+COMPILED_BY_MANY = """
+import sys, threading
+from mps_on_linux import counters, run
+run.install()
+import torch, torch_fused_lora as tfl
+x = torch.randn(3, 8).to("mps")
+together = threading.Barrier(6)
+def work():
+    together.wait()
+    tfl.softmax(x)
+threads = [threading.Thread(target=work) for _ in range(6)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+torch.mps.synchronize()
+print(counters().libraries)
+"""
+
+
+def test_a_kernel_that_several_threads_ask_for_first_is_compiled_once():
+    assert in_a_process(COMPILED_BY_MANY) == ["1"]
+
+
 def in_a_process(script: str, *arguments: str) -> list[str]:
     """The lines it prints."""
     command = [sys.executable, "-c", script, *arguments]

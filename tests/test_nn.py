@@ -43,7 +43,8 @@ def test_arguments_of_a_wrong_type(name, value, expected):
 
 @pytest.mark.parametrize("lora_alpha", [float("nan"), float("inf")])
 def test_merging_an_alpha_that_is_no_number(lora_alpha):
-    merged = layer(lora_alpha=lora_alpha)
+    merged = tfl.LoRALinear.from_linear(nn.Linear(64, 64), lora_alpha=lora_alpha)
+    nn.init.normal_(merged.lora_B)
     merged.merge()
     assert not merged.weight.isfinite().any()
 
