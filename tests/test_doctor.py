@@ -78,7 +78,7 @@ def test_doctor_fails_on_wrong_numbers(capsys, monkeypatch):
 
 def test_doctor_survives_a_backend_that_raises(capsys, monkeypatch):
     def broken(*_):
-        raise RuntimeError("no such kernel")
+        raise OSError("no such kernel")
 
     monkeypatch.setattr(doctor, "lora_linear", broken)
     assert main(["doctor"]) == 1
@@ -129,7 +129,7 @@ def test_json_of_a_failure(capsys, monkeypatch):
 )
 def test_a_probe_that_fails_fails_alone(probe, mps, capsys, monkeypatch):
     def broken(*_):
-        raise RuntimeError("no answer")
+        raise OSError("no answer")
 
     monkeypatch.setattr(f"torch_fused_lora.doctor.{probe}", broken)
     assert main(["doctor"]) == 0
