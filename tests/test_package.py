@@ -79,5 +79,5 @@ def test_the_package_is_typed():
 
 def test_public_names():
     patches = {"patch_norms", "patch_peft", "unpatch_norms", "unpatch_peft"}
-    assert set(tfl.__all__) == {"LoRALinear", "lora_linear", "rms_norm", "softmax", *patches}
+    assert set(tfl.__all__) == {"LoRALinear", "keep_operators", "lora_linear", "rms_norm", "softmax", *patches}
     assert all(getattr(tfl, name).__doc__ for name in tfl.__all__)

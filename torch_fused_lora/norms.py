@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops.library import PLAIN_TYPES, PORTABLE, autocast_enabled
+from .ops.library import PLAIN_TYPES, PORTABLE, autocast_enabled, by_torch
 from .ops.portable import HALF
 from .ops.rms_norm import FUSED_BY_TORCH, rms_norm
 from .report import PatchReport
@@ -109,7 +109,7 @@ class _Fused:
 def _arguments(module: Any, x: Any) -> tuple[Tensor, Tensor, float] | None:
     """What `rms_norm` is called with, or None if the module's own forward has to run. It has to under a compiler that
     fuses its calls with their neighbours, too, where there are no kernels of ours."""
-    if type(x) not in PLAIN_TYPES or type(module.weight) not in PLAIN_TYPES:
+    if type(x) not in PLAIN_TYPES or type(module.weight) not in PLAIN_TYPES or by_torch(x):
         return None
     if x.dtype not in (torch.float32, *HALF) or (torch.compiler.is_compiling() and x.device.type in PORTABLE):
         return None

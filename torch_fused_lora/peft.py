@@ -21,7 +21,7 @@ except ImportError as error:
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
     ) from error
 
-from .ops.library import PLAIN_OR_NONE, autocast_enabled
+from .ops.library import OWN_TYPES, autocast_enabled, by_torch
 from .ops.lora_linear import lora_linear_stacked
 from .ops.portable import HALF
 from .report import PatchReport
@@ -70,7 +70,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         return []
     modules = layer._modules
     base = modules["base_layer"]
-    if _why_not_base(base) or nn_module._has_any_global_hook() or not isinstance(x, Tensor):
+    if _why_not_base(base) or nn_module._has_any_global_hook() or not isinstance(x, Tensor) or by_torch(x):
         return []
     dtype = x.dtype
     autocast = autocast_enabled(x.device.type)
@@ -130,8 +130,8 @@ _REPLACED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backwa
 def _why_not_linear(module: nn.Module) -> str | None:
     """Why reading this module's weight and bias would not do what calling the module does, or None."""
     weight, bias = _weight_and_bias(module)
-    if type(weight) not in PLAIN_OR_NONE or type(bias) not in PLAIN_OR_NONE:
-        name, value = ("bias", bias) if type(weight) in PLAIN_OR_NONE else ("weight", weight)
+    if type(weight) not in OWN_TYPES or type(bias) not in OWN_TYPES:
+        name, value = ("bias", bias) if type(weight) in OWN_TYPES else ("weight", weight)
         return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
     if weight is not None and weight.layout is not torch.strided:
         return f"a weight whose layout is {weight.layout}"

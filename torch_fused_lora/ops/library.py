@@ -1,13 +1,15 @@
-"""How this package's operators are registered with torch.library."""
+"""How this package's operators are registered with torch.library, and which way a call takes."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 NAMESPACE = "torch_fused_lora"
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
@@ -103,6 +105,35 @@ def call_device(operator: Callable, check: Callable[..., None], *arguments: obje
 PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
 PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))  # subclasses want to see the calls made with them
 PLAIN_OR_NONE = PLAIN_TYPES | {NoneType}
+OWN_TYPES = PLAIN_OR_NONE | {FakeTensor}  # of a module's own tensors: an export puts fake ones in their place
+
+
+_keeping = False  # for the whole process, as torch.export's own state is
+
+
+@contextlib.contextmanager
+def keep_operators() -> Iterator[None]:
+    """A context in which exports keep this package's operators in their graphs.
+
+    Outside it `torch.export`, and what is built on it (ONNX, AOTInductor), sees torch's own calls only, so that the
+    exported program runs where this package is not. One exported inside loads and runs where it is imported::
+
+        with torch_fused_lora.keep_operators():
+            program = torch.export.export(model, (x,))
+
+    A trace by `torch.jit.trace` holds torch's own calls in either case.
+    """
+    global _keeping
+    before, _keeping = _keeping, True
+    try:
+        yield
+    finally:
+        _keeping = before
+
+
+def by_torch(x: torch.Tensor) -> bool:
+    """Whether a call has to be made of torch's own calls: it is exported or traced, or x is nested."""
+    return (torch.compiler.is_exporting() and not _keeping) or x.is_nested or torch.jit.is_tracing()
 
 
 def unwatched(device_type: str) -> bool:

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..mps import extension
 from . import portable
@@ -37,6 +38,7 @@ from .library import (
     as_given,
     autocast,
     below_autocast,
+    by_torch,
     call_device,
     define,
     fake,
@@ -103,6 +105,9 @@ def lora_linear(
     Differentiable twice in every tensor argument, scaling included; saves x itself, the small tensors and one
     (M, r) product for backward, never a mask. Under autocast all operands are cast to its dtype, as in PEFT.
 
+    A policy of selective checkpointing sees one operator, ``torch.ops.torch_fused_lora._lora_linear.default``, where
+    stock layers show it ``aten.mm`` and ``aten.addmm``: one that saves products lists it with them.
+
     Raises:
         TypeError: an argument is not a tensor (scaling: a tensor or a number).
         ValueError: a shape, dtype or device that does not fit; a sparse tensor; dropout_p outside [0, 1).
@@ -118,6 +123,8 @@ def lora_linear(
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if by_torch(x):
+        return portable.by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0)
     return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, (dropout_p,) if training else ())
 
 
@@ -334,6 +341,21 @@ def _fake_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p,
     return [like.new_empty(shape) for (like, shape), need in zip(grads, needs, strict=True) if need]
 
 
+@register_flop_formula(_ops._lora_linear)
+def _forward_flops(x_shape, weight_shape, bias_shape, A_shape, *_, **__):
+    M, (N, K), r = math.prod(x_shape[:-1]), weight_shape, A_shape[0]
+    return 2 * M * (N * K + r * (K + N))
+
+
+@register_flop_formula(_ops.lora_linear_backward)
+def _backward_flops(grad_shape, x_shape, weight_shape, A_shape, B_shape, *options, **_):
+    """Of dY W and dYᵀ x, and of z = dY B, z A, zᵀ x̃ and dYᵀ h."""
+    M, (r, K), N = math.prod(grad_shape[:-1]), A_shape, B_shape[0]
+    need_x, need_weight, _, need_A, need_B, need_scaling = options[-1]
+    per_rank = (need_x or need_A) * N + (need_x + need_A) * K + (need_B or need_scaling) * N
+    return 2 * M * ((need_x + need_weight) * N * K + r * per_rank)
+
+
 # --------------------------------------------------------------------------------- autograd, functorch, autocast
 
 
@@ -347,6 +369,8 @@ class _LoRALinear(torch.autograd.Function):
         save_h = need_B or need_scaling
         with torch._C._AutoDispatchBelowAutograd():
             y, h = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+        if (need_A or need_weight) and x.is_inference():  # autograd refuses to save it
+            x = x.clone()
         ctx.set_materialize_grads(False)
         if not save_h and h is not None:
             ctx.mark_non_differentiable(h)

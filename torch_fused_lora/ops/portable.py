@@ -243,6 +243,15 @@ def _unflat(rows: Tensor, like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ the same in differentiable calls
 
 
+def by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p):
+    """The layer in the calls that PEFT makes, for graphs that hold without this package and for nested tensors: none of
+    them depends on x's shape, and dropout is torch's."""
+    y = F.linear(x, weight, bias)
+    wide = x.to(lora_A.dtype)
+    h = F.linear(F.dropout(wide, dropout_p) if dropout_p else wide, lora_A)
+    return (y + F.linear(h, lora_B) * scaling).to(y.dtype)
+
+
 def _whole_masks(x, lora_A, seed, dropout_p, ranks):
     """(rank slice, what its dropout multiplies all of x with) of each adapter."""
 

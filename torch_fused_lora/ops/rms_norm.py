@@ -27,7 +27,9 @@ from .library import (
     PORTABLE,
     as_given,
     autocast,
+    autocast_enabled,
     below_autocast,
+    by_torch,
     call_device,
     define,
     fake,
@@ -72,6 +74,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     if not isinstance(eps, (float, numbers.Real, torch.SymFloat)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     device_type = x.device.type
+    if by_torch(x):
+        if autocast_enabled(device_type):
+            x, weight, eps = _cast(device_type, x, weight, eps)
+        return _by_torch(x, weight, eps)[0]
     if not unwatched(device_type) or not PLAIN_OR_NONE.issuperset(map(type, (x, weight))):
         return _forward_op(x, weight, eps)[0]
     # Nobody wants to see the operator: what the dispatcher would call, without its way through C++ and back.
@@ -240,6 +246,10 @@ def _gradients(grad, x, weight, rstd, needs):
 def _differentiable(x, weight, eps):
     """The forward in differentiable aten calls, for functorch transforms and forward-mode AD."""
     _check(x, weight)
+    return _by_torch(x, weight, eps)
+
+
+def _by_torch(x, weight, eps):
     rstd = _rstd(x, eps)
     y = x * rstd
     return (y if weight is None else y * weight).to(x.dtype).contiguous(), rstd
@@ -276,6 +286,8 @@ class _RMSNorm(torch.autograd.Function):
             y, rstd = kernel(x, weight, eps)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rstd)
+        if x.is_inference():  # autograd refuses to save it
+            x = x.clone()
         ctx.save_for_backward(x, weight, rstd)
         ctx.eps = eps
         return y, rstd
