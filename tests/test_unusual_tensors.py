@@ -113,3 +113,23 @@ def test_gradients_through_a_jagged_input():
     found = torch.autograd.grad(model(nested).values().sin().sum(), leaves)
     expected = torch.autograd.grad(sum(model(x).sin().sum() for x in sequences), leaves)
     torch.testing.assert_close(found, expected)
+
+
+# --------------------------------------------------------------------------------------------------------- sparse
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_patched_layer_takes_what_stock_takes(layout, name):
+    """`lora_linear` itself refuses them by name: test_errors.py."""
+    model, x = peft_layer().eval(), torch.randn(3, 8).relu()
+    base = model.base_model.model[0].base_layer
+    if name == "x":
+        x = x.to_sparse(layout=layout)
+    else:
+        base.weight, base.bias = nn.Parameter(base.weight.detach().to_sparse(layout=layout)), None
+    with torch.no_grad():
+        found = model(x)
+        tfl.unpatch_peft(model)
+        assert torch.equal(found, model(x))

@@ -70,7 +70,9 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         return []
     modules = layer._modules
     base = modules["base_layer"]
-    if _why_not_base(base) or nn_module._has_any_global_hook() or not isinstance(x, Tensor) or by_torch(x):
+    if _why_not_base(base) or nn_module._has_any_global_hook():
+        return []
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or by_torch(x):
         return []
     dtype = x.dtype
     autocast = autocast_enabled(x.device.type)
