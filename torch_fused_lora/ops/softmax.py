@@ -69,7 +69,7 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
 def _check(x, dim, operator="softmax", name="x"):
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"{operator}: {name}: expected float16, bfloat16, float32 or float64; got {x.dtype}")
-    if x.layout is not torch.strided:
+    if x.layout is not torch.strided and not x.is_nested:
         raise ValueError(f"{operator}: {name}: expected a dense tensor; got {x.layout}")
     most = max(x.dim(), 1)
     if not -most <= dim < most:
