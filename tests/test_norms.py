@@ -256,10 +256,10 @@ def test_other_dtypes_take_the_module_s_own_way(calls):
 
 
 def test_a_transformers_without_one_of_the_forms(monkeypatch):
-    norms._codes.cache_clear()
+    norms._class.cache_clear()
     monkeypatch.setitem(sys.modules, "transformers.models.gpt_oss.modeling_gpt_oss", None)
     assert tfl.patch_norms(GemmaRMSNorm(8)).patched == [""]
-    norms._codes.cache_clear()
+    norms._class.cache_clear()
 
 
 def test_a_pickle_loads_where_transformers_is_not_imported(monkeypatch):

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .ops.library import PLAIN_TYPES, PORTABLE, autocast_enabled, by_torch
 from .ops.portable import HALF
 from .ops.rms_norm import FUSED_BY_TORCH, rms_norm
+from .originals import Patched, is_own, patch, switched_off, tell_name, unpatch, why_replaced
 from .report import PatchReport
 
 
@@ -44,7 +46,13 @@ def _gemma_weight(module: Any, x: Tensor) -> Tensor | None:
 
 
 def _torch_weight(module: Any, x: Tensor) -> Tensor | None:
-    return None if x.device.type in FUSED_BY_TORCH else _gpt_oss_weight(module, x)
+    if x.device.type in FUSED_BY_TORCH or ((F.rms_norm, torch.rms_norm) != _OWN and why_replaced(_CALLS)):
+        return None
+    return _gpt_oss_weight(module, x)
+
+
+_CALLS = (F, "rms_norm"), (torch, "rms_norm")  # by torch.nn.RMSNorm's forward
+_OWN = tuple(getattr(*call) if is_own(*call) else None for call in _CALLS)
 
 
 _FORMS = {
@@ -60,18 +68,29 @@ def _form_of(cls: Any) -> str | None:
         return "torch"
     if "transformers" not in sys.modules:  # then no module of the model is one of Transformers'
         return None
-    codes = _code(cls, "forward"), _code(cls, "_norm")
-    return next((name for name, form in _FORMS.items() if form.reference and codes == _codes(*form.reference)), None)
+    for name, form in _FORMS.items():
+        reference = form.reference and _class(*form.reference)
+        if reference and _codes(cls) == _codes(reference) and not _why_replaced(reference):
+            return name
+    return None
 
 
 @functools.cache
-def _codes(path: str, name: str) -> tuple[object, object] | None:
-    """Of a class of Transformers; None where this version has no such class."""
+def _class(path: str, name: str) -> type | None:
+    """A class of Transformers; None where this version has no such class."""
     try:
-        reference = getattr(importlib.import_module(f"transformers.models.{path}"), name)
+        return getattr(importlib.import_module(f"transformers.models.{path}"), name)
     except (ImportError, AttributeError):
         return None
-    return _code(reference, "forward"), _code(reference, "_norm")
+
+
+def _why_replaced(cls: type) -> str | None:
+    methods = [(cls, name) for name in ("forward", "_norm") if hasattr(cls, name)]
+    return why_replaced((*methods, *_CALLS) if cls is nn.RMSNorm else methods)
+
+
+def _codes(cls: type) -> tuple[object, object]:
+    return _code(cls, "forward"), _code(cls, "_norm")
 
 
 def _code(cls: type, name: str) -> tuple[object, ...] | None:
@@ -85,25 +104,21 @@ def _code(cls: type, name: str) -> tuple[object, ...] | None:
     return code.co_code, code.co_names, code.co_consts, hidden
 
 
-class _Fused:
+class _Fused(Patched):
     """Goes before a norm's class in the method resolution order."""
 
-    _original: Any  # the module's own class
     _form: str
+    _methods: tuple[Any, Any]  # that `_form` stands for
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, _Fused):  # undone while a wrapper still holds this method
             return type(self).forward(self, *args, **kwargs)
         if not kwargs and len(args) == 1 and (found := _arguments(self, args[0])):
             if _FORMS[self._form].autocasts or not autocast_enabled(args[0].device.type):
-                return rms_norm(*found)
+                return tell_name(self, rms_norm(*found))
             with torch.autocast(args[0].device.type, enabled=False):
-                return rms_norm(*found)
+                return tell_name(self, rms_norm(*found))
         return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        how: Any = super().__reduce_ex__(protocol)
-        return (_new, (self._original, self._form), *how[2:])
 
 
 def _arguments(module: Any, x: Any) -> tuple[Tensor, Tensor, float] | None:
@@ -113,17 +128,20 @@ def _arguments(module: Any, x: Any) -> tuple[Tensor, Tensor, float] | None:
         return None
     if x.dtype not in (torch.float32, *HALF) or (torch.compiler.is_compiling() and x.device.type in PORTABLE):
         return None
+    if _methods(module._original) != module._methods or "_norm" in module.__dict__:
+        return None
     form = _FORMS[module._form]
     weight, eps = form.weight(module, x), getattr(module, form.eps)
     if weight is None:
         return None
+    if module._copy_input and torch.is_grad_enabled():
+        x = x.clone()
     # nn.RMSNorm's None is that of the type it computes in.
     return x, weight, torch.finfo(torch.float32).eps if eps is None else eps
 
 
-def _new(cls: Any, form: str) -> nn.Module:
-    fused: Any = _fused_class(cls, form)
-    return fused.__new__(fused)
+def _methods(cls: Any) -> tuple[Any, Any]:
+    return cls.forward, getattr(cls, "_norm", None)
 
 
 def _fused_class(cls: Any, form: str) -> Any:
@@ -131,11 +149,11 @@ def _fused_class(cls: Any, form: str) -> Any:
     for subclass in cls.__subclasses__():
         if subclass.__dict__.get("_original") is cls:
             return subclass
-    fields = {"_original": cls, "_form": form, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (_Fused, cls), fields)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (_Fused, cls), {"_original": cls, "_form": form, "_methods": _methods(cls), **names})
 
 
-def patch_norms(model: nn.Module) -> PatchReport:
+def patch_norms(model: nn.Module, copy_input: bool = False) -> PatchReport:
     """Let the RMS norms of ``model`` compute with `torch_fused_lora.rms_norm`.
 
     In place and idempotent: what is patched already stays as it is. Patched are torch.nn.RMSNorm over one dimension and
@@ -143,8 +161,13 @@ def patch_norms(model: nn.Module) -> PatchReport:
     their class is called. Where torch has one kernel each way of its own (`F.rms_norm` on CUDA), torch.nn.RMSNorm is
     left alone. A call with a dtype for which the result would differ (Llama's form with a weight of another dtype than
     x, float64) runs the module's own forward, and so does one inside torch.compile on a CPU or CUDA, where the compiler
-    fuses a norm with its neighbours. Results agree within rounding: Llama's form rounds twice, before and after the
-    weight, this once.
+    fuses a norm with its neighbours, and one while the class's own forward (or F.rms_norm, for torch.nn.RMSNorm) is
+    replaced for the whole process. Results agree within rounding: Llama's form rounds twice, before and after the
+    weight, this once. Copies, pickles, spawned processes and ``TORCH_FUSED_LORA=off``: as for `patch_peft`.
+
+    Args:
+        model: any module.
+        copy_input: save a copy of each norm's input for backward, for models that change it in place after the norm.
 
     Returns:
         A `PatchReport`: the names of patched modules, and a reason for each other RMS norm.
@@ -153,14 +176,17 @@ def patch_norms(model: nn.Module) -> PatchReport:
         TypeError: ``model`` is not a module.
     """
     report = PatchReport([], {}, kind="RMS norms", owner="their own code")
+    off = switched_off()
     for name, module in _norms(model):
-        reason = None if isinstance(module, _Fused) else _why_not(module)
-        if reason is not None:
+        fused = isinstance(module, _Fused)
+        reason = off or (_why_replaced(module._original) if fused else _why_not(module))
+        if reason is None:
+            cls = type(module) if fused else _fused_class(type(module), _form_of(type(module)))
+            patch(module, cls, name, copy_input)
+            report.patched.append(name)
+        else:
+            unpatch(module)
             report.declined[name] = reason
-            continue
-        report.patched.append(name)
-        if not isinstance(module, _Fused):
-            module.__class__ = _fused_class(type(module), _form_of(type(module)))  # type: ignore[arg-type]
     return report
 
 
@@ -176,7 +202,7 @@ def unpatch_norms(model: nn.Module) -> None:
     if changed:
         raise RuntimeError(f"unpatch_norms: the class of {', '.join(changed)} was changed again after patch_norms")
     for module in patched.values():
-        module.__class__ = module._original
+        unpatch(module)
 
 
 def _norms(model: nn.Module) -> list[tuple[str, Any]]:
@@ -193,8 +219,12 @@ def _why_not(module: Any) -> str | None:
     """Why a module is not patched, or None."""
     cls = type(module)
     if _form_of(cls) is None:
-        return f"{cls.__module__}.{cls.__qualname__} is written in a way that is not known"
-    if "forward" in module.__dict__:
+        reason = _why_replaced(cls)
+        unknown = f"{cls.__module__}.{cls.__qualname__} is written in a way that is not known"
+        return f"{unknown}: {reason}" if reason else unknown
+    if cls is nn.RMSNorm and (reason := _why_replaced(cls)):
+        return reason
+    if "forward" in module.__dict__ or "_norm" in module.__dict__:
         return "its forward is replaced"
     weight = module._parameters.get("weight")
     if type(weight) not in PLAIN_TYPES:

@@ -1,8 +1,8 @@
 """Put the operator under the LoRA layers of a PEFT model, in place, and take it away again.
 
 PEFT has no hook for a layer of a model that is already built, so a layer's class is swapped: `Linear` below is
-`peft.tuners.lora.Linear` with another `forward` and no state of its own. Everything else (state_dict, merging,
-adding, switching and deleting adapters, pickling) stays PEFT's.
+`peft.tuners.lora.Linear` with another `forward` and no state of its own but a name for errors. Everything else
+(state_dict, merging, adding, switching and deleting adapters, pickles) stays PEFT's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 try:
@@ -24,18 +25,25 @@ except ImportError as error:
 from .ops.library import OWN_TYPES, autocast_enabled, by_torch
 from .ops.lora_linear import lora_linear_stacked
 from .ops.portable import HALF
+from .originals import Patched, is_own, patch, switched_off, tell_name, unpatch, why_replaced
 from .report import PatchReport
 
 
-class Linear(lora.Linear):
+class Linear(Patched, lora.Linear):
     """`peft.tuners.lora.Linear` whose plain LoRA forward is one operator. The name is PEFT's: it shows in repr."""
 
+    _original = lora.Linear
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Linear):  # undone while a wrapper still holds this method
+            return type(self).forward(self, x, *args, **kwargs)
         adapters = [] if args or kwargs else _fused_adapters(self, x)
         if not adapters:
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
         weight, bias = _weight_and_bias(base)
+        if self._copy_input and torch.is_grad_enabled():
+            x = x.clone()
         if type(base) is Conv1D:
             weight = weight.t()
         for adapter in adapters:
@@ -44,12 +52,13 @@ class Linear(lora.Linear):
                 bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
         if len(adapters) == 1:
             lora_A, lora_B, _, scaling, dropout_p = adapters[0]
-            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, (dropout_p,) if dropout_p else ())
+            dropouts = (dropout_p,) if dropout_p else ()
+            return tell_name(self, lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropouts))
         stacked_A = torch.cat([adapter.lora_A for adapter in adapters])
         stacked_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
         ranks = [adapter.lora_A.shape[0] for adapter in adapters]
         dropouts = [adapter.dropout_p for adapter in adapters]
-        return lora_linear_stacked(x, weight, bias, stacked_A, stacked_B, 1.0, dropouts, ranks)
+        return tell_name(self, lora_linear_stacked(x, weight, bias, stacked_A, stacked_B, 1.0, dropouts, ranks))
 
 
 class _Adapter(NamedTuple):
@@ -73,6 +82,8 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
     if _why_not_base(base) or nn_module._has_any_global_hook():
         return []
     if not isinstance(x, Tensor) or x.layout is not torch.strided or by_torch(x):
+        return []
+    if _called() != _OWN and _why_replaced(layer):
         return []
     dtype = x.dtype
     autocast = autocast_enabled(x.device.type)
@@ -119,6 +130,53 @@ def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, 
     return f"adapter {name!r} has {reason}" if reason else None
 
 
+# What PEFT's own forward of a layer calls, by the class of module that calls it.
+_CALLS = {
+    nn.Linear: [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Linear, "_call_impl"), (F, "linear")],
+    nn.Dropout: [(nn.Dropout, "forward"), (F, "dropout")],
+    nn.Identity: [(nn.Identity, "forward")],
+    Conv1D: [(Conv1D, "forward"), (torch, "addmm")],
+    lora.Linear: [(lora.Linear, "forward"), (lora.Linear, "_cast_input_dtype"), (lora.Linear, "_check_forward_args")],
+}
+_OWN = tuple(getattr(*call) if is_own(*call) else None for calls in _CALLS.values() for call in calls)
+_nn_Linear, _nn_Dropout, _nn_Identity, _lora_Linear = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
+
+
+def _called() -> tuple[Any, ...]:
+    """What `_OWN` was when this package was imported, now."""
+    return (
+        _nn_Linear.forward,
+        _nn_Linear.__call__,
+        _nn_Linear._call_impl,
+        F.linear,
+        _nn_Dropout.forward,
+        F.dropout,
+        _nn_Identity.forward,
+        Conv1D.forward,
+        torch.addmm,
+        _lora_Linear.forward,
+        _lora_Linear._cast_input_dtype,
+        _lora_Linear._check_forward_args,
+    )
+
+
+def _why_replaced(layer: lora.Linear) -> str | None:
+    """Why a layer has to call what somebody replaced for the whole process, or None."""
+    modules = layer.base_layer, *layer.lora_dropout.values()
+    reasons = _replaced()
+    kinds = (lora.Linear, nn.Linear, *map(type, modules))
+    return next((reasons[kind] for kind in kinds if kind in reasons), None)
+
+
+def _replaced() -> dict[type, str]:
+    """The reason by the class of module that calls it."""
+    found = {kind: why_replaced(calls) for kind, calls in _CALLS.items()}
+    return {kind: reason for kind, reason in found.items() if reason}
+
+
+_replaced._dynamo_marked_constant = True  # torch.compiler.assume_constant_result; compiled code guards `_called`
+
+
 def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
     """The module's weight and bias. FSDP1 puts plain views of its flat parameter in the parameters' place."""
     fields = module.__dict__
@@ -152,16 +210,23 @@ def _why_not_all_adapters(layer: lora.Linear) -> str | None:
     return "; ".join(filter(None, reasons)) if reasons and all(reasons) else None
 
 
-def patch_peft(model: nn.Module) -> PatchReport:
+def patch_peft(model: nn.Module, copy_input: bool = False) -> PatchReport:
     """Let every plain LoRA layer of ``model`` compute with `torch_fused_lora.lora_linear`.
 
     In place and idempotent: a layer that is patched already is reported as patched. Adapters added, switched,
     merged or deleted afterwards are followed, since a patched layer decides anew at each call; a call that the
     operator does not cover (merged or disabled adapters, mixed batches, variants such as DoRA) runs PEFT's own
-    forward. A declined layer is left exactly as it was.
+    forward, and so does every call while something that it would have called is replaced for the whole process, such
+    as `nn.Linear.forward`. A declined layer is left exactly as it was. The environment's ``TORCH_FUSED_LORA=off``
+    declines every layer.
+
+    Copies of the model are patched. Pickles are of PEFT's own classes and load without this package, so that a model
+    loaded by torch.load, or given to a spawned process, is patched there again by whoever wants that.
 
     Args:
         model: a PeftModel, or any module that contains `peft.tuners.lora` layers.
+        copy_input: save a copy of each layer's input for backward, for models that change it in place after the layer.
+            (Stock PEFT saves a copy only with dropout or where it casts.) Inside torch.compile it may save no copy.
 
     Returns:
         A `PatchReport`: the names of patched modules, and a reason for each LoRA layer left to PEFT.
@@ -170,15 +235,17 @@ def patch_peft(model: nn.Module) -> PatchReport:
         TypeError: ``model`` is not a module.
     """
     report = PatchReport([], {}, kind="LoRA layers", owner="PEFT")
+    off = switched_off()
     for name, layer in _lora_layers(model):
         if type(layer) not in (lora.Linear, Linear):
             report.declined[name] = f"a {type(layer).__module__}.{type(layer).__qualname__}"
             continue
-        reason = _why_not_base(layer.base_layer) or _why_not_all_adapters(layer)
-        layer.__class__ = Linear if reason is None else lora.Linear
+        reason = off or _why_not_base(layer.base_layer) or _why_replaced(layer) or _why_not_all_adapters(layer)
         if reason is None:
+            patch(layer, Linear, name, copy_input)
             report.patched.append(name)
         else:
+            unpatch(layer)
             report.declined[name] = reason
     return report
 
@@ -187,7 +254,7 @@ def unpatch_peft(model: nn.Module) -> None:
     """Undo `patch_peft`: give every patched layer of ``model`` PEFT's own class back."""
     for _, module in _lora_layers(model):
         if type(module) is Linear:
-            module.__class__ = lora.Linear
+            unpatch(module)
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -150,3 +150,20 @@ def unwatched(device_type: str) -> bool:
 def transformed() -> bool:
     """Inside torch.func (vmap, grad, jvp, ...) or forward-mode AD, which need differentiable aten calls."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def saved_tensors(ctx: Any, operator: str, patch: str) -> tuple[Any, ...]:
+    """``ctx.saved_tensors``, of which x is the first. Where x was changed in place since, the error that they raise
+    names the module, if it is one that ``patch`` patched, and the remedy."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):  # freed
+            raise
+        try:
+            ctx._raw_saved_tensors[0].unpack()
+        except RuntimeError:
+            module = ctx.metadata.get("module")
+            who, remedy = (module, f"{patch}(model, copy_input=True)") if module else (operator, "give it x.clone()")
+            raise RuntimeError(f"{who}: the input was changed in place after the forward: {remedy}. {error}") from error
+        raise  # another tensor

@@ -43,6 +43,7 @@ from .library import (
     define,
     fake,
     kernel,
+    saved_tensors,
     transformed,
     unwatched,
 )
@@ -392,7 +393,7 @@ class _LoRALinear(torch.autograd.Function):
             return (None,) * 7
         needs = ctx.needs_input_grad[:6]
         dropout_p, ranks, y_shape, y_dtype, direct = ctx.options
-        saved = ctx.saved_tensors
+        saved = saved_tensors(ctx, "lora_linear", "patch_peft")
         if grad_h is not None or torch.is_grad_enabled():
             if grad is None:  # only h was used, which a double backward does
                 grad = grad_h.new_zeros(y_shape, dtype=y_dtype)

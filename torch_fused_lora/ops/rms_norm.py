@@ -35,6 +35,7 @@ from .library import (
     fake,
     has_kernel,
     kernel,
+    saved_tensors,
     to_float,
     transformed,
     unwatched,
@@ -296,7 +297,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 4
-        x, weight, rstd = ctx.saved_tensors
+        x, weight, rstd = saved_tensors(ctx, "rms_norm", "patch_norms")
         needs = ctx.needs_input_grad[1:3]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             with below_autocast():

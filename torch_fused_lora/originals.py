@@ -1,0 +1,110 @@
+"""What a patch takes the place of: whether it is still its owner's, how a module takes it and how it gives it back."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import os
+import warnings
+from collections.abc import Iterable
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def why_replaced(places: Iterable[tuple[Any, str]]) -> str | None:
+    """Which of these functions, each a class's or module's with its name, somebody replaced for the whole process, who
+    wants to see them called; or None."""
+    replaced = [f"{_path(owner)}.{name}" for owner, name in places if not is_own(owner, name)]
+    return f"{' and '.join(replaced)} replaced for the whole process" if replaced else None
+
+
+def _path(owner: Any) -> str:
+    return f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
+
+
+def is_own(owner: Any, name: str) -> bool:
+    """Whether a class's or module's function is the one that its owner wrote, however early it was replaced.
+
+    It has its owner's name, and its code its owner's package: a wrapper has the names of what it wraps. One of
+    torch.fx's, which traces what is called, is torch's own.
+    """
+    function = getattr(owner, name)
+    function = getattr(function, "fget", function)  # of a property
+    if isinstance(function, BuiltinFunctionType):
+        return function.__name__ == name
+    package, names = owner.__name__, [name]
+    if isinstance(owner, type):
+        owner = next(cls for cls in owner.__mro__ if name in cls.__dict__)
+        package, names = owner.__module__, [f"{owner.__qualname__}.{name}", "Module._wrapped_call_impl"]
+    code_package = getattr(function, "__globals__", {}).get("__name__", "")
+    return getattr(function, "__qualname__", "") in names and code_package.split(".")[0] == package.split(".")[0]
+
+
+class Patched:
+    """Goes before a patched module's own class in the method resolution order.
+
+    Copies of a patched module are patched. Its pickle, which is what `torch.save(model)` writes and a spawned process
+    gets, is one of its own class: it loads without this package.
+    """
+
+    _original: Any  # the module's own class
+    _patched_name: str  # the module's in the model that was patched
+    _copy_input: bool
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        _, _, state, *rest = super().__reduce_ex__(protocol)
+        state = {name: value for name, value in state.items() if name not in _STATE}
+        return copyreg._reconstructor, (self._original, object, None), state, *rest  # type: ignore[attr-defined]
+
+    def __copy__(self) -> Any:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__setstate__(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+_STATE = ("_patched_name", "_copy_input")
+
+
+def patch(module: Any, cls: type, name: str, copy_input: bool) -> None:
+    """Make a module one of a `Patched` class."""
+    module.__class__ = cls
+    module.__dict__.update(_patched_name=name or cls.__name__, _copy_input=copy_input)
+
+
+def unpatch(module: Any) -> None:
+    """Make a module one of its own class again, without a trace, if it is patched."""
+    if isinstance(module, Patched):
+        module.__class__ = module._original
+        for name in _STATE:
+            del module.__dict__[name]
+
+
+def tell_name(module: Any, y: Tensor) -> Tensor:
+    """Leave the module's name where `saved_tensors` finds it: with the node of the autograd graph that made ``y``."""
+    if y.requires_grad and not torch.compiler.is_compiling() and (node := y.grad_fn) is not None:
+        node.metadata["module"] = module._patched_name
+    return y
+
+
+def switched_off() -> str | None:
+    """The reason to patch nothing, where the environment has one; a warning says so once."""
+    value = os.environ.get("TORCH_FUSED_LORA", "")
+    if value.lower() not in ("off", "0", "false", "no"):
+        return None
+    reason = f"TORCH_FUSED_LORA={value}"
+    _warn_once(f"{reason}: patch_peft and patch_norms patch nothing")
+    return reason
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"torch_fused_lora: {text}", stacklevel=4)
