@@ -215,6 +215,12 @@ def test_variables_are_told_only_where_they_are_set(name, capsys, monkeypatch):
     assert notable_variables({name: "0"}) == notable_variables({name: ""}) == notable_variables({}) == {}
 
 
+@pytest.mark.parametrize("value", ["off", "0"])
+def test_switched_off_is_told(value, monkeypatch):
+    monkeypatch.setenv("TORCH_FUSED_LORA", value)
+    assert f"  TORCH_FUSED_LORA={value}: patch_peft and patch_norms patch nothing" in str(doctor.examine())
+
+
 def test_kernels_of_an_extension_that_did_not_load(mps, monkeypatch):
     monkeypatch.setattr(doctor, "extension", type(doctor.extension)())
     assert doctor.backend_of("softmax", "mps")[0] == "mps kernels of an extension that is not ours"

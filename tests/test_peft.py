@@ -230,7 +230,7 @@ def test_lifecycle(tmp_path, fused_calls):
     fused_calls.clear()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(x), model(x))
-    assert len(fused_calls) == 4 * 3  # the twins stay patched
+    assert len(fused_calls) == 3 * 3  # the copy is patched, what was pickled is not: test_pickle.py
 
     assert list(model.state_dict()) == list(stock.state_dict())
     model.save_pretrained(tmp_path)

@@ -181,8 +181,8 @@ def patch_norms(model: nn.Module, copy_input: bool = False) -> PatchReport:
         fused = isinstance(module, _Fused)
         reason = off or (_why_replaced(module._original) if fused else _why_not(module))
         if reason is None:
-            cls = type(module) if fused else _fused_class(type(module), _form_of(type(module)))
-            patch(module, cls, name, copy_input)
+            cls = type(module)
+            patch(module, cls if fused else _fused_class(cls, str(_form_of(cls))), name, copy_input)
             report.patched.append(name)
         else:
             unpatch(module)

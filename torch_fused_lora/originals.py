@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import system
+
 
 def why_replaced(places: Iterable[tuple[Any, str]]) -> str | None:
     """Which of these functions, each a class's or module's with its name, somebody replaced for the whole process, who
@@ -56,16 +58,17 @@ class Patched:
     _copy_input: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, state, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
         state = {name: value for name, value in state.items() if name not in _STATE}
         return copyreg._reconstructor, (self._original, object, None), state, *rest  # type: ignore[attr-defined]
 
-    def __copy__(self) -> Any:
+    def __copy__(self: Any) -> Any:
         twin = self.__class__.__new__(self.__class__)
         twin.__setstate__(self.__dict__)
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
@@ -90,18 +93,17 @@ def unpatch(module: Any) -> None:
 
 def tell_name(module: Any, y: Tensor) -> Tensor:
     """Leave the module's name where `saved_tensors` finds it: with the node of the autograd graph that made ``y``."""
-    if y.requires_grad and not torch.compiler.is_compiling() and (node := y.grad_fn) is not None:
+    if y.requires_grad and not torch.compiler.is_compiling():
+        node: Any = y.grad_fn
         node.metadata["module"] = module._patched_name
     return y
 
 
 def switched_off() -> str | None:
     """The reason to patch nothing, where the environment has one; a warning says so once."""
-    value = os.environ.get("TORCH_FUSED_LORA", "")
-    if value.lower() not in ("off", "0", "false", "no"):
-        return None
-    reason = f"TORCH_FUSED_LORA={value}"
-    _warn_once(f"{reason}: patch_peft and patch_norms patch nothing")
+    reason = system.switched_off(os.environ)
+    if reason:
+        _warn_once(f"{reason}: {system.OFF}")
     return reason
 
 

@@ -52,8 +52,8 @@ class Linear(Patched, lora.Linear):
                 bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
         if len(adapters) == 1:
             lora_A, lora_B, _, scaling, dropout_p = adapters[0]
-            dropouts = (dropout_p,) if dropout_p else ()
-            return tell_name(self, lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropouts))
+            dropout = (dropout_p,) if dropout_p else ()
+            return tell_name(self, lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout))
         stacked_A = torch.cat([adapter.lora_A for adapter in adapters])
         stacked_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
         ranks = [adapter.lora_A.shape[0] for adapter in adapters]
@@ -131,7 +131,7 @@ def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, 
 
 
 # What PEFT's own forward of a layer calls, by the class of module that calls it.
-_CALLS = {
+_CALLS: dict[type, list[tuple[Any, str]]] = {
     nn.Linear: [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Linear, "_call_impl"), (F, "linear")],
     nn.Dropout: [(nn.Dropout, "forward"), (F, "dropout")],
     nn.Identity: [(nn.Identity, "forward")],
@@ -139,24 +139,24 @@ _CALLS = {
     lora.Linear: [(lora.Linear, "forward"), (lora.Linear, "_cast_input_dtype"), (lora.Linear, "_check_forward_args")],
 }
 _OWN = tuple(getattr(*call) if is_own(*call) else None for calls in _CALLS.values() for call in calls)
-_nn_Linear, _nn_Dropout, _nn_Identity, _lora_Linear = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
+_LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
 
 
 def _called() -> tuple[Any, ...]:
     """What `_OWN` was when this package was imported, now."""
     return (
-        _nn_Linear.forward,
-        _nn_Linear.__call__,
-        _nn_Linear._call_impl,
+        _LINEAR.forward,
+        _LINEAR.__call__,
+        _LINEAR._call_impl,
         F.linear,
-        _nn_Dropout.forward,
+        _DROPOUT.forward,
         F.dropout,
-        _nn_Identity.forward,
+        _IDENTITY.forward,
         Conv1D.forward,
         torch.addmm,
-        _lora_Linear.forward,
-        _lora_Linear._cast_input_dtype,
-        _lora_Linear._check_forward_args,
+        _LORA_LINEAR.forward,
+        _LORA_LINEAR._cast_input_dtype,
+        _LORA_LINEAR._check_forward_args,
     )
 
 
@@ -174,7 +174,8 @@ def _replaced() -> dict[type, str]:
     return {kind: reason for kind, reason in found.items() if reason}
 
 
-_replaced._dynamo_marked_constant = True  # torch.compiler.assume_constant_result; compiled code guards `_called`
+# As torch.compiler.assume_constant_result marks it, whose import is slow; compiled code guards what `_called` reads.
+_replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:

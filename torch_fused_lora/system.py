@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 OLDEST_MACOS = 14  # the first with Metal 3.1, which has bfloat
 
+OFF = "patch_peft and patch_norms patch nothing"
 _VARIABLES = {
     "PYTORCH_MPS_FAST_MATH": "Metal's compiler may then assume that there are no NaN and no infinities: what this "
     "package promises of them (softmax of -inf, NaN that stays NaN) does not hold",
@@ -82,9 +83,16 @@ def is_virtual(name: str) -> bool:
     return "paravirtual" in name.lower()
 
 
+def switched_off(environment: Mapping[str, str]) -> str | None:
+    """``TORCH_FUSED_LORA=off`` as it is set, where it has patches patch nothing; else None."""
+    value = environment.get("TORCH_FUSED_LORA", "")
+    return f"TORCH_FUSED_LORA={value}" if value.lower() in ("off", "0", "false", "no") else None
+
+
 def notable_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torch's that are set and change what this package computes or how fast: what each means."""
-    return {
+    """The variables that are set and change what this package does or how fast, each with what it means."""
+    off = switched_off(environment)
+    return ({off: OFF} if off else {}) | {
         f"{name}={environment[name]}": meaning
         for name, meaning in _VARIABLES.items()
         if environment.get(name, "") not in ("", "0")
