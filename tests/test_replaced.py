@@ -95,6 +95,21 @@ def test_a_replacement_sees_stocks_calls(monkeypatch, case, wraps):
     assert patch(before).patched
 
 
+@pytest.mark.parametrize("case", ["nn.Linear.forward", "F.linear", "lora.Linear.forward", "PEFT's cast"])
+def test_compiled_code_is_compiled_anew(monkeypatch, case):
+    owner, name, build = REPLACED[case]
+    torch.compiler.reset()
+    stock, x = build().eval(), torch.randn(3, 8)
+    model = copy.deepcopy(stock)
+    tfl.patch_peft(model)
+    compiled, original = torch.compile(model, backend="aot_eager"), getattr(owner, name)
+    before = compiled(x)
+    with monkeypatch.context() as patches:
+        patches.setattr(owner, name, lambda *arguments, **options: original(*arguments, **options) * 2)
+        assert torch.equal(compiled(x), stock(x))
+    assert torch.equal(compiled(x), before)
+
+
 def test_a_replacement_that_this_package_finds_when_it_is_imported(monkeypatch):
     """A wrapper with all names of what it wraps is known by where its code is."""
     for owner, name, _ in REPLACED.values():

@@ -7,6 +7,7 @@ PEFT has no hook for a layer of a model that is already built, so a layer's clas
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         return []
     if not isinstance(x, Tensor) or x.layout is not torch.strided or by_torch(x):
         return []
-    if _called() != _OWN and _why_replaced(layer):
+    if _called() != _OWN and (torch.compiler.is_compiling() or _why_replaced(layer)):
         return []
     dtype = x.dtype
     autocast = autocast_enabled(x.device.type)
@@ -163,19 +164,8 @@ def _called() -> tuple[Any, ...]:
 def _why_replaced(layer: lora.Linear) -> str | None:
     """Why a layer has to call what somebody replaced for the whole process, or None."""
     modules = layer.base_layer, *layer.lora_dropout.values()
-    reasons = _replaced()
-    kinds = (lora.Linear, nn.Linear, *map(type, modules))
-    return next((reasons[kind] for kind in kinds if kind in reasons), None)
-
-
-def _replaced() -> dict[type, str]:
-    """The reason by the class of module that calls it."""
-    found = {kind: why_replaced(calls) for kind, calls in _CALLS.items()}
-    return {kind: reason for kind, reason in found.items() if reason}
-
-
-# As torch.compiler.assume_constant_result marks it, whose import is slow; compiled code guards what `_called` reads.
-_replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    calls = (_CALLS.get(kind, ()) for kind in (lora.Linear, nn.Linear, *map(type, modules)))
+    return why_replaced(dict.fromkeys(itertools.chain.from_iterable(calls)))
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
