@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -22,6 +23,12 @@ def test_doctor_reports_and_passes(capsys):
     text = capsys.readouterr().out
     for expected in ("torch 2", "lora_linear  portable", "float32      ok", "bfloat16     ok", "all is well"):
         assert expected in text
+
+
+def test_what_was_tested_is_told():
+    text = str(doctor.examine())
+    for package, (oldest, newest) in doctor.TESTED.items():
+        assert re.search(rf"^  {package} \S+ \(tested with {oldest} to {newest}\)$", text, re.MULTILINE)
 
 
 def test_doctor_on_mps(mps, capsys):

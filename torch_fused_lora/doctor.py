@@ -27,6 +27,7 @@ _Answer = TypeVar("_Answer")
 OPERATORS = ("lora_linear", "rms_norm", "softmax")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
+TESTED = {"torch": ("2.11", "2.13"), "peft": ("0.18", "0.21")}  # from, to; others may work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"torch-fused-lora {self.version}", f"  python {self.python} on {self.platform}"]
-        lines += [f"  {package} {version}" for package, version in self.packages.items()]
+        lines += [f"  {package} {version}{_tested(package)}" for package, version in self.packages.items()]
         lines += [f"  {variable}: {meaning}" for variable, meaning in self.variables.items()]
         if self.without_metal:
             lines.append(f"  {self.without_metal}")
@@ -110,6 +111,11 @@ class Report:
             lines += ["", f"mps: {self.metal}"]
         lines += ["", "all is well" if self.healthy else "something is wrong: see FAILED above"]
         return "\n".join(lines)
+
+
+def _tested(package: str) -> str:
+    """With which versions of a package this one was tested."""
+    return " (tested with {} to {})".format(*TESTED[package]) if package in TESTED else ""
 
 
 def _metal_lines(metal: Metal | str) -> list[str]:

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import io
 import multiprocessing
+import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -304,12 +306,31 @@ def run(edits: list[Edit], jobs: int, console: Console) -> list[Edit]:
     return survivors
 
 
+def changed_files() -> set[str]:
+    """The files of metal/ that differ from the commit before; none where git cannot tell."""
+    command = ["git", "diff", "--name-only", "HEAD~1", "--", "metal"]
+    listed = subprocess.run(command, cwd=METAL.parent, capture_output=True, text=True)
+    return {Path(line).name for line in listed.stdout.splitlines()} if listed.returncode == 0 else set()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="edits whose description contains this")
+    parser.add_argument(
+        "--changed", action="store_true", help="edits of the files of metal/ that the last commit changed"
+    )
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="N of them, drawn by the commit; of all if none is left"
+    )
     parser.add_argument("-j", "--jobs", type=int, default=2)
     options = parser.parse_args()
     edits = [edit for edit in EDITS if options.only in str(edit)]
+    if options.changed:
+        changed = changed_files()
+        edits = [edit for edit in edits if edit.file in changed] or edits
+    if options.sample and len(edits) > options.sample:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=METAL.parent, capture_output=True, text=True).stdout
+        edits = random.Random(head).sample(edits, options.sample)
     console = Console()
     survivors = run(edits, options.jobs, console)
     proven = [edit for edit in survivors if edit in EQUIVALENT]

@@ -1,0 +1,50 @@
+"""What other code is written against stays as it was in 0.1.0: the operators' schemas and the keys of state_dict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import torch_fused_lora as tfl
+
+SCHEMAS = {
+    "lora_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, "
+    "float dropout_p=0., Tensor? seed=None) -> Tensor",
+    "lora_linear_backward": "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling, "
+    "Tensor? h, Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
+    "rms_norm": "(Tensor x, Tensor? weight, float eps=9.9999999999999995e-07) -> Tensor",
+    "rms_norm_backward": "(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, bool[2] needs) -> Tensor[]",
+    "softmax": "(Tensor x, int dim=-1) -> Tensor",
+    "softmax_backward": "(Tensor grad, Tensor y, int dim) -> Tensor",
+    "dropout_mask": "(Tensor seed, int stream, SymInt rows, SymInt columns, float p, Device device) -> Tensor",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name):
+    operator = getattr(torch.ops.torch_fused_lora, name).default
+    assert str(operator._schema) == f"torch_fused_lora::{name}{SCHEMAS[name]}"
+
+
+def test_a_layers_keys():
+    layer = tfl.LoRALinear(4, 3, r=2)
+    keys = ["weight", "bias", "lora_A", "lora_B"]
+    assert list(layer.state_dict()) == keys
+    layer.merge()
+    assert list(layer.state_dict()) == keys
+    assert list(tfl.LoRALinear(4, 3, r=2, bias=False).state_dict()) == ["weight", "lora_A", "lora_B"]
+
+
+def test_a_patched_models_keys():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3), nn.RMSNorm(3)), LoraConfig(r=2, target_modules=["0"]))
+    keys = [
+        "base_model.model.0.base_layer.weight",
+        "base_model.model.0.base_layer.bias",
+        "base_model.model.0.lora_A.default.weight",
+        "base_model.model.0.lora_B.default.weight",
+        "base_model.model.1.weight",
+    ]
+    tfl.patch_peft(model), tfl.patch_norms(model)
+    assert list(model.state_dict()) == keys
