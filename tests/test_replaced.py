@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
+from torch.export import export
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
@@ -19,8 +21,8 @@ import torch_fused_lora as tfl
 from torch_fused_lora import originals
 
 
-def lora_model(base=None, **options):
-    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, lora_dropout=0.5, **options)
+def lora_model(base=None, dropout=0.5, **options):
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, lora_dropout=dropout, **options)
     return get_peft_model(nn.Sequential(base or nn.Linear(8, 6)), config)
 
 
@@ -34,8 +36,11 @@ REPLACED = {  # what stock calls: a class or module, the function's name, and a 
     "nn.Module._call_impl": (nn.Module, "_call_impl", lora_model),
     "F.linear": (F, "linear", lora_model),
     "nn.Dropout.forward": (nn.Dropout, "forward", lora_model),
+    "nn.Dropout.__call__": (nn.Dropout, "__call__", lora_model),
     "F.dropout": (F, "dropout", lora_model),
+    "nn.Identity.__call__": (nn.Identity, "__call__", lambda: lora_model(dropout=0.0)),
     "Conv1D.forward": (Conv1D, "forward", conv1d_model),
+    "Conv1D.__call__": (Conv1D, "__call__", conv1d_model),
     "torch.addmm": (torch, "addmm", conv1d_model),
     "lora.Linear.forward": (lora.Linear, "forward", lora_model),
     "PEFT's cast": (lora.Linear, "_cast_input_dtype", lora_model),
@@ -95,6 +100,14 @@ def test_a_replacement_sees_stocks_calls(monkeypatch, case, wraps):
     assert patch(before).patched
 
 
+@pytest.mark.parametrize("name", ["disable_adapters", "merged"])
+def test_a_replaced_property_is_asked(monkeypatch, name):
+    patched, x = lora_model().eval(), torch.randn(3, 8)
+    assert tfl.patch_peft(patched).patched
+    monkeypatch.setattr(lora.Linear, name, property(lambda _: True))  # either way the base computes alone
+    assert torch.equal(patched(x), patched.base_model.model[0].base_layer(x))
+
+
 @pytest.mark.parametrize("case", ["nn.Linear.forward", "F.linear", "lora.Linear.forward", "PEFT's cast"])
 def test_compiled_code_is_compiled_anew(monkeypatch, case):
     owner, name, build = REPLACED[case]
@@ -125,10 +138,14 @@ def test_what_a_layer_does_not_call_may_be_replaced(monkeypatch):
     assert tfl.patch_peft(model).patched
 
 
-def test_torch_fx_traces_a_model_beside_a_patched_one():
-    """Its tracer replaces nn.Module.__call__ while it runs."""
-    assert torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 6)))(torch.ones(1, 8)).shape == (1, 6)
-    assert tfl.patch_peft(lora_model()).patched
+@pytest.mark.parametrize("trace", [make_fx, lambda model: lambda x: export(model, (x,), strict=False)])
+def test_torch_fx_traces_the_operator(trace):
+    """Its tracer, torch.export's too, replaces nn.Module.__call__ while it runs: that is torch's own."""
+    model = lora_model().eval()
+    assert tfl.patch_peft(model).patched
+    with tfl.keep_operators():
+        graph = trace(model)(torch.ones(3, 8)).graph
+    assert "torch_fused_lora._lora_linear" in str(graph)
 
 
 # --- TORCH_FUSED_LORA=off

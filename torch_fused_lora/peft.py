@@ -84,7 +84,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         return []
     if not isinstance(x, Tensor) or x.layout is not torch.strided or by_torch(x):
         return []
-    if _called() != _OWN and (torch.compiler.is_compiling() or _why_replaced(layer)):
+    if _called() != _OWN and (torch.compiler.is_dynamo_compiling() or _why_replaced(layer)):
         return []
     dtype = x.dtype
     autocast = autocast_enabled(x.device.type)
@@ -134,10 +134,13 @@ def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, 
 # What PEFT's own forward of a layer calls, by the class of module that calls it.
 _CALLS: dict[type, list[tuple[Any, str]]] = {
     nn.Linear: [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Linear, "_call_impl"), (F, "linear")],
-    nn.Dropout: [(nn.Dropout, "forward"), (F, "dropout")],
-    nn.Identity: [(nn.Identity, "forward")],
-    Conv1D: [(Conv1D, "forward"), (torch, "addmm")],
-    lora.Linear: [(lora.Linear, "forward"), (lora.Linear, "_cast_input_dtype"), (lora.Linear, "_check_forward_args")],
+    nn.Dropout: [(nn.Dropout, "forward"), (nn.Dropout, "__call__"), (F, "dropout")],
+    nn.Identity: [(nn.Identity, "forward"), (nn.Identity, "__call__")],
+    Conv1D: [(Conv1D, "forward"), (Conv1D, "__call__"), (torch, "addmm")],
+    lora.Linear: [
+        (lora.Linear, name)
+        for name in ("forward", "_cast_input_dtype", "_check_forward_args", "disable_adapters", "merged")
+    ],
 }
 _OWN = tuple(getattr(*call) if is_own(*call) else None for calls in _CALLS.values() for call in calls)
 _LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
@@ -151,13 +154,18 @@ def _called() -> tuple[Any, ...]:
         _LINEAR._call_impl,
         F.linear,
         _DROPOUT.forward,
+        _DROPOUT.__call__,
         F.dropout,
         _IDENTITY.forward,
+        _IDENTITY.__call__,
         Conv1D.forward,
+        Conv1D.__call__,
         torch.addmm,
         _LORA_LINEAR.forward,
         _LORA_LINEAR._cast_input_dtype,
         _LORA_LINEAR._check_forward_args,
+        _LORA_LINEAR.disable_adapters,
+        _LORA_LINEAR.merged,
     )
 
 
