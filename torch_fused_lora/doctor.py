@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .mps import core_count, extension
-from .ops.library import NAMESPACE, has_kernel
+from .ops.library import NAMESPACE
 from .ops.lora_linear import lora_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
@@ -198,7 +198,9 @@ def devices() -> list[torch.device]:
 def backend_of(operator: str, device_type: str) -> tuple[str, str]:
     """(who computes an operator on a device type, why)."""
     private = operator if operator == "softmax" else f"_{operator}"  # the one that kernels are registered for
-    registered = has_kernel(f"{NAMESPACE}::{private}", device_type.upper())
+    registered = getattr(getattr(torch.ops, NAMESPACE), private).default.has_kernel_for_dispatch_key(
+        device_type.upper()
+    )
     if device_type == "mps" and extension.library is None:
         who = "mps kernels of an extension that is not ours" if registered else "none, calls raise"
         return who, f"the Metal extension is missing, {extension.reason}"

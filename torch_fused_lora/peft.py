@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as nn_module
 
 try:
     from peft.tuners import lora
@@ -28,6 +27,7 @@ from .ops.lora_linear import lora_linear_stacked
 from .ops.portable import HALF
 from .originals import Patched, is_own, patch, switched_off, tell_name, unpatch, why_replaced
 from .report import PatchReport
+from .torch_private import has_global_hook
 
 
 class Linear(Patched, lora.Linear):
@@ -80,7 +80,7 @@ def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
         return []
     modules = layer._modules
     base = modules["base_layer"]
-    if _why_not_base(base) or nn_module._has_any_global_hook():
+    if _why_not_base(base) or has_global_hook():
         return []
     if not isinstance(x, Tensor) or x.layout is not torch.strided or by_torch(x):
         return []

@@ -26,6 +26,7 @@ from torch_fused_lora.ops.lora_linear import lora_linear
 from torch_fused_lora.ops.rms_norm import rms_norm
 from torch_fused_lora.ops.softmax import softmax
 from torch_fused_lora.peft import patch_peft
+from torch_fused_lora.torch_private import base_of
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
@@ -257,7 +258,7 @@ def saved_bytes(step: Callable[[], object]) -> int:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+        if not isinstance(tensor if (base := base_of(tensor)) is None else base, nn.Parameter):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 

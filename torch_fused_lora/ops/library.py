@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import torch_private
+from ..torch_private import FakeTensor, dispatch_modes, profiling, raw_saved_tensors, transformed
 
 NAMESPACE = "torch_fused_lora"
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
@@ -44,26 +45,13 @@ def fake(name: str) -> Callable[[_F], _F]:
     return register
 
 
-def has_kernel(name: str, dispatch_key: str) -> bool:
-    """Whether an operator (with its namespace) has a kernel of its own at a dispatch key."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
-
-
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type; False where torch knows no autocast (it raises for meta)."""
     return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
-_autocast_keyset = functools.reduce(
-    lambda keys, name: keys.add(getattr(torch._C.DispatchKey, name)),
-    AUTOCAST_KEYS.values(),
-    torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined),
-)
-
-
-def below_autocast() -> torch._C._ExcludeDispatchKeyGuard:
-    """A context in which autocast casts nothing: what an operator's own kernels run in."""
-    return torch._C._ExcludeDispatchKeyGuard(_autocast_keyset)
+# A context in which autocast casts nothing: what an operator's own kernels run in.
+below_autocast = torch_private.below_autocast(AUTOCAST_KEYS)
 
 
 def autocast(name: str, cast: Callable[..., Sequence[object]]) -> None:
@@ -80,6 +68,11 @@ def autocast(name: str, cast: Callable[..., Sequence[object]]) -> None:
 
     for device_type, key in AUTOCAST_KEYS.items():
         register(device_type, key)
+
+
+def casting(operator: Any) -> list[str]:
+    """The device types whose autocast casts the operands of one of torch's operators."""
+    return [device_type for device_type, key in AUTOCAST_KEYS.items() if operator.has_kernel_for_dispatch_key(key)]
 
 
 def as_given(device_type: str, *arguments: object) -> Sequence[object]:
@@ -140,16 +133,11 @@ def unwatched(device_type: str) -> bool:
     """No compiler, dispatch mode, autocast, profiler, functorch transform or forward-mode AD wants to see calls."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        or dispatch_modes()
         or autocast_enabled(device_type)
-        or torch.autograd._profiler_enabled()
+        or profiling()
         or transformed()
     )
-
-
-def transformed() -> bool:
-    """Inside torch.func (vmap, grad, jvp, ...) or forward-mode AD, which need differentiable aten calls."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def saved_tensors(ctx: Any, operator: str, patch: str) -> tuple[Any, ...]:
@@ -161,7 +149,8 @@ def saved_tensors(ctx: Any, operator: str, patch: str) -> tuple[Any, ...]:
         if "modified by an inplace operation" not in str(error):  # freed
             raise
         try:
-            ctx._raw_saved_tensors[0].unpack()
+            for x in raw_saved_tensors(ctx)[:1]:
+                x.unpack()
         except RuntimeError:
             module = ctx.metadata.get("module")
             who, remedy = (module, f"{patch}(model, copy_input=True)") if module else (operator, "give it x.clone()")

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..mps import extension
+from ..torch_private import apply_of, below_autograd, call_of, dispatch_modes, is_legacy_batched, transformed
 from . import portable
 from .dropout import draw_seed
 from .library import (
@@ -44,7 +45,6 @@ from .library import (
     fake,
     kernel,
     saved_tensors,
-    transformed,
     unwatched,
 )
 
@@ -71,7 +71,7 @@ define(
 )
 _ops = getattr(torch.ops, NAMESPACE)
 _forward_op = _ops._lora_linear.default
-_call_forward = _forward_op._op  # the same, without the Python frame of its __call__
+_call_forward = call_of(_forward_op)
 _backward_op = _ops.lora_linear_backward.default
 
 
@@ -169,7 +169,7 @@ def _as_scaling(scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         # A product keeps a float that changes from call to call symbolic; torch.tensor(scaling) recompiles.
         return _ONE.to(wanted) * scaling
-    if torch._C._len_torch_dispatch_stack() > 0:  # a mode may wrap new tensors: keep them out of the cache
+    if dispatch_modes() > 0:  # a mode may wrap new tensors: keep them out of the cache
         return torch.tensor(scaling, dtype=wanted, device="cpu")
     return _cached_scalar(scaling, wanted)
 
@@ -368,7 +368,7 @@ class _LoRALinear(torch.autograd.Function):
         seed, dropout_p, ranks, kernel = options
         need_x, need_weight, _, need_A, need_B, need_scaling, _ = ctx.needs_input_grad
         save_h = need_B or need_scaling
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             y, h = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
         if (need_A or need_weight) and x.is_inference():  # autograd refuses to save it
             x = x.clone()
@@ -401,9 +401,9 @@ class _LoRALinear(torch.autograd.Function):
                 grads = portable.differentiable_backward(grad, grad_h, *saved, dropout_p, ranks, needs)
         else:
             # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
-            batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+            batched = is_legacy_batched(grad)
             direct = batched or (direct and type(grad) is Tensor and unwatched(grad.device.type))
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 if direct:
                     grads = portable.backward(grad, *saved, dropout_p, ranks, needs)
                 else:
@@ -412,8 +412,7 @@ class _LoRALinear(torch.autograd.Function):
         return *grads, None
 
 
-# Function.apply without its functorch bookkeeping: `_with_autograd` runs under no transform.
-_apply = super(torch.autograd.Function, _LoRALinear).apply
+_apply = apply_of(_LoRALinear)
 
 
 def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
@@ -426,7 +425,7 @@ def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, 
         or scaling.requires_grad
     ):
         return _apply(x, weight, bias, lora_A, lora_B, scaling, (seed, dropout_p, ranks, kernel))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 
 
@@ -444,7 +443,7 @@ def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
     tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _found(portable.differentiable_backward(grad, None, *arguments))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return call_device(_backward_op, _check_backward, grad, *arguments)
 
 

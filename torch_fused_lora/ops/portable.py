@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_private import unsafe_view
 from .dropout import keep_mask
 
 HALF = (torch.float16, torch.bfloat16)
@@ -237,7 +238,7 @@ def packed(matrix: Tensor) -> Tensor:
 def _unflat(rows: Tensor, like: Tensor) -> Tensor:
     """The fresh matrix (M, C) in the leading shape of ``like``, not as a view: autograd forbids in-place use of an
     operator's output that is one."""
-    return rows if like.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, (*like.shape[:-1], rows.shape[1]))
+    return rows if like.dim() == 2 else unsafe_view(rows, (*like.shape[:-1], rows.shape[1]))
 
 
 # ------------------------------------------------------------------------------ the same in differentiable calls

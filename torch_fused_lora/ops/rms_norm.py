@@ -20,8 +20,15 @@ import torch
 from torch import Tensor
 
 from ..mps import extension
+from ..torch_private import (
+    apply_of,
+    below_autograd,
+    fused_rms_norm,
+    fused_rms_norm_backward,
+    is_legacy_batched,
+    transformed,
+)
 from .library import (
-    AUTOCAST_KEYS,
     NAMESPACE,
     PLAIN_OR_NONE,
     PORTABLE,
@@ -31,13 +38,12 @@ from .library import (
     below_autocast,
     by_torch,
     call_device,
+    casting,
     define,
     fake,
-    has_kernel,
     kernel,
     saved_tensors,
     to_float,
-    transformed,
     unwatched,
 )
 from .portable import flat
@@ -135,7 +141,9 @@ def _check_backward(grad, x, weight, rstd, needs):
 FUSED_BY_TORCH = frozenset(
     device_type
     for device_type in (*PORTABLE, "mps")
-    if all(has_kernel(f"aten::_fused_rms_norm{part}", device_type.upper()) for part in ("", "_backward"))
+    if all(
+        op and op.has_kernel_for_dispatch_key(device_type.upper()) for op in (fused_rms_norm, fused_rms_norm_backward)
+    )
 )
 
 
@@ -169,7 +177,7 @@ def _portable_forward(x, weight, eps):
     _check(x, weight)
     if x.device.type in FUSED_BY_TORCH:
         operand, weight = _alike(x, weight)
-        y, rstd = torch.ops.aten._fused_rms_norm(operand, x.shape[-1:], weight, eps)
+        y, rstd = fused_rms_norm(operand, x.shape[-1:], weight, eps)
         return y.to(x.dtype), rstd
     wide_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # The norm of a row is a pass that writes nothing.
@@ -196,7 +204,7 @@ def _portable_backward(grad, x, weight, rstd, needs):
     _check_backward(grad, x, weight, rstd, needs)
     if x.device.type in FUSED_BY_TORCH:
         operand, wide_weight, grad = _alike(x, weight, grad)
-        dx, dweight = torch.ops.aten._fused_rms_norm_backward(grad, operand, x.shape[-1:], rstd, wide_weight, needs)
+        dx, dweight = fused_rms_norm_backward(grad, operand, x.shape[-1:], rstd, wide_weight, needs)
         return dx if dx is None else dx.to(x.dtype), dweight if dweight is None else dweight.to(weight.dtype)
     H, wide_dtype = x.shape[-1], rstd.dtype
     grad_rows, x_rows, rstd_rows = flat(grad), flat(x), flat(rstd)
@@ -283,7 +291,7 @@ def _fake_backward(grad, x, weight, rstd, needs):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, x, weight, eps):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             y, rstd = kernel(x, weight, eps)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rstd)
@@ -299,18 +307,17 @@ class _RMSNorm(torch.autograd.Function):
             return (None,) * 4
         x, weight, rstd = saved_tensors(ctx, "rms_norm", "patch_norms")
         needs = ctx.needs_input_grad[1:3]
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        if torch.is_grad_enabled() or is_legacy_batched(grad):
             with below_autocast():
                 found = _gradients(grad, x, weight, _rstd(x, ctx.eps), needs)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 found = _backward_op(grad, x, weight, rstd, needs)
         found = iter(found)
         return None, *(next(found) if need else None for need in needs), None
 
 
-# Function.apply without its functorch bookkeeping: `_with_autograd` runs under no transform.
-_apply = super(torch.autograd.Function, _RMSNorm).apply
+_apply = apply_of(_RMSNorm)
 
 
 def _records(x, weight):
@@ -320,7 +327,7 @@ def _records(x, weight):
 def _with_autograd(kernel, x, weight, eps):
     if _records(x, weight):
         return _apply(kernel, x, weight, eps)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return kernel(x, weight, eps)
 
 
@@ -337,11 +344,11 @@ def _autograd_backward(grad, x, weight, rstd, needs):
     tensors = (grad, x, weight, rstd)
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _gradients(grad, x, weight, rstd, needs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return call_device(_backward_op, _check_backward, grad, x, weight, rstd, needs)
 
 
-_CASTING = [device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::rms_norm", key)]
+_CASTING = casting(torch.ops.aten.rms_norm.default)
 
 
 def _cast(device_type, x, weight, eps):

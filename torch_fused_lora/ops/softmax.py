@@ -7,9 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
+from .. import torch_private
 from ..mps import extension
+from ..torch_private import below_autograd, is_legacy_batched, transformed
 from .library import (
-    AUTOCAST_KEYS,
     NAMESPACE,
     PLAIN_TYPES,
     PORTABLE,
@@ -18,12 +19,11 @@ from .library import (
     below_autocast,
     by_torch,
     call_device,
+    casting,
     define,
     fake,
-    has_kernel,
     kernel,
     to_float,
-    transformed,
     unwatched,
 )
 
@@ -97,13 +97,13 @@ def _portable(x, dim=-1):
         raise NotImplementedError(
             f"softmax: device 'mps' needs this package's Metal extension, and {extension.reason}; or use torch.softmax"
         )
-    return torch._softmax(x, dim, False).contiguous()
+    return torch_private.softmax(x, dim, False).contiguous()
 
 
 @kernel("softmax_backward", "CompositeExplicitAutograd")
 def _portable_backward(grad, y, dim):
     _check_backward(grad, y, dim)
-    return torch._softmax_backward_data(grad, y, dim, y.dtype).contiguous()
+    return torch_private.softmax_backward(grad, y, dim, y.dtype).contiguous()
 
 
 @fake("softmax")
@@ -138,7 +138,7 @@ kernel("softmax", "FuncTorchBatched")(_differentiable)
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             y = _device_forward(x, dim)
         ctx.save_for_backward(y)
         ctx.dim = dim
@@ -147,17 +147,17 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (y,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        if torch.is_grad_enabled() or is_legacy_batched(grad):
             with below_autocast():
                 return _gradient(grad, y, ctx.dim), None
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _backward_op(grad, y, ctx.dim), None
 
 
 def _with_autograd(x, dim):
     if torch.is_grad_enabled() and x.requires_grad:
         return _Softmax.apply(x, dim)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _device_forward(x, dim)
 
 
@@ -173,11 +173,11 @@ def _autograd(x, dim=-1):
 def _autograd_backward(grad, y, dim):
     if transformed() or (torch.is_grad_enabled() and (grad.requires_grad or y.requires_grad)):
         return _gradient(grad, y, dim)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return call_device(_backward_op, _check_backward, grad, y, dim)
 
 
-_CASTING = [device_type for device_type, key in AUTOCAST_KEYS.items() if has_kernel("aten::softmax.int", key)]
+_CASTING = casting(torch.ops.aten.softmax.int)
 
 
 def _cast(device_type, x, dim=-1):
