@@ -3,19 +3,20 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../metal/lora_decode.h"
 #include "planning.h"
 
 // metal/, each family with its headers inlined: csrc/embed_metal.py writes them when the extension is built.
 extern const char lora_decode_source[], lora_delta_source[], lora_grad_source[];
 
 namespace torch_fused_lora {
+
+using namespace tfl;  // what metal/ says
+
 namespace {
 
 // ------------------------------------------------------------------------------------------------ what is planned with
 
-constexpr uint32_t kMaxRanks = 256;         // ranks of one launch: what h in registers and the tiles in 32 KiB hold
-constexpr uint32_t kDecodeRows = 8;         // rows of x up to which lora_decode has sums in registers; not timed
-constexpr uint32_t kDecodeSimdgroups = 16;  // as in lora_decode.metal
 constexpr uint32_t kGradSimdgroups = 8;     // as in lora_grad.metal
 constexpr uint32_t kManyRows = 1024;        // from here on lora_delta reads x once; fewer rows may split the columns
 constexpr double kRereads = 0.05;           // of W's bytes, that more than one threadgroup a core may cost
@@ -32,7 +33,7 @@ const char* check(const Problem& p) {
   return nullptr;
 }
 
-/// A slice of the stacked ranks that one launch covers: at most kMaxRanks of one adapter, or of all where none drops.
+/// A slice of the stacked ranks that one launch covers: at most MAX_RANKS of one adapter, or of all where none drops.
 struct Slice {
   uint32_t begin, end, stream;
   double p;
@@ -86,7 +87,7 @@ const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t inde
   if (const char* error = check(problem)) return error;
   const uint64_t M = delta.in.rows, K = delta.in.cols, N = delta.up.rows, r = problem.lora_A.rows;
   Slice slice;
-  *count = rank_slices(problem, kMaxRanks, index, &slice);
+  *count = rank_slices(problem, MAX_RANKS, index, &slice);
   if (index >= *count) return nullptr;
 
   const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(slice.end - slice.begin, 8));
@@ -160,8 +161,8 @@ uint32_t tfl_decodes(const Problem* problem) {
   // Dropout stays with lora_delta. A weight with unit stride along N (a transposed Conv1D) would be read a line a
   // element here, and is left to torch's matmul. The rank: h of all rows has to fit threadgroup memory.
   const bool rows_contiguous = problem->weight.col_stride == 1 || problem->weight.cols <= 1;
-  return problem->x.rows <= kDecodeRows && problem->dropout_p == nullptr && rows_contiguous &&
-      problem->lora_A.rows <= kMaxRanks;
+  return problem->x.rows <= DECODE_MAX_ROWS && problem->dropout_p == nullptr && rows_contiguous &&
+      problem->lora_A.rows <= MAX_RANKS;
 }
 
 const char* tfl_plan_decode(const Problem* problem, uint32_t index, Launch* launch, uint32_t* count) {
@@ -175,9 +176,9 @@ const char* tfl_plan_decode(const Problem* problem, uint32_t index, Launch* laun
   const double again = M + static_cast<double>(r) * bytes(problem->adapter_dtype) / bytes(problem->dtype);
   const double groups_a_core = std::clamp(kRereads * N / (problem->gpu_cores * again), 1.0, 4.0);
   const uint64_t groups = problem->gpu_cores * static_cast<uint64_t>(groups_a_core);
-  uint64_t rows = std::max<uint64_t>(ceil_div(N, groups), kDecodeSimdgroups);
+  uint64_t rows = std::max<uint64_t>(ceil_div(N, groups), DECODE_SIMDGROUPS);
   // Rows of W that a simdgroup reads at once: the more, the better x is reused from registers.
-  const uint32_t w_rows = rows >= 4 * kDecodeSimdgroups ? 4 : rows >= 2 * kDecodeSimdgroups ? 2 : 1;
+  const uint32_t w_rows = rows >= 4 * DECODE_SIMDGROUPS ? 4 : rows >= 2 * DECODE_SIMDGROUPS ? 2 : 1;
   rows = ceil_div(rows, w_rows) * w_rows;
 
   const auto vector = [K](const Operand& m, Scalar dtype) {
@@ -192,12 +193,18 @@ const char* tfl_plan_decode(const Problem* problem, uint32_t index, Launch* laun
       .add(vector(problem->weight, problem->dtype))
       .add(vector(problem->lora_A, problem->adapter_dtype))
       .assemble(lora_decode_source, *launch);
-  set_grid(*launch, 32 * kDecodeSimdgroups, ceil_div(N, rows));
-  const uint32_t flags = (problem->has_bias ? 1 : 0) | (problem->save_h ? 2 : 0);
+  set_grid(*launch, 32 * DECODE_SIMDGROUPS, ceil_div(N, rows));
+  const uint32_t flags = (problem->has_bias ? DECODE_HAS_BIAS : 0) | (problem->save_h ? DECODE_SAVE_H : 0);
   set_arguments(
-      *launch, 8,
-      {pack(K, N), pack(r, rows), levels(problem->x), strides(problem->x), strides(problem->weight),
-       strides(problem->lora_A), strides(problem->lora_B), pack(flags, problem->bias_stride)});
+      *launch,
+      {{DECODE_K_N, pack(K, N)},
+       {DECODE_RANK_ROWS, pack(r, rows)},
+       {DECODE_X_LEVELS, levels(problem->x)},
+       {DECODE_X_STRIDES, strides(problem->x)},
+       {DECODE_W_STRIDES, strides(problem->weight)},
+       {DECODE_A_STRIDES, strides(problem->lora_A)},
+       {DECODE_B_STRIDES, strides(problem->lora_B)},
+       {DECODE_FLAGS_BIAS_STRIDE, pack(flags, problem->bias_stride)}});
   return nullptr;
 }
 
@@ -208,12 +215,12 @@ const char* tfl_plan_grad(
     uint32_t* splits_out) {
   if (const char* error = check(*problem)) return error;
   const uint64_t M = problem->x.rows, K = problem->x.cols, N = problem->weight.rows, r = problem->lora_A.rows;
-  // Without dropout one launch covers all ranks, kMaxRanks a group; with it, one launch an adapter.
+  // Without dropout one launch covers all ranks, MAX_RANKS a group; with it, one launch an adapter.
   Slice slice;
   const uint32_t launches = rank_slices(*problem, UINT32_MAX, index, &slice);
 
   const auto columns = [](uint64_t ranks) {  // of a threadgroup, as in lora_grad.metal
-    return 8 * kGradSimdgroups * (std::min<uint64_t>(ranks, kMaxRanks) <= 64 ? 2 : 1);
+    return 8 * kGradSimdgroups * (std::min<uint64_t>(ranks, MAX_RANKS) <= 64 ? 2 : 1);
   };
   // Rows are split until there are two groups a core, as long as a split has 128 rows and the partial sums, written and
   // read once more, stay under a quarter of the bytes of x and dy.
@@ -227,7 +234,7 @@ const char* tfl_plan_grad(
 
   if (index < launches) {
     const uint32_t slice_ranks = slice.end - slice.begin;
-    const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(std::min(slice_ranks, kMaxRanks), 8));
+    const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(std::min<uint32_t>(slice_ranks, MAX_RANKS), 8));
     const uint64_t A_tiles = need_A ? ceil_div(K, columns(slice_ranks)) : 0;
     const uint64_t B_tiles = need_B ? ceil_div(N, columns(slice_ranks)) : 0;
     const uint32_t wide_small = wide_elements(problem->adapter_dtype);
@@ -241,7 +248,7 @@ const char* tfl_plan_grad(
         .add(rank_blocks)
         .add(slice.p > 0 ? "true" : "false", slice.p > 0 ? "drop" : "plain")
         .assemble(lora_grad_source, *launch);
-    set_grid(*launch, 32 * kGradSimdgroups, A_tiles + B_tiles, splits, ceil_div(slice_ranks, kMaxRanks));
+    set_grid(*launch, 32 * kGradSimdgroups, A_tiles + B_tiles, splits, ceil_div(slice_ranks, MAX_RANKS));
     set_arguments(
         *launch, 8,
         {pack(M, split_rows), pack(K, N), pack(slice.begin, slice.end), levels(problem->x), strides(problem->x),

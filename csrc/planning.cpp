@@ -68,6 +68,12 @@ void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint6
   std::copy(words.begin(), words.end(), launch.words);
 }
 
+void set_arguments(Launch& launch, std::initializer_list<Word> words) {
+  launch.tensors = words.begin()->buffer;
+  launch.word_count = static_cast<uint32_t>(words.size());
+  for (const Word& word : words) launch.words[word.buffer - launch.tensors] = word.value;
+}
+
 void plan_sum(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits, Launch* launch) {
   Variant("sum_splits").add(msl(dtype)).assemble(sum_splits_source, *launch);
   set_grid(*launch, 256, ceil_div(first_elements + second_elements, 256));

@@ -63,6 +63,15 @@ void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64
 
 void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint64_t> words);
 
+/// What a buffer index of the kernel's gets.
+struct Word {
+  uint32_t buffer;
+  uint64_t value;
+};
+
+/// All words of a launch, the first of which follows the kernel's tensors.
+void set_arguments(Launch& launch, std::initializer_list<Word> words);
+
 /// sum_splits: two results of so many elements (none: 0) from `splits` float32 partial sums each. Tensors: the partial
 /// sums of the first and of the second, the first, the second.
 void plan_sum(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits, Launch* launch);

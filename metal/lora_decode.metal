@@ -12,17 +12,10 @@
 //   it would be 0.63 (the same formula): from about there two dispatches, x A^T once and then W, request fewer bytes;
 //   one still saves a launch. How much of it a cache serves is not modelled, and nothing was timed.
 // Rounding. Once: base, bias and low-rank term are summed in float32.
+#include "lora_decode.h"
 #include "operands.h"
 
 namespace tfl {
-
-constant constexpr short DECODE_SIMDGROUPS = 16, DECODE_X_FLOATS = 4096, DECODE_H_FLOATS = 2048;
-constant constexpr uint DECODE_BIAS = 1, DECODE_SAVE_H = 2;
-
-/// Columns of x that are staged at a time: a multiple of what a simdgroup reads at once, up to 32 * 8 elements.
-constexpr short chunk_columns(short rows) {
-  return DECODE_X_FLOATS / rows / 256 * 256;
-}
 
 /// What a lane has of the dot products of ROWS rows with M rows of x.
 template <short ROWS, short M>
@@ -48,7 +41,7 @@ template <short VECTOR, short ROWS, short M, typename U>
 METAL_FUNC void accumulate(
     thread Sums<ROWS, M>& sums, device const U* rows, uint row_stride, uint col_stride, short row_count,
     threadgroup const float* x, uint count, ushort lane) {
-  constexpr short CHUNK = chunk_columns(M);
+  constexpr short CHUNK = decode_chunk_columns(M);
   const ulong step = ulong(32 * VECTOR) * col_stride;
   device const U* source = rows + ulong(lane * VECTOR) * col_stride;
   for (uint k = lane * VECTOR; k < count; k += 32 * VECTOR, source += step) {
@@ -77,7 +70,7 @@ METAL_FUNC void accumulate(
 /// Stages columns [first, first + count) of x as float.
 template <short M, typename T>
 METAL_FUNC void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint count, ushort thread_index) {
-  constexpr short CHUNK = chunk_columns(M);
+  constexpr short CHUNK = decode_chunk_columns(M);
   constexpr uint STEP = 32 * DECODE_SIMDGROUPS;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   TFL_UNROLL
@@ -94,27 +87,27 @@ METAL_FUNC void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint
 template <typename T, typename TA, short M, short W_ROWS, short W_VECTOR, short A_VECTOR>
 [[kernel, max_total_threads_per_threadgroup(32 * DECODE_SIMDGROUPS)]]
 void lora_decode(
-    device const T* x [[buffer(0)]],
-    device const T* weight [[buffer(1)]],
-    device const T* bias [[buffer(2)]],
-    device const TA* lora_A [[buffer(3)]],
-    device const TA* lora_B [[buffer(4)]],
-    device T* y [[buffer(5)]],
-    device TA* h [[buffer(6)]],
-    constant float& scaling [[buffer(7)]],
-    constant uint2& k_n [[buffer(8)]],
-    constant uint2& rank_rows [[buffer(9)]],  // r, and how many rows of W a threadgroup owns
-    constant uint2& x_levels [[buffer(10)]],
-    constant uint2& x_strides [[buffer(11)]],
-    constant uint2& W_strides [[buffer(12)]],
-    constant uint2& A_strides [[buffer(13)]],
-    constant uint2& B_strides [[buffer(14)]],
-    constant uint2& flags_bias_stride [[buffer(15)]],
+    device const T* x [[buffer(DECODE_X)]],
+    device const T* weight [[buffer(DECODE_WEIGHT)]],
+    device const T* bias [[buffer(DECODE_BIAS)]],
+    device const TA* lora_A [[buffer(DECODE_LORA_A)]],
+    device const TA* lora_B [[buffer(DECODE_LORA_B)]],
+    device T* y [[buffer(DECODE_Y)]],
+    device TA* h [[buffer(DECODE_H)]],
+    constant float& scaling [[buffer(DECODE_SCALING)]],
+    constant uint2& k_n [[buffer(DECODE_K_N)]],
+    constant uint2& rank_rows [[buffer(DECODE_RANK_ROWS)]],  // r, and how many rows of W a threadgroup owns
+    constant uint2& x_levels [[buffer(DECODE_X_LEVELS)]],
+    constant uint2& x_strides [[buffer(DECODE_X_STRIDES)]],
+    constant uint2& W_strides [[buffer(DECODE_W_STRIDES)]],
+    constant uint2& A_strides [[buffer(DECODE_A_STRIDES)]],
+    constant uint2& B_strides [[buffer(DECODE_B_STRIDES)]],
+    constant uint2& flags_bias_stride [[buffer(DECODE_FLAGS_BIAS_STRIDE)]],
     uint group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr short CHUNK = chunk_columns(M);
+  constexpr short CHUNK = decode_chunk_columns(M);
   threadgroup float4 x_memory[DECODE_X_FLOATS / 4];
   threadgroup float h_sums[DECODE_H_FLOATS];
   threadgroup float* const staged = reinterpret_cast<threadgroup float*>(x_memory);
@@ -172,7 +165,7 @@ void lora_decode(
             sums.of[j][m] = fma(b, h_sums[m * r + rank], sums.of[j][m]);
           }
         }
-        const float offset = (flags & DECODE_BIAS) != 0 && lane == 0
+        const float offset = (flags & DECODE_HAS_BIAS) != 0 && lane == 0
             ? float(bias[ulong(n + j) * flags_bias_stride.y]) : 0.0f;
         TFL_UNROLL
         for (short m = 0; m < M; ++m) {

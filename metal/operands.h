@@ -6,6 +6,8 @@
 
 #include <metal_stdlib>
 
+#include "sizes.h"
+
 /// In front of a loop of constant length: unrolled whole, whatever a compiler thinks it is worth. A loop that indexes a
 /// private array or the components of a vector needs it, and so does every loop around it that takes part in the index:
 /// what is indexed by a variable leaves the registers.
@@ -14,8 +16,6 @@
 namespace tfl {
 
 using namespace metal;
-
-constant constexpr short RUN = 8;
 
 /// Elements from `begin` up to `end`, none when it lies beyond.
 METAL_FUNC uint left(uint begin, uint end) {

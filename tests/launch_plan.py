@@ -62,7 +62,8 @@ def library() -> ctypes.CDLL:
     """The C++ of csrc/, with the sources of metal/ embedded as setup.py embeds them."""
     sources = ROOT / "build" / "tests" / "metal_sources.cpp"
     embed(ROOT / "metal", sources)
-    path = metal_on_cpu.build_shared([*sorted((ROOT / "csrc").glob("*.cpp")), sources], "launch_plan", ["-std=c++17"])
+    flags = ["-std=c++17", f"-I{ROOT / 'metal'}"]  # its headers count for the cache
+    path = metal_on_cpu.build_shared([*sorted((ROOT / "csrc").glob("*.cpp")), sources], "launch_plan", flags)
     plan = ctypes.CDLL(str(path))
     for operator in OPERATORS:
         getattr(plan, f"tfl_plan_{operator}").restype = ctypes.c_char_p

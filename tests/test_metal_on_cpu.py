@@ -459,12 +459,17 @@ def test_kernel_describes_its_arguments():
     ]
 
 
+AMBIGUOUS = "namespace a { enum { twice }; } namespace b { enum { first, twice }; }"
+
+
 @pytest.mark.parametrize(
     ("parameters", "body", "message"),
     [
         ("device float* y", "y[0] = z;", "metal:5:8: error: use of undeclared identifier 'z'"),
         ("device float* y, uint i", "y[i] = 1;", "metal:4: parameter needs an attribute"),
         ("device float* y [[buffer(0)]], device float* z [[buffer(0)]]", "", "two parameters have buffer index 0"),
+        ("device float* y [[buffer(twice)]]", "", "metal:4: a buffer index is .* not 'twice'"),
+        ("device float* y [[buffer(other)]]", "", "metal:4: a buffer index is .* not 'other'"),
         ("device float* y, uint i [[vertex_id]]", "", "unsupported parameter attribute"),
         ("device float* y", "double d = 1; y[0] = d;", "metal:5.*double"),
         ("device float* y", "threadgroup float* p = y; p[0] = 1;", "metal:5.*__local"),
@@ -474,7 +479,7 @@ def test_kernel_describes_its_arguments():
 )
 def test_compile_errors_name_the_line(parameters, body, message):
     with pytest.raises(moc.CompileError, match=message):
-        kernel(parameters, body)
+        kernel(parameters, body, AMBIGUOUS)
 
 
 def test_strict_checks_thread_pointers_and_lints():
@@ -506,6 +511,19 @@ template [[host_name("none")]] [[kernel]] decltype(::ours::scaled<half, ours::Ma
     ::ours::scaled<half, ours::Mask::none>;
 template [[host_name("theirs")]] [[kernel]] decltype(theirs::scaled<float, 2>) theirs::scaled<float, 2>;
 """
+
+
+def test_buffer_indices_are_enumerators():
+    """Counted on, written out, and a product."""
+    k = kernel(
+        "device uint* y [[buffer(Y)]], constant uint& a [[buffer(A)]], constant uint& b [[buffer(B)]]",
+        "y[0] = 10 * a + b;",
+        "namespace n { enum Sizes { TWO = 2, }; enum Buffers { B, Y, A = 3*TWO, }; } using namespace n;",
+    )
+    assert [(a.index, a.name) for a in k.arguments] == [(0, "b"), (1, "y"), (6, "a")]
+    y, a, b = torch.zeros(1, dtype=torch.int32), struct.pack("I", 4), struct.pack("I", 2)
+    run(k, 1, b, y, None, None, None, None, a)
+    assert y.tolist() == [42]
 
 
 def test_instantiations_that_name_a_namespace():

@@ -8,17 +8,18 @@ to the counts, byte for byte. Nothing here was measured on Apple hardware.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from launch_plan import Kernels, Launcher
+from launch_plan import ROOT, Kernels, Launcher
 from row_plan import RowKernels
 
 SIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
-DECODE_X_FLOATS, DECODE_SIMDGROUPS = 4096, 16  # as in lora_decode.metal
+DECODE_X_FLOATS = int(re.findall(r"DECODE_X_FLOATS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +112,14 @@ def model_decode(case: Case) -> Moved:
     x, weight, bias, A, B, _ = operands_meta(case)
     (launch,) = Kernels(case.gpu_cores).plan_decode(x, weight, bias, A, B)
     groups, chunk = launch.threads[0] // launch.group[0], DECODE_X_FLOATS // case.M // 256 * 256
-    rows, w_rows = launch.words[1] >> 32, int(launch.kernel.decode().split("_")[5])
+    rows, simdgroups = launch.words[1] >> 32, launch.group[0] // 32
+    w_rows = int(launch.kernel.decode().split("_")[5])
     moved = {name: (case.bytes(name), 0) for name in ("weight", "bias", "lora_B")}
     # x is staged once for h, and where it does not fit one chunk once more for every pass over rows of W.
     passes = 0
     if chunk < case.K:
         for group in range(groups):
-            passes += -(-min(rows, case.N - group * rows) // (DECODE_SIMDGROUPS * w_rows))
+            passes += -(-min(rows, case.N - group * rows) // (simdgroups * w_rows))
     moved["x"] = ((groups + passes) * case.bytes("x"), 0)
     moved["lora_A"] = (groups * case.bytes("lora_A"), 0)
     moved["y"] = (0, case.bytes("y"))

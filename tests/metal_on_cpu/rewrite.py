@@ -6,6 +6,7 @@ becomes a reference into the runtime's arena. Vector constructors and casts betw
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -61,10 +62,34 @@ class Kernel:
     is_template: bool
 
 
+def enumerators(source: TokenStream) -> dict[str, int | None]:
+    """The enumerators of a source; None for one whose value is neither a number, nor another enumerator, nor a product
+    of these, and for one that two enums define otherwise."""
+    found: dict[str, int | None] = {}
+    for i, token in enumerate(source.tokens):
+        if token.text != "enum":
+            continue
+        brace = next((j for j in range(i, len(source.tokens)) if source.text(j) in ("{", ";")), i)
+        if source.text(brace) != "{" or source.peek(i) in ("class", "struct"):
+            continue
+        value: int | None = -1
+        for part in source.join(brace + 1, source.after_brackets(brace) - 1).split(","):
+            name, *initialiser = part.replace(" ", "").split("=")
+            if initialiser:
+                factors = [int(text) if text.isdigit() else found.get(text) for text in initialiser[0].split("*")]
+                value = None if None in factors else math.prod(factors)
+            elif value is not None:
+                value += 1
+            if name:
+                found[name] = value if found.get(name, value) == value else None
+    return found
+
+
 class Rewriter(TokenStream):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.attributes: dict[int, list[tuple[str, str]]] = {}  # by the index of the token that follows them
+        self.enumerators = enumerators(self)
         self.kernels: dict[str, Kernel] = {}  # by qualified name
         self.namespaces: list[tuple[range, str]] = []
         self.result = Rewritten("")
@@ -255,7 +280,7 @@ class Rewriter(TokenStream):
                 begin = position = self.next(position + 1)
             else:
                 position += 1
-        used = {int(found["buffer"]) for *_, found in pending if found.get("buffer", "").isdigit()}
+        used = {self.buffer_index(first, found["buffer"]) for first, _, found in pending if "buffer" in found}
         for first, last, found in pending:
             declaration = self.join(first, last)
             builtin = next((name for name in found if name in BUILTIN_SOURCES), None)
@@ -264,9 +289,8 @@ class Rewriter(TokenStream):
                 continue
             if unknown := set(found) - {"buffer", "maybe_unused"}:
                 raise self.error(first, f"unsupported parameter attribute [[{sorted(unknown)[0]}]]")
-            if "buffer" in found and not found["buffer"].isdigit():
-                raise self.error(first, f"a buffer index is a plain number, not {found['buffer']!r}")
-            index = int(found["buffer"]) if "buffer" in found else min(set(range(len(used) + 1)) - used)
+            free = min(set(range(len(used) + 1)) - used)
+            index = self.buffer_index(first, found["buffer"]) if "buffer" in found else free
             if "buffer" in found and index in [argument.index for argument in arguments]:
                 raise self.error(first, f"two parameters have buffer index {index}")
             used.add(index)
@@ -280,6 +304,12 @@ class Rewriter(TokenStream):
             arguments.append(Argument(index, name[1] if name else "", space[1], re.sub(r"\s+", " ", type_name).strip()))
             sources.append(str(index))
         return sources, arguments
+
+    def buffer_index(self, position: int, text: str) -> int:
+        index = int(text) if text.isdigit() else self.enumerators.get(text)
+        if index is None:
+            raise self.error(position, f"a buffer index is a number or an enumerator of one meaning, not {text!r}")
+        return index
 
     def take_instantiation(self, position: int) -> None:
         """template [[host_name("x")]] [[kernel]] decltype(f<…>) f<…>; becomes a launcher."""

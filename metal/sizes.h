@@ -1,0 +1,13 @@
+// Sizes that the kernels of several families and their launch plans share. As every header of metal/ that names no
+// address space, it is read by Metal and by C++.
+#pragma once
+
+namespace tfl {
+
+enum Sizes {
+  RUN = 8,          // neighbouring elements that a thread reads or writes at a time
+  BLOCK = 8,        // rows and columns of a simdgroup matrix
+  MAX_RANKS = 256,  // of one LoRA launch: what h in registers and the tiles in 32 KiB hold
+};
+
+}  // namespace tfl
