@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../metal/lora_decode.h"
+#include "../metal/lora_delta.h"
 #include "planning.h"
 
 // metal/, each family with its headers inlined: csrc/embed_metal.py writes them when the extension is built.
@@ -72,10 +73,6 @@ uint64_t dropout_words(double p) {
 
 // --------------------------------------------------------------------------------------------------------- lora_delta
 
-constexpr uint32_t kWideX = 1, kWideA = 2, kWideB = 4, kWideY = 8, kSaveH = 16;  // as in lora_delta.metal
-
-enum class Mask { none, input, output };
-
 /// What lora_delta computes, in its own terms: out += s (in down^T) up^T.
 struct Delta {
   Operand in, down, up;  // M x K, r x K, N x r
@@ -90,13 +87,12 @@ const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t inde
   *count = rank_slices(problem, MAX_RANKS, index, &slice);
   if (index >= *count) return nullptr;
 
-  const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(slice.end - slice.begin, 8));
-  // Wider tiles mean fewer barriers; what fits 32 KiB narrows as the rank grows.
-  const uint32_t width = rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16;
+  const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(slice.end - slice.begin, BLOCK));
+  const uint32_t width = static_cast<uint32_t>(delta_width(static_cast<short>(rank_blocks)));
   // Few rows: no more row blocks than they fill, and the simdgroups that are left over share K.
-  const uint32_t row_blocks = M <= 8 ? 1 : M <= 16 ? 2 : 4;
-  const uint32_t k_slices = std::min(8 / row_blocks, width / 8);
-  const uint64_t row_tiles = ceil_div(M, 8 * row_blocks), column_tiles = ceil_div(N, width);
+  const uint32_t row_blocks = M <= BLOCK ? 1 : M <= 2 * BLOCK ? 2 : 4;
+  const uint32_t k_slices = std::min(DELTA_SIMDGROUPS / row_blocks, width / BLOCK);
+  const uint64_t row_tiles = ceil_div(M, BLOCK * row_blocks), column_tiles = ceil_div(N, width);
 
   // Columns are split until there is a group a core, as long as the loads (x and A again for every split) stay under
   // twice the least possible. With many rows the rows alone fill the GPU.
@@ -111,15 +107,15 @@ const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t inde
   }
   const uint64_t columns = std::max<uint64_t>(ceil_div(column_tiles, splits), 1) * width;
 
-  uint32_t flags = problem.save_h ? kSaveH : 0;
+  uint32_t flags = problem.save_h ? DELTA_SAVE_H : 0;
   Operand down = delta.down, up = delta.up;
   down.offset += slice.begin * down.row_stride;
   up.offset += slice.begin * up.col_stride;
-  if (aligned(delta.in, problem.dtype)) flags |= kWideX;
-  if (aligned(down, problem.adapter_dtype)) flags |= kWideA;
-  if (aligned(up, problem.adapter_dtype)) flags |= kWideB;
+  if (aligned(delta.in, problem.dtype)) flags |= DELTA_WIDE_X;
+  if (aligned(down, problem.adapter_dtype)) flags |= DELTA_WIDE_A;
+  if (aligned(up, problem.adapter_dtype)) flags |= DELTA_WIDE_B;
   const uint64_t wide_y = wide_elements(problem.dtype);
-  if (delta.out_offset % wide_y == 0 && N % wide_y == 0) flags |= kWideY;
+  if (delta.out_offset % wide_y == 0 && N % wide_y == 0) flags |= DELTA_WIDE_Y;
 
   const Mask mask = slice.p > 0 ? delta.mask : Mask::none;
   Variant("lora_delta")
@@ -134,9 +130,17 @@ const char* plan_delta(const Problem& problem, const Delta& delta, uint32_t inde
       .assemble(lora_delta_source, *launch);
   set_grid(*launch, 32 * row_blocks * k_slices, std::max<uint64_t>(ceil_div(N, columns), 1), row_tiles);
   set_arguments(
-      *launch, 7,
-      {pack(M, K), pack(N, columns), pack(slice.begin, slice.end), levels(delta.in), strides(delta.in),
-       strides(delta.down), strides(delta.up), pack(N, flags), dropout_words(slice.p), pack(slice.stream, r)});
+      *launch,
+      {{DELTA_M_K, pack(M, K)},
+       {DELTA_N_COLUMNS, pack(N, columns)},
+       {DELTA_RANKS, pack(slice.begin, slice.end)},
+       {DELTA_X_LEVELS, levels(delta.in)},
+       {DELTA_X_STRIDES, strides(delta.in)},
+       {DELTA_A_STRIDES, strides(delta.down)},
+       {DELTA_B_STRIDES, strides(delta.up)},
+       {DELTA_Y_STRIDE_FLAGS, pack(N, flags)},
+       {DELTA_DROPOUT_WORDS, dropout_words(slice.p)},
+       {DELTA_STREAM_H_STRIDE, pack(slice.stream, r)}});
   return nullptr;
 }
 

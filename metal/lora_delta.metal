@@ -14,44 +14,37 @@
 //   for 32 rows and rank r adds r / 32 of the bytes of x and y (all counted by the executor). With few
 //   rows the launch plan splits N over threadgroups to fill the GPU; each of them reads x and A again, within a bound.
 // Rounding. Sums are float32; y + delta is rounded once to y's type. With `save_h`, h is stored, rounded to A's type.
+#include "lora_delta.h"
 #include "tiles.h"
 
 namespace tfl {
 
-enum class Mask { none, input, output };
-
-constant constexpr uint DELTA_WIDE_X = 1, DELTA_WIDE_A = 2, DELTA_WIDE_B = 4, DELTA_WIDE_Y = 8, DELTA_SAVE_H = 16;
-
-constexpr short tile_width(short rank_blocks) {
-  return rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16;
-}
-
 template <typename T, typename TA, short RANK_BLOCKS, short ROW_BLOCKS, short K_SLICES, Mask MASK>
 [[kernel, max_total_threads_per_threadgroup(32 * ROW_BLOCKS * K_SLICES)]]
 void lora_delta(
-    device const T* x [[buffer(0)]],
-    device const TA* lora_A [[buffer(1)]],
-    device const TA* lora_B [[buffer(2)]],
-    device T* y [[buffer(3)]],
-    device TA* h [[buffer(4)]],
-    constant float& scaling [[buffer(5)]],
-    constant uint2& seed [[buffer(6)]],
-    constant uint2& m_k [[buffer(7)]],
-    constant uint2& n_columns [[buffer(8)]],   // N, and how many columns of y a threadgroup owns
-    constant uint2& ranks [[buffer(9)]],       // the slice [begin, end) of the ranks that this launch covers
-    constant uint2& x_levels [[buffer(10)]],
-    constant uint2& x_strides [[buffer(11)]],
-    constant uint2& A_strides [[buffer(12)]],  // of a (rank, k) element
-    constant uint2& B_strides [[buffer(13)]],  // of an (n, rank) element
-    constant uint2& y_stride_flags [[buffer(14)]],
-    constant uint2& dropout_words [[buffer(15)]],  // threshold, bits of 1 / (1 - p)
-    constant uint2& stream_h_stride [[buffer(16)]],
+    device const T* x [[buffer(DELTA_X)]],
+    device const TA* lora_A [[buffer(DELTA_LORA_A)]],
+    device const TA* lora_B [[buffer(DELTA_LORA_B)]],
+    device T* y [[buffer(DELTA_Y)]],
+    device TA* h [[buffer(DELTA_H)]],
+    constant float& scaling [[buffer(DELTA_SCALING)]],
+    constant uint2& seed [[buffer(DELTA_SEED)]],
+    constant uint2& m_k [[buffer(DELTA_M_K)]],
+    constant uint2& n_columns [[buffer(DELTA_N_COLUMNS)]],  // N, and how many columns of y a threadgroup owns
+    constant uint2& ranks [[buffer(DELTA_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
+    constant uint2& x_levels [[buffer(DELTA_X_LEVELS)]],
+    constant uint2& x_strides [[buffer(DELTA_X_STRIDES)]],
+    constant uint2& A_strides [[buffer(DELTA_A_STRIDES)]],  // of a (rank, k) element
+    constant uint2& B_strides [[buffer(DELTA_B_STRIDES)]],  // of an (n, rank) element
+    constant uint2& y_stride_flags [[buffer(DELTA_Y_STRIDE_FLAGS)]],
+    constant uint2& dropout_words [[buffer(DELTA_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
+    constant uint2& stream_h_stride [[buffer(DELTA_STREAM_H_STRIDE)]],
     uint2 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]]) {
-  constexpr short RANKS = 8 * RANK_BLOCKS, ROWS = 8 * ROW_BLOCKS, WIDTH = tile_width(RANK_BLOCKS);
+  constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * ROW_BLOCKS, WIDTH = delta_width(RANK_BLOCKS);
   constexpr short THREADS = 32 * ROW_BLOCKS * K_SLICES;
-  static_assert(K_SLICES <= WIDTH / 8, "every slice has a block of a tile");
+  static_assert(K_SLICES <= WIDTH / BLOCK, "every slice has a block of a tile");
   using RowTile = Tile<ROWS, WIDTH>;
   using ATile = Tile<RANKS, WIDTH>;
   using BTile = Tile<WIDTH, RANKS>;
