@@ -5,6 +5,7 @@
 
 #include "../metal/lora_decode.h"
 #include "../metal/lora_delta.h"
+#include "../metal/lora_grad.h"
 #include "planning.h"
 
 // metal/, each family with its headers inlined: csrc/embed_metal.py writes them when the extension is built.
@@ -18,9 +19,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------ what is planned with
 
-constexpr uint32_t kGradSimdgroups = 8;     // as in lora_grad.metal
-constexpr uint32_t kManyRows = 1024;        // from here on lora_delta reads x once; fewer rows may split the columns
-constexpr double kRereads = 0.05;           // of W's bytes, that more than one threadgroup a core may cost
+constexpr uint32_t kManyRows = 1024;  // from here on lora_delta reads x once; fewer rows may split the columns
+constexpr double kRereads = 0.05;     // of W's bytes, that more than one threadgroup a core may cost
 
 const char* check(const Problem& p) {
   for (const char* error : {
@@ -223,41 +223,48 @@ const char* tfl_plan_grad(
   Slice slice;
   const uint32_t launches = rank_slices(*problem, UINT32_MAX, index, &slice);
 
-  const auto columns = [](uint64_t ranks) {  // of a threadgroup, as in lora_grad.metal
-    return 8 * kGradSimdgroups * (std::min<uint64_t>(ranks, MAX_RANKS) <= 64 ? 2 : 1);
+  const auto blocks = [](uint64_t ranks) {  // of a threadgroup
+    return static_cast<short>(ceil_div(std::min<uint64_t>(ranks, MAX_RANKS), BLOCK));
   };
+  const auto columns = [&](uint64_t ranks) { return static_cast<uint64_t>(grad_columns(blocks(ranks))); };
   // Rows are split until there are two groups a core, as long as a split has 128 rows and the partial sums, written and
   // read once more, stay under a quarter of the bytes of x and dy.
   const uint64_t tiles = (need_A ? ceil_div(K, columns(r)) : 0) + (need_B ? ceil_div(N, columns(r)) : 0);
   uint64_t splits = std::min(ceil_div(2 * problem->gpu_cores, std::max<uint64_t>(tiles, 1)), M / 128);
   splits = std::max<uint64_t>(std::min(splits, M * bytes(problem->dtype) / (32 * r)), 1);
-  const uint64_t split_rows = std::max<uint64_t>(ceil_div(ceil_div(M, splits), 32) * 32, 32);
+  const uint64_t split_rows = std::max<uint64_t>(ceil_div(ceil_div(M, splits), GRAD_DEPTH) * GRAD_DEPTH, GRAD_DEPTH);
   splits = std::max<uint64_t>(ceil_div(M, split_rows), 1);
   *splits_out = static_cast<uint32_t>(splits);
   *count = launches + (splits > 1 ? 1 : 0);
 
   if (index < launches) {
     const uint32_t slice_ranks = slice.end - slice.begin;
-    const uint32_t rank_blocks = static_cast<uint32_t>(ceil_div(std::min<uint32_t>(slice_ranks, MAX_RANKS), 8));
     const uint64_t A_tiles = need_A ? ceil_div(K, columns(slice_ranks)) : 0;
     const uint64_t B_tiles = need_B ? ceil_div(N, columns(slice_ranks)) : 0;
     const uint32_t wide_small = wide_elements(problem->adapter_dtype);
-    const uint32_t flags = (aligned(problem->x, problem->dtype) ? 1 : 0) |
-        (aligned(problem->dy, problem->dtype) ? 2 : 0) |
-        (r % wide_small == 0 && slice.begin % wide_small == 0 ? 4 : 0);
+    const uint32_t flags = (aligned(problem->x, problem->dtype) ? GRAD_WIDE_X : 0) |
+        (aligned(problem->dy, problem->dtype) ? GRAD_WIDE_DY : 0) |
+        (r % wide_small == 0 && slice.begin % wide_small == 0 ? GRAD_WIDE_SMALL : 0);
     Variant("lora_grad")
         .add(msl(problem->dtype))
         .add(msl(problem->adapter_dtype))
         .add(splits > 1 ? "float" : msl(problem->adapter_dtype))
-        .add(rank_blocks)
+        .add(static_cast<uint32_t>(blocks(slice_ranks)))
         .add(slice.p > 0 ? "true" : "false", slice.p > 0 ? "drop" : "plain")
         .assemble(lora_grad_source, *launch);
-    set_grid(*launch, 32 * kGradSimdgroups, A_tiles + B_tiles, splits, ceil_div(slice_ranks, MAX_RANKS));
+    set_grid(*launch, 32 * GRAD_SIMDGROUPS, A_tiles + B_tiles, splits, ceil_div(slice_ranks, MAX_RANKS));
     set_arguments(
-        *launch, 8,
-        {pack(M, split_rows), pack(K, N), pack(slice.begin, slice.end), levels(problem->x), strides(problem->x),
-         levels(problem->dy), strides(problem->dy), pack(flags, slice.stream), dropout_words(slice.p),
-         pack(r, A_tiles)});
+        *launch,
+        {{GRAD_ROWS, pack(M, split_rows)},
+         {GRAD_K_N, pack(K, N)},
+         {GRAD_RANKS, pack(slice.begin, slice.end)},
+         {GRAD_X_LEVELS, levels(problem->x)},
+         {GRAD_X_STRIDES, strides(problem->x)},
+         {GRAD_DY_LEVELS, levels(problem->dy)},
+         {GRAD_DY_STRIDES, strides(problem->dy)},
+         {GRAD_FLAGS_STREAM, pack(flags, slice.stream)},
+         {GRAD_DROPOUT_WORDS, dropout_words(slice.p)},
+         {GRAD_R_TILES, pack(r, A_tiles)}});
   } else if (index < *count) {
     plan_sum(problem->adapter_dtype, need_A ? r * K : 0, need_B ? r * N : 0, splits, launch);
   }

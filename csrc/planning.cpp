@@ -5,9 +5,13 @@
 #include <map>
 #include <mutex>
 
+#include "../metal/sum_splits.h"
+
 extern const char sum_splits_source[];
 
 namespace torch_fused_lora {
+
+using namespace tfl;  // what metal/ says
 
 const char* msl(Scalar dtype) {
   switch (dtype) {
@@ -76,8 +80,8 @@ void set_arguments(Launch& launch, std::initializer_list<Word> words) {
 
 void plan_sum(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits, Launch* launch) {
   Variant("sum_splits").add(msl(dtype)).assemble(sum_splits_source, *launch);
-  set_grid(*launch, 256, ceil_div(first_elements + second_elements, 256));
-  set_arguments(*launch, 4, {pack(first_elements, second_elements), pack(splits, 0)});
+  set_grid(*launch, SUM_THREADS, ceil_div(first_elements + second_elements, SUM_THREADS));
+  set_arguments(*launch, {{SUM_ELEMENTS, pack(first_elements, second_elements)}, {SUM_SPLITS, pack(splits, 0)}});
 }
 
 }  // namespace torch_fused_lora

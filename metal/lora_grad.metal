@@ -11,20 +11,10 @@
 // Bytes. x and dY are read once: the least possible. z and h are read once a column tile: r / 128 of the elements of
 //   x and dY (twice the bytes where the adapters are float32 over half). Partial sums: (K + N) r floats a split.
 // Rounding. Sums are float32; a gradient is rounded once to its type.
+#include "lora_grad.h"
 #include "tiles.h"
 
 namespace tfl {
-
-constant constexpr short GRAD_SIMDGROUPS = 8;
-constant constexpr uint GRAD_WIDE_X = 1, GRAD_WIDE_DY = 2, GRAD_WIDE_SMALL = 4;
-
-constexpr short grad_column_blocks(short rank_blocks) {
-  return rank_blocks <= 8 ? 2 : 1;
-}
-
-constexpr short grad_depth(short rank_blocks) {
-  return rank_blocks <= 16 ? 32 : 16;
-}
 
 /// One group's C x r block: columns from `column`, rows [row, big.rows), summed in `sums`.
 template <short RANK_BLOCKS, bool DROPPED, typename T, typename TA>
@@ -35,7 +25,7 @@ METAL_FUNC void accumulate_columns(
     ushort thread_index, ushort simdgroup_index) {
   constexpr short BLOCKS = grad_column_blocks(RANK_BLOCKS), DEPTH = grad_depth(RANK_BLOCKS);
   constexpr short THREADS = 32 * GRAD_SIMDGROUPS;
-  constexpr short COLS = 8 * BLOCKS * GRAD_SIMDGROUPS, RANKS = 8 * RANK_BLOCKS;
+  constexpr short COLS = grad_columns(RANK_BLOCKS), RANKS = BLOCK * RANK_BLOCKS;
   const Tile<DEPTH, COLS> big_tile = {big_floats};
   const Tile<DEPTH, RANKS> small_tile = {small_floats};
   Loader<T, DEPTH, COLS, THREADS, DROPPED> big_loader(big, row, column, thread_index, dropout);
@@ -69,30 +59,30 @@ METAL_FUNC void accumulate_columns(
 template <typename T, typename TA, typename OUT, short RANK_BLOCKS, bool DROPPED>
 [[kernel, max_total_threads_per_threadgroup(32 * GRAD_SIMDGROUPS)]]
 void lora_grad(
-    device const T* x [[buffer(0)]],
-    device const TA* z [[buffer(1)]],
-    device const T* dy [[buffer(2)]],
-    device const TA* h [[buffer(3)]],
-    device OUT* dA [[buffer(4)]],
-    device OUT* dB [[buffer(5)]],
-    constant float& scaling [[buffer(6)]],
-    constant uint2& seed [[buffer(7)]],
-    constant uint2& rows [[buffer(8)]],     // M, and how many rows a split has
-    constant uint2& k_n [[buffer(9)]],
-    constant uint2& ranks [[buffer(10)]],   // the slice [begin, end) of the ranks that this launch covers
-    constant uint2& x_levels [[buffer(11)]],
-    constant uint2& x_strides [[buffer(12)]],
-    constant uint2& dy_levels [[buffer(13)]],
-    constant uint2& dy_strides [[buffer(14)]],
-    constant uint2& flags_stream [[buffer(15)]],
-    constant uint2& dropout_words [[buffer(16)]],  // threshold, bits of 1 / (1 - p)
-    constant uint2& r_tiles [[buffer(17)]],        // all ranks, and how many column tiles belong to dA
+    device const T* x [[buffer(GRAD_X)]],
+    device const TA* z [[buffer(GRAD_Z)]],
+    device const T* dy [[buffer(GRAD_DY)]],
+    device const TA* h [[buffer(GRAD_H)]],
+    device OUT* dA [[buffer(GRAD_DA)]],
+    device OUT* dB [[buffer(GRAD_DB)]],
+    constant float& scaling [[buffer(GRAD_SCALING)]],
+    constant uint2& seed [[buffer(GRAD_SEED)]],
+    constant uint2& rows [[buffer(GRAD_ROWS)]],  // M, and how many rows a split has
+    constant uint2& k_n [[buffer(GRAD_K_N)]],
+    constant uint2& ranks [[buffer(GRAD_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
+    constant uint2& x_levels [[buffer(GRAD_X_LEVELS)]],
+    constant uint2& x_strides [[buffer(GRAD_X_STRIDES)]],
+    constant uint2& dy_levels [[buffer(GRAD_DY_LEVELS)]],
+    constant uint2& dy_strides [[buffer(GRAD_DY_STRIDES)]],
+    constant uint2& flags_stream [[buffer(GRAD_FLAGS_STREAM)]],
+    constant uint2& dropout_words [[buffer(GRAD_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
+    constant uint2& r_tiles [[buffer(GRAD_R_TILES)]],  // all ranks, and how many column tiles belong to dA
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr short RANKS = 8 * RANK_BLOCKS, BLOCKS = grad_column_blocks(RANK_BLOCKS);
-  constexpr short DEPTH = grad_depth(RANK_BLOCKS), COLS = 8 * BLOCKS * GRAD_SIMDGROUPS;
+  constexpr short RANKS = BLOCK * RANK_BLOCKS, BLOCKS = grad_column_blocks(RANK_BLOCKS);
+  constexpr short DEPTH = grad_depth(RANK_BLOCKS), COLS = grad_columns(RANK_BLOCKS);
   threadgroup float4 big_memory[Tile<DEPTH, COLS>::size / 4];
   threadgroup float4 small_memory[Tile<DEPTH, RANKS>::size / 4];
   threadgroup float* const big_floats = reinterpret_cast<threadgroup float*>(big_memory);

@@ -5,19 +5,21 @@
 // Rounding. Sums are float32; a result is rounded once to its type.
 #include <metal_stdlib>
 
+#include "sum_splits.h"
+
 namespace tfl {
 
 using namespace metal;
 
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(256)]]
+[[kernel, max_total_threads_per_threadgroup(SUM_THREADS)]]
 void sum_splits(
-    device const float* first_partial [[buffer(0)]],  // splits x elements.x
-    device const float* second_partial [[buffer(1)]],
-    device T* first [[buffer(2)]],
-    device T* second [[buffer(3)]],
-    constant uint2& elements [[buffer(4)]],  // of the first result, of the second
-    constant uint2& splits [[buffer(5)]],
+    device const float* first_partial [[buffer(SUM_FIRST_PARTIAL)]],  // splits x elements.x
+    device const float* second_partial [[buffer(SUM_SECOND_PARTIAL)]],
+    device T* first [[buffer(SUM_FIRST)]],
+    device T* second [[buffer(SUM_SECOND)]],
+    constant uint2& elements [[buffer(SUM_ELEMENTS)]],  // of the first result, of the second
+    constant uint2& splits [[buffer(SUM_SPLITS)]],
     uint index [[thread_position_in_grid]]) {
   const bool is_first = index < elements.x;
   const uint i = is_first ? index : index - elements.x, count = is_first ? elements.x : elements.y;

@@ -1,0 +1,10 @@
+// What sum_splits and its launch plan agree on.
+#pragma once
+
+namespace tfl {
+
+enum SumBuffers { SUM_FIRST_PARTIAL, SUM_SECOND_PARTIAL, SUM_FIRST, SUM_SECOND, SUM_ELEMENTS, SUM_SPLITS };
+
+enum SumSizes { SUM_THREADS = 256 };
+
+}  // namespace tfl
