@@ -66,12 +66,6 @@ void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y, uint64_t z
   std::memcpy(launch.group, groups, sizeof groups);
 }
 
-void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint64_t> words) {
-  launch.tensors = tensors;
-  launch.word_count = static_cast<uint32_t>(words.size());
-  std::copy(words.begin(), words.end(), launch.words);
-}
-
 void set_arguments(Launch& launch, std::initializer_list<Word> words) {
   launch.tensors = words.begin()->buffer;
   launch.word_count = static_cast<uint32_t>(words.size());

@@ -61,8 +61,6 @@ class Variant {
 /// Threadgroups of `group` threads along x.
 void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64_t z = 1);
 
-void set_arguments(Launch& launch, uint32_t tensors, std::initializer_list<uint64_t> words);
-
 /// What a buffer index of the kernel's gets.
 struct Word {
   uint32_t buffer;

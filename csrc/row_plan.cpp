@@ -3,20 +3,25 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../metal/rms_norm.h"
+#include "../metal/sizes.h"
+#include "../metal/softmax.h"
 #include "planning.h"
 
 // metal/, each family with its headers inlined: csrc/embed_metal.py writes them when the extension is built.
 extern const char rms_norm_source[], softmax_source[];
 
 namespace torch_fused_lora {
+
+using namespace tfl;  // what metal/ says
+
 namespace {
 
-constexpr uint32_t kSimdgroupElements = 32 * 8;  // of a row, as in rows.h
-constexpr uint32_t kRowSimdgroups = 16;          // at most; longer rows are looped over
-constexpr uint32_t kGroupSimdgroups = 8;         // at least; shorter rows share a threadgroup
-constexpr uint32_t kCoreSimdgroups = 32;         // that keep a core's loads in flight; not timed
-constexpr uint32_t kSplitRows = 16;              // at least, of each partial sum of dweight; not timed
-constexpr uint64_t kMostGroups = 1 << 20;        // keeps a grid's threads below 2**32
+constexpr uint32_t kRowSimdgroups = 16;    // at most; longer rows are looped over
+constexpr uint32_t kGroupSimdgroups = 8;   // at least; shorter rows share a threadgroup
+constexpr uint32_t kCoreSimdgroups = 32;   // that keep a core's loads in flight; not timed
+constexpr uint32_t kSplitRows = 16;        // at least, of each partial sum of dweight; not timed
+constexpr uint64_t kMostGroups = 1 << 20;  // keeps a grid's threads below 2**32
 
 /// How the rows of a problem lie in threadgroups.
 struct Layout {
@@ -25,11 +30,14 @@ struct Layout {
   bool held;
 
   explicit Layout(const Operand& x) : M(x.rows), H(x.cols), row_simdgroups(1) {
-    while (row_simdgroups < kRowSimdgroups && row_simdgroups * kSimdgroupElements < H) row_simdgroups *= 2;
+    while (row_simdgroups < kRowSimdgroups && step() < H) row_simdgroups *= 2;
     group_simdgroups = std::max(row_simdgroups, kGroupSimdgroups);
-    held = H <= row_simdgroups * kSimdgroupElements;
+    held = H <= step();
     blocks = ceil_div(M, group_simdgroups / row_simdgroups);
   }
+
+  /// Elements of a row that its simdgroups have at a time.
+  uint64_t step() const { return static_cast<uint64_t>(row_step(static_cast<short>(row_simdgroups))); }
 
   /// One dispatch, or none where there are no elements.
   uint32_t launches() const { return M > 0 && H > 0 ? 1 : 0; }
@@ -59,19 +67,15 @@ bool wide(const Operand& m, Scalar dtype) { return m.col_stride == 1 && aligned(
 
 // -------------------------------------------------------------------------------------------------------- rms_norm
 
-// As in rms_norm.metal.
-constexpr uint32_t kNormWideX = 1, kNormWideGrad = 2, kNormWideWeight = 4, kNormWideOut = 8;
-constexpr uint32_t kNormHasWeight = 16, kNormNeedX = 32, kNormNeedWeight = 64;
-
 Scalar weight_type(const RowProblem& problem) { return problem.has_weight ? problem.weight_dtype : problem.dtype; }
 
 /// The flags that forward and backward share.
 uint32_t norm_flags(const RowProblem& problem) {
-  uint32_t flags = problem.has_weight ? kNormHasWeight : 0;
+  uint32_t flags = problem.has_weight ? NORM_HAS_WEIGHT : 0;
   const bool weight_is_aligned = problem.weight_offset % wide_elements(problem.weight_dtype) == 0;
-  if (problem.weight_stride == 1 && weight_is_aligned) flags |= kNormWideWeight;
-  if (wide(problem.x, problem.dtype)) flags |= kNormWideX;
-  if (problem.x.cols % wide_elements(problem.dtype) == 0) flags |= kNormWideOut;
+  if (problem.weight_stride == 1 && weight_is_aligned) flags |= NORM_WIDE_WEIGHT;
+  if (wide(problem.x, problem.dtype)) flags |= NORM_WIDE_X;
+  if (problem.x.cols % wide_elements(problem.dtype) == 0) flags |= NORM_WIDE_OUT;
   return flags;
 }
 
@@ -91,9 +95,12 @@ const char* tfl_plan_rms_norm(
       Variant("rms_norm").add(msl(problem->dtype)).add(msl(weight_type(*problem))), rms_norm_source,
       layout.walking_groups(problem->gpu_cores), launch);
   set_arguments(
-      *launch, 4,
-      {pack(layout.M, layout.H), pack(layout.blocks, norm_flags(*problem)), levels(problem->x), strides(problem->x),
-       pack(problem->weight_stride, eps_bits)});
+      *launch,
+      {{NORM_M_H, pack(layout.M, layout.H)},
+       {NORM_BLOCKS_FLAGS, pack(layout.blocks, norm_flags(*problem))},
+       {NORM_X_LEVELS, levels(problem->x)},
+       {NORM_X_STRIDES, strides(problem->x)},
+       {NORM_WEIGHT_STRIDE_EPS, pack(problem->weight_stride, eps_bits)}});
   return nullptr;
 }
 
@@ -114,15 +121,20 @@ const char* tfl_plan_rms_norm_backward(
 
   if (index == 0 && *count > 0) {
     const char* const out = *splits > 1 ? "float" : msl(weight_type(*problem));
-    const uint32_t flags = norm_flags(*problem) | (wide(problem->grad, problem->dtype) ? kNormWideGrad : 0) |
-        (need_x ? kNormNeedX : 0) | (need_weight ? kNormNeedWeight : 0);
+    const uint32_t flags = norm_flags(*problem) | (wide(problem->grad, problem->dtype) ? NORM_WIDE_GRAD : 0) |
+        (need_x ? NORM_NEED_X : 0) | (need_weight ? NORM_NEED_WEIGHT : 0);
     layout.assemble(
         Variant("rms_norm_backward").add(msl(problem->dtype)).add(msl(weight_type(*problem))).add(out),
         rms_norm_source, groups, launch);
     set_arguments(
-        *launch, 6,
-        {pack(layout.M, layout.H), pack(layout.blocks, flags), levels(problem->grad), strides(problem->grad),
-         levels(problem->x), strides(problem->x), pack(problem->weight_stride, 0)});
+        *launch,
+        {{NORM_BACKWARD_M_H, pack(layout.M, layout.H)},
+         {NORM_BACKWARD_BLOCKS_FLAGS, pack(layout.blocks, flags)},
+         {NORM_BACKWARD_GRAD_LEVELS, levels(problem->grad)},
+         {NORM_BACKWARD_GRAD_STRIDES, strides(problem->grad)},
+         {NORM_BACKWARD_X_LEVELS, levels(problem->x)},
+         {NORM_BACKWARD_X_STRIDES, strides(problem->x)},
+         {NORM_BACKWARD_WEIGHT_STRIDE, pack(problem->weight_stride, 0)}});
   } else if (index < *count) {
     plan_sum(problem->weight_dtype, layout.H, 0, *splits, launch);
   }
@@ -133,25 +145,35 @@ const char* tfl_plan_rms_norm_backward(
 
 namespace {
 
-constexpr uint32_t kSoftmaxWideX = 1, kSoftmaxWideGrad = 2, kSoftmaxWideOut = 4;  // as in softmax.metal
-
 const char* plan_softmax(
     const RowProblem& problem, bool backward, uint32_t index, Launch* launch, uint32_t* count) {
   if (const char* error = check(problem)) return error;
   const Layout layout(problem.x);
   *count = layout.launches();
   if (index >= *count) return nullptr;
-  const uint32_t flags = (wide(problem.x, problem.dtype) ? kSoftmaxWideX : 0) |
-      (wide(problem.grad, problem.dtype) ? kSoftmaxWideGrad : 0) |
-      (problem.x.cols % wide_elements(problem.dtype) == 0 ? kSoftmaxWideOut : 0);
+  const uint32_t flags = (wide(problem.x, problem.dtype) ? SOFTMAX_WIDE_X : 0) |
+      (wide(problem.grad, problem.dtype) ? SOFTMAX_WIDE_GRAD : 0) |
+      (problem.x.cols % wide_elements(problem.dtype) == 0 ? SOFTMAX_WIDE_OUT : 0);
   const Variant variant = Variant(backward ? "softmax_backward" : "softmax").add(msl(problem.dtype));
   layout.assemble(variant, softmax_source, std::min(layout.blocks, kMostGroups), launch);
   const uint64_t shape = pack(layout.M, layout.H), blocks = pack(layout.blocks, flags);
   const Operand &x = problem.x, &grad = problem.grad;
   if (backward) {
-    set_arguments(*launch, 3, {shape, blocks, levels(grad), strides(grad), levels(x), strides(x)});
+    set_arguments(
+        *launch,
+        {{SOFTMAX_BACKWARD_M_H, shape},
+         {SOFTMAX_BACKWARD_BLOCKS_FLAGS, blocks},
+         {SOFTMAX_BACKWARD_GRAD_LEVELS, levels(grad)},
+         {SOFTMAX_BACKWARD_GRAD_STRIDES, strides(grad)},
+         {SOFTMAX_BACKWARD_Y_LEVELS, levels(x)},
+         {SOFTMAX_BACKWARD_Y_STRIDES, strides(x)}});
   } else {
-    set_arguments(*launch, 2, {shape, blocks, levels(x), strides(x)});
+    set_arguments(
+        *launch,
+        {{SOFTMAX_M_H, shape},
+         {SOFTMAX_BLOCKS_FLAGS, blocks},
+         {SOFTMAX_X_LEVELS, levels(x)},
+         {SOFTMAX_X_STRIDES, strides(x)}});
   }
   return nullptr;
 }

@@ -11,12 +11,10 @@
 //   by each row that a group has at once. Looped rows: x and grad twice, the weight once a row (twice in backward), the
 //   group's row of partial sums is read and written once a row.
 // Rounding. Once: sums and products are float32.
+#include "rms_norm.h"
 #include "rows.h"
 
 namespace tfl {
-
-constant constexpr uint NORM_WIDE_X = 1, NORM_WIDE_GRAD = 2, NORM_WIDE_WEIGHT = 4, NORM_WIDE_OUT = 8;
-constant constexpr uint NORM_HAS_WEIGHT = 16, NORM_NEED_X = 32, NORM_NEED_WEIGHT = 64;
 
 /// 1 x H, or 0 x H where there is no weight.
 template <typename TW>
@@ -34,15 +32,15 @@ METAL_FUNC Run load_weight(Matrix<TW> weight, device const TW* place, uint count
 template <typename T, typename TW, short SIMDGROUPS, short ROWS, bool HELD>
 [[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void rms_norm(
-    device const T* x [[buffer(0)]],
-    device const TW* weight [[buffer(1)]],
-    device T* y [[buffer(2)]],
-    device float* rstd [[buffer(3)]],
-    constant uint2& m_h [[buffer(4)]],
-    constant uint2& blocks_flags [[buffer(5)]],
-    constant uint2& x_levels [[buffer(6)]],
-    constant uint2& x_strides [[buffer(7)]],
-    constant uint2& weight_stride_eps [[buffer(8)]],  // and the bits of eps
+    device const T* x [[buffer(NORM_X)]],
+    device const TW* weight [[buffer(NORM_WEIGHT)]],
+    device T* y [[buffer(NORM_Y)]],
+    device float* rstd [[buffer(NORM_RSTD)]],
+    constant uint2& m_h [[buffer(NORM_M_H)]],
+    constant uint2& blocks_flags [[buffer(NORM_BLOCKS_FLAGS)]],
+    constant uint2& x_levels [[buffer(NORM_X_LEVELS)]],
+    constant uint2& x_strides [[buffer(NORM_X_STRIDES)]],
+    constant uint2& weight_stride_eps [[buffer(NORM_WEIGHT_STRIDE_EPS)]],  // and the bits of eps
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
@@ -94,19 +92,19 @@ void rms_norm(
 template <typename T, typename TW, typename OUT, short SIMDGROUPS, short ROWS, bool HELD>
 [[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void rms_norm_backward(
-    device const T* grad [[buffer(0)]],
-    device const T* x [[buffer(1)]],
-    device const TW* weight [[buffer(2)]],
-    device const float* rstd [[buffer(3)]],
-    device T* dx [[buffer(4)]],
-    device OUT* dweight [[buffer(5)]],
-    constant uint2& m_h [[buffer(6)]],
-    constant uint2& blocks_flags [[buffer(7)]],
-    constant uint2& grad_levels [[buffer(8)]],
-    constant uint2& grad_strides [[buffer(9)]],
-    constant uint2& x_levels [[buffer(10)]],
-    constant uint2& x_strides [[buffer(11)]],
-    constant uint& weight_stride [[buffer(12)]],
+    device const T* grad [[buffer(NORM_BACKWARD_GRAD)]],
+    device const T* x [[buffer(NORM_BACKWARD_X)]],
+    device const TW* weight [[buffer(NORM_BACKWARD_WEIGHT)]],
+    device const float* rstd [[buffer(NORM_BACKWARD_RSTD)]],
+    device T* dx [[buffer(NORM_BACKWARD_DX)]],
+    device OUT* dweight [[buffer(NORM_BACKWARD_DWEIGHT)]],
+    constant uint2& m_h [[buffer(NORM_BACKWARD_M_H)]],
+    constant uint2& blocks_flags [[buffer(NORM_BACKWARD_BLOCKS_FLAGS)]],
+    constant uint2& grad_levels [[buffer(NORM_BACKWARD_GRAD_LEVELS)]],
+    constant uint2& grad_strides [[buffer(NORM_BACKWARD_GRAD_STRIDES)]],
+    constant uint2& x_levels [[buffer(NORM_BACKWARD_X_LEVELS)]],
+    constant uint2& x_strides [[buffer(NORM_BACKWARD_X_STRIDES)]],
+    constant uint& weight_stride [[buffer(NORM_BACKWARD_WEIGHT_STRIDE)]],
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],

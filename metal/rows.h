@@ -10,7 +10,7 @@ namespace tfl {
 template <short SIMDGROUPS, short ROWS>
 struct Place {
   static constant constexpr short ROW_THREADS = 32 * SIMDGROUPS;
-  static constant constexpr uint STEP = ROW_THREADS * RUN;
+  static constant constexpr uint STEP = row_step(SIMDGROUPS);
 
   ushort thread_index, simdgroup_index, lane;
 

@@ -10,4 +10,9 @@ enum Sizes {
   MAX_RANKS = 256,  // of one LoRA launch: what h in registers and the tiles in 32 KiB hold
 };
 
+/// Elements of a row that so many simdgroups have at a time, a run a lane.
+constexpr short row_step(short simdgroups) {
+  return 32 * simdgroups * RUN;
+}
+
 }  // namespace tfl

@@ -13,10 +13,10 @@
 //   is read twice.
 // Rounding. Once: sums and products are float32.
 #include "rows.h"
+#include "softmax.h"
 
 namespace tfl {
 
-constant constexpr uint SOFTMAX_WIDE_X = 1, SOFTMAX_WIDE_GRAD = 2, SOFTMAX_WIDE_OUT = 4;
 constant constexpr float LOWEST = -FLT_MAX;
 
 /// Of some elements: a number that none exceeds, and the sum of exp(element - maximum).
@@ -55,12 +55,12 @@ METAL_FUNC Run exponentials(Run run, float maximum) {
 template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
 [[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void softmax(
-    device const T* x [[buffer(0)]],
-    device T* y [[buffer(1)]],
-    constant uint2& m_h [[buffer(2)]],
-    constant uint2& blocks_flags [[buffer(3)]],
-    constant uint2& x_levels [[buffer(4)]],
-    constant uint2& x_strides [[buffer(5)]],
+    device const T* x [[buffer(SOFTMAX_X)]],
+    device T* y [[buffer(SOFTMAX_Y)]],
+    constant uint2& m_h [[buffer(SOFTMAX_M_H)]],
+    constant uint2& blocks_flags [[buffer(SOFTMAX_BLOCKS_FLAGS)]],
+    constant uint2& x_levels [[buffer(SOFTMAX_X_LEVELS)]],
+    constant uint2& x_strides [[buffer(SOFTMAX_X_STRIDES)]],
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
@@ -115,15 +115,15 @@ void softmax(
 template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
 [[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
 void softmax_backward(
-    device const T* grad [[buffer(0)]],
-    device const T* y [[buffer(1)]],
-    device T* dx [[buffer(2)]],
-    constant uint2& m_h [[buffer(3)]],
-    constant uint2& blocks_flags [[buffer(4)]],
-    constant uint2& grad_levels [[buffer(5)]],
-    constant uint2& grad_strides [[buffer(6)]],
-    constant uint2& y_levels [[buffer(7)]],
-    constant uint2& y_strides [[buffer(8)]],
+    device const T* grad [[buffer(SOFTMAX_BACKWARD_GRAD)]],
+    device const T* y [[buffer(SOFTMAX_BACKWARD_Y)]],
+    device T* dx [[buffer(SOFTMAX_BACKWARD_DX)]],
+    constant uint2& m_h [[buffer(SOFTMAX_BACKWARD_M_H)]],
+    constant uint2& blocks_flags [[buffer(SOFTMAX_BACKWARD_BLOCKS_FLAGS)]],
+    constant uint2& grad_levels [[buffer(SOFTMAX_BACKWARD_GRAD_LEVELS)]],
+    constant uint2& grad_strides [[buffer(SOFTMAX_BACKWARD_GRAD_STRIDES)]],
+    constant uint2& y_levels [[buffer(SOFTMAX_BACKWARD_Y_LEVELS)]],
+    constant uint2& y_strides [[buffer(SOFTMAX_BACKWARD_Y_STRIDES)]],
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],

@@ -77,7 +77,8 @@ def enumerators(source: TokenStream) -> dict[str, int | None]:
             name, *initialiser = part.replace(" ", "").split("=")
             if initialiser:
                 factors = [int(text) if text.isdigit() else found.get(text) for text in initialiser[0].split("*")]
-                value = None if None in factors else math.prod(factors)
+                known = [factor for factor in factors if factor is not None]
+                value = math.prod(known) if known == factors else None
             elif value is not None:
                 value += 1
             if name:

@@ -1,0 +1,44 @@
+// What rms_norm, rms_norm_backward and their launch plans agree on.
+#pragma once
+
+namespace tfl {
+
+enum NormBuffers {
+  NORM_X,
+  NORM_WEIGHT,
+  NORM_Y,
+  NORM_RSTD,
+  NORM_M_H,
+  NORM_BLOCKS_FLAGS,
+  NORM_X_LEVELS,
+  NORM_X_STRIDES,
+  NORM_WEIGHT_STRIDE_EPS,
+};
+
+enum NormBackwardBuffers {
+  NORM_BACKWARD_GRAD,
+  NORM_BACKWARD_X,
+  NORM_BACKWARD_WEIGHT,
+  NORM_BACKWARD_RSTD,
+  NORM_BACKWARD_DX,
+  NORM_BACKWARD_DWEIGHT,
+  NORM_BACKWARD_M_H,
+  NORM_BACKWARD_BLOCKS_FLAGS,
+  NORM_BACKWARD_GRAD_LEVELS,
+  NORM_BACKWARD_GRAD_STRIDES,
+  NORM_BACKWARD_X_LEVELS,
+  NORM_BACKWARD_X_STRIDES,
+  NORM_BACKWARD_WEIGHT_STRIDE,
+};
+
+enum NormFlags {
+  NORM_WIDE_X = 1,
+  NORM_WIDE_GRAD = 2,
+  NORM_WIDE_WEIGHT = 4,
+  NORM_WIDE_OUT = 8,
+  NORM_HAS_WEIGHT = 16,
+  NORM_NEED_X = 32,
+  NORM_NEED_WEIGHT = 64,
+};
+
+}  // namespace tfl

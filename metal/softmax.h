@@ -1,0 +1,29 @@
+// What softmax, softmax_backward and their launch plans agree on.
+#pragma once
+
+namespace tfl {
+
+enum SoftmaxBuffers {
+  SOFTMAX_X,
+  SOFTMAX_Y,
+  SOFTMAX_M_H,
+  SOFTMAX_BLOCKS_FLAGS,
+  SOFTMAX_X_LEVELS,
+  SOFTMAX_X_STRIDES,
+};
+
+enum SoftmaxBackwardBuffers {
+  SOFTMAX_BACKWARD_GRAD,
+  SOFTMAX_BACKWARD_Y,
+  SOFTMAX_BACKWARD_DX,
+  SOFTMAX_BACKWARD_M_H,
+  SOFTMAX_BACKWARD_BLOCKS_FLAGS,
+  SOFTMAX_BACKWARD_GRAD_LEVELS,
+  SOFTMAX_BACKWARD_GRAD_STRIDES,
+  SOFTMAX_BACKWARD_Y_LEVELS,
+  SOFTMAX_BACKWARD_Y_STRIDES,
+};
+
+enum SoftmaxFlags { SOFTMAX_WIDE_X = 1, SOFTMAX_WIDE_GRAD = 2, SOFTMAX_WIDE_OUT = 4 };
+
+}  // namespace tfl
