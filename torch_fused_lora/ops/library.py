@@ -151,7 +151,7 @@ def saved_tensors(ctx: Any, operator: str, patch: str) -> tuple[Any, ...]:
         try:
             for x in raw_saved_tensors(ctx)[:1]:
                 x.unpack()
-        except RuntimeError:
+        except (RuntimeError, AttributeError):  # torch 2.11 cannot tell which one: x is, but for rare cases
             module = ctx.metadata.get("module")
             who, remedy = (module, f"{patch}(model, copy_input=True)") if module else (operator, "give it x.clone()")
             raise RuntimeError(f"{who}: the input was changed in place after the forward: {remedy}. {error}") from error
