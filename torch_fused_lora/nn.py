@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,12 +131,12 @@ class LoRALinear(nn.Module):
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         return (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(scale).add_(self.weight)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = self._weight_plus(-self.scaling).to(self.weight.dtype)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
 

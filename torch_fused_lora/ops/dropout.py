@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .library import NAMESPACE, define, fake, kernel
 
@@ -42,8 +45,8 @@ def keep_mask(
     """Rows ``[start, start + rows)`` of the keep-mask, a (rows, columns) bool tensor on ``device``."""
     first, count = start * columns, rows * columns
     threshold = min(round(p * 2**32), 2**32 - 1)
-    if device.type in ("cuda", "xpu") and _triton_mask() is not None:
-        return _triton_mask()(seed, stream, first, threshold, rows, columns, device)
+    if device.type in ("cuda", "xpu") and (triton_mask := _triton_mask()):
+        return triton_mask(seed, stream, first, threshold, rows, columns, device)
     if device.type not in ("cpu", "mps"):  # on mps only torch.func and a double backward want a mask as a tensor
         _warn_host_mask(device.type)
     words = philox(seed, stream, first // 8, (first + count + 7) // 8)
@@ -79,7 +82,7 @@ def philox(seed: int, stream: int, first: int, last: int) -> np.ndarray:
 
 
 @functools.cache
-def _triton_mask():
+def _triton_mask() -> Callable[..., Tensor] | None:
     """The same mask by one Triton kernel (CUDA, ROCm, XPU), or None where Triton is not installed."""
     try:
         from .dropout_triton import mask
@@ -105,16 +108,18 @@ define(
 
 
 @kernel("dropout_mask", "CompositeExplicitAutograd")
-def _dropout_mask(seed, stream, rows, columns, p, device):
+def _dropout_mask(seed: Tensor, stream: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
     return keep_mask(int(seed), stream, 0, rows, columns, p, device)
 
 
 @fake("dropout_mask")
-def _dropout_mask_fake(seed, stream, rows, columns, p, device):
+def _dropout_mask_fake(seed: Tensor, stream: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.bool, device=device)
 
 
-def _dropout_mask_vmap(info, in_dims, seed, stream, rows, columns, p, device):
+def _dropout_mask_vmap(
+    info: Any, in_dims: Any, seed: Tensor, stream: int, rows: int, columns: int, p: float, device: torch.device
+) -> tuple[Tensor, int]:
     seeds = seed.movedim(in_dims[0], 0).unbind()
     mask = getattr(torch.ops, NAMESPACE).dropout_mask
     return torch.stack([mask(s, stream, rows, columns, p, device) for s in seeds]), 0

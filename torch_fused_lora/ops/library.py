@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 
 from .. import torch_private
 from ..torch_private import FakeTensor, dispatch_modes, profiling, raw_saved_tensors, transformed
 
 NAMESPACE = "torch_fused_lora"
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
+
+# Short names for the types of operators' arguments, as their schemas have them.
+Maybe: TypeAlias = Tensor | None
+Pair: TypeAlias = tuple[Tensor, Tensor]
+Floats: TypeAlias = Sequence[float]
+Ints: TypeAlias = Sequence[int]
+Flags: TypeAlias = Sequence[bool]
+Saved: TypeAlias = Any  # a tensor where a gradient that was asked for needs it, otherwise None
 
 _F = TypeVar("_F", bound=Callable)
 
@@ -61,10 +70,10 @@ def autocast(name: str, cast: Callable[..., Sequence[object]]) -> None:
 
     def register(device_type: str, key: str) -> None:
         @kernel(name, key)
-        def below(*arguments):
-            arguments = cast(device_type, *arguments)
+        def below(*arguments: Any) -> Any:
+            cast_arguments = cast(device_type, *arguments)
             with below_autocast():
-                return operator(*arguments)
+                return operator(*cast_arguments)
 
     for device_type, key in AUTOCAST_KEYS.items():
         register(device_type, key)
@@ -85,7 +94,7 @@ def to_float(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def call_device(operator: Callable, check: Callable[..., None], *arguments: object) -> object:
+def call_device(operator: Callable, check: Callable[..., None], *arguments: object) -> Any:
     """Call a device's kernel. One in C++ can only raise RuntimeError: ``check(*arguments)`` says what it refuses as
     everywhere."""
     try:

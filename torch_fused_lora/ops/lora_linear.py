@@ -20,8 +20,8 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ from .library import (
     PLAIN_OR_NONE,
     PLAIN_TYPES,
     PORTABLE,
+    Flags,
+    Floats,
+    Ints,
+    Maybe,
+    Pair,
+    Saved,
     as_given,
     autocast,
     below_autocast,
@@ -181,7 +187,16 @@ def _cached_scalar(value: float, dtype: torch.dtype) -> Tensor:
 
 
 @kernel("lora_linear", "CompositeImplicitAutograd", "FuncTorchBatched")
-def _public(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0.0, seed=None):
+def _public(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    dropout_p: float = 0.0,
+    seed: Maybe = None,
+) -> Tensor:
     if dropout_p > 0 and seed is None:
         raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-dim int64 CPU tensor, got None")
     dropout = (dropout_p,) if seed is not None else ()
@@ -201,13 +216,23 @@ def _refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{operator}: {name}: expected {expected}; got {got}")
 
 
-def _check_dense(refuse, **tensors):
+def _check_dense(refuse: Callable[..., NoReturn], **tensors: Maybe) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.layout is not torch.strided:
             refuse(name, tensor, "a dense tensor")
 
 
-def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+) -> None:
     """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
     refuse = functools.partial(_refuse, "lora_linear")
     _check_dense(refuse, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
@@ -232,7 +257,19 @@ def _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks):
     _check_adapters(refuse, "x", dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks)
 
 
-def _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+def _check_backward(
+    grad: Tensor,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> None:
     """As `_check`, for the operands of the gradients asked for."""
     refuse = functools.partial(_refuse, "lora_linear_backward")
     if len(needs) != 6:
@@ -260,7 +297,18 @@ def _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p
             refuse(name, value, f"shape {tuple(shape)}, {like}'s dtype {its_dtype} and device {device}")
 
 
-def _check_adapters(refuse, like, dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks):
+def _check_adapters(
+    refuse: Callable[..., NoReturn],
+    like: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+) -> None:
     """The dtypes and devices beside those of ``like``, the operand of the full width, and what concerns dropout."""
     r, adapter_dtype = lora_A.shape[0], lora_A.dtype
     if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in portable.HALF):
@@ -287,13 +335,24 @@ def _check_adapters(refuse, like, dtype, device, lora_A, lora_B, scaling, seed, 
 # ------------------------------------------------------------------------------------------ kernels and shapes
 
 
-def _portable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+def _portable_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe = None,
+    dropout_p: Floats = (),
+    ranks: Ints = (),
+    save_h: bool = False,
+) -> tuple[Tensor, Maybe]:
     _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     return portable.forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 
 
 @kernel("_lora_linear", "CompositeExplicitAutograd")
-def _portable_kernel(x, weight, bias, lora_A, *arguments):
+def _portable_kernel(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, *arguments: Any) -> Pair:
     if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
         raise NotImplementedError(
             f"lora_linear: device 'mps' needs this package's Metal extension, and {extension.reason}; "
@@ -304,31 +363,77 @@ def _portable_kernel(x, weight, bias, lora_A, *arguments):
 
 
 @kernel("_lora_linear", "FuncTorchBatched")
-def _differentiable(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+def _differentiable(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe = None,
+    dropout_p: Floats = (),
+    ranks: Ints = (),
+    save_h: bool = False,
+) -> Pair:
     _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     return portable.differentiable_forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 
 
 @kernel("lora_linear_backward", "CompositeExplicitAutograd")
-def _portable_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+def _portable_backward(
+    grad: Tensor,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> list[Tensor]:
     _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     return _found(portable.backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs))
 
 
-def _found(grads):
+def _found(grads: Iterable[Maybe]) -> list[Tensor]:
     """The gradients that were asked for: the operator's Tensor[] holds no None."""
     return [grad for grad in grads if grad is not None]
 
 
 @fake("_lora_linear")
-def _fake_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe = None,
+    dropout_p: Floats = (),
+    ranks: Ints = (),
+    save_h: bool = False,
+) -> Pair:
     _check(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     h_shape = (math.prod(x.shape[:-1]), lora_A.shape[0]) if save_h else (0,)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), lora_A.new_empty(h_shape)
 
 
 @fake("lora_linear_backward")
-def _fake_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+def _fake_backward(
+    grad: Tensor,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> list[Tensor]:
     _check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     (r, K), N = lora_A.shape, lora_B.shape[0]
     grads = (
@@ -343,13 +448,15 @@ def _fake_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p,
 
 
 @register_flop_formula(_ops._lora_linear)
-def _forward_flops(x_shape, weight_shape, bias_shape, A_shape, *_, **__):
+def _forward_flops(x_shape: Ints, weight_shape: Ints, bias_shape: Any, A_shape: Ints, *_: Any, **__: Any) -> int:
     M, (N, K), r = math.prod(x_shape[:-1]), weight_shape, A_shape[0]
     return 2 * M * (N * K + r * (K + N))
 
 
 @register_flop_formula(_ops.lora_linear_backward)
-def _backward_flops(grad_shape, x_shape, weight_shape, A_shape, B_shape, *options, **_):
+def _backward_flops(
+    grad_shape: Ints, x_shape: Any, weight_shape: Ints, A_shape: Ints, B_shape: Ints, *options: Any, **_: Any
+) -> int:
     """Of dY W and dYᵀ x, and of z = dY B, z A, zᵀ x̃ and dYᵀ h."""
     M, (r, K), N = math.prod(grad_shape[:-1]), A_shape, B_shape[0]
     need_x, need_weight, _, need_A, need_B, need_scaling = options[-1]
@@ -364,7 +471,9 @@ class _LoRALinear(torch.autograd.Function):
     # The classic form, forward(ctx, ...): with setup_context apart a call costs about twice as much.
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, options):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, options: Any
+    ) -> tuple[Tensor, Maybe]:
         seed, dropout_p, ranks, kernel = options
         need_x, need_weight, _, need_A, need_B, need_scaling, _ = ctx.needs_input_grad
         save_h = need_B or need_scaling
@@ -388,26 +497,27 @@ class _LoRALinear(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    def backward(ctx, grad, grad_h):
+    def backward(ctx: Any, grad: Any, grad_h: Any) -> tuple[Maybe, ...]:
         if grad is None and grad_h is None:
             return (None,) * 7
         needs = ctx.needs_input_grad[:6]
         dropout_p, ranks, y_shape, y_dtype, direct = ctx.options
-        saved = saved_tensors(ctx, "lora_linear", "patch_peft")
+        arguments = *saved_tensors(ctx, "lora_linear", "patch_peft"), dropout_p, ranks, needs
+        grads: Sequence[Maybe]
         if grad_h is not None or torch.is_grad_enabled():
             if grad is None:  # only h was used, which a double backward does
                 grad = grad_h.new_zeros(y_shape, dtype=y_dtype)
             with below_autocast():
-                grads = portable.differentiable_backward(grad, grad_h, *saved, dropout_p, ranks, needs)
+                grads = portable.differentiable_backward(grad, grad_h, *arguments)
         else:
             # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
             batched = is_legacy_batched(grad)
             direct = batched or (direct and type(grad) is Tensor and unwatched(grad.device.type))
             with below_autograd():
                 if direct:
-                    grads = portable.backward(grad, *saved, dropout_p, ranks, needs)
+                    grads = portable.backward(grad, *arguments)
                 else:
-                    found = iter(_backward_op(grad, *saved, dropout_p, ranks, needs))
+                    found = iter(_backward_op(grad, *arguments))
                     grads = [next(found) if need else None for need in needs]
         return *grads, None
 
@@ -415,7 +525,19 @@ class _LoRALinear(torch.autograd.Function):
 _apply = apply_of(_LoRALinear)
 
 
-def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+def _with_autograd(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe = None,
+    dropout_p: Floats = (),
+    ranks: Ints = (),
+    save_h: bool = False,
+) -> Pair:
     if torch.is_grad_enabled() and (
         lora_A.requires_grad
         or lora_B.requires_grad
@@ -430,7 +552,7 @@ def _with_autograd(kernel, x, weight, bias, lora_A, lora_B, scaling, seed=None, 
 
 
 @kernel("_lora_linear", "Autograd")
-def _autograd(*arguments):
+def _autograd(*arguments: Any) -> Pair:
     return _differentiable(*arguments) if transformed() else _with_autograd(_device_forward, *arguments)
 
 
@@ -438,7 +560,19 @@ _device_forward = functools.partial(call_device, _call_forward, lambda *argument
 
 
 @kernel("lora_linear_backward", "Autograd", "FuncTorchBatched")
-def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+def _autograd_backward(
+    grad: Tensor,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> list[Tensor]:
     arguments = (x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
     tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
@@ -447,7 +581,9 @@ def _autograd_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropou
         return call_device(_backward_op, _check_backward, grad, *arguments)
 
 
-def _cast(device_type, x, weight, bias, lora_A, lora_B, *options):
+def _cast(
+    device_type: str, x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Tensor, *options: Any
+) -> tuple[Any, ...]:
     dtype, casts = torch.get_autocast_dtype(device_type), (*portable.HALF, torch.float32)
     operands = (x, weight, bias, lora_A, lora_B)
     return *(t.to(dtype) if t is not None and t.dtype in casts else t for t in operands), *options

@@ -82,7 +82,7 @@ def _rank_block(r: int) -> int:
 
 
 @triton.jit
-def _dot(a, b, total):
+def _dot(a, b, total):  # type: ignore[no-untyped-def]
     """total + a b on the matrix units. A float32 or float16 operand is the sum of two bfloat16 numbers, to within
     2**-16 of it (a float16 one exactly); the product of the two low numbers, another 2**-16, is left out."""
     a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,24 @@ from torch import Tensor
 
 from ..torch_private import unsafe_view
 from .dropout import keep_mask
+from .library import Flags, Floats, Ints, Maybe, Pair, Saved
 
 HALF = (torch.float16, torch.bfloat16)
 _FEW = 16  # rows that are never split into blocks
 
 
-def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe = None,
+    dropout_p: Floats = (),
+    ranks: Ints = (),
+    save_h: bool = False,
+) -> tuple[Tensor, Maybe]:
     """The base product, then y += s h Bᵀ in place with h = x̃ Aᵀ: the full-width output is touched once more.
 
     Returns (y, h), h None unless it is to be saved.
@@ -48,15 +61,29 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), r
     return _unflat(y, x), _cast(h, lora_A.dtype) if save_h else None
 
 
-def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+def backward(
+    grad: Tensor,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> tuple[Maybe, ...]:
     """z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h; ds = Σ (dYᵀ h) ⊙ B.
 
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows, x_rows, weight = (None if t is None else packed(flat(t)) for t in (grad, x, weight))
+    grad_rows, x_rows, weight = map(_packed_rows, (grad, x, weight))
     # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
-    grad_x = grad_A = grad_h = None
+    grad_x: Saved = None
+    grad_A: Saved = None
+    grad_h: Saved = None
     A, B = _operands(lora_A, lora_B, seed)
     if seed is None and _in_one_piece(grad_rows, A, B):
         wide = _widened(grad_rows, A)
@@ -89,7 +116,17 @@ def backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks
     )
 
 
-def _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h):
+def _add_delta_by_blocks_(
+    y: Tensor,
+    x_rows: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    save_h: bool,
+) -> Saved:
     """``y += s h Bᵀ`` over blocks of rows, converted and masked a block at a time; returns h if asked."""
     groups = adapters(seed, dropout_p, ranks, A.shape[0])
     size = block_rows(A, B)
@@ -106,7 +143,18 @@ def _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h
     return torch.cat(saved) if save_h else None
 
 
-def _backward_by_blocks(grad_rows, grad_x, x_rows, A, B, scaling, h, seed, dropout_p, ranks):
+def _backward_by_blocks(
+    grad_rows: Tensor,
+    grad_x: Maybe,
+    x_rows: Saved,
+    A: Tensor,
+    B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+) -> tuple[Maybe, Maybe]:
     """Over blocks of rows: ``grad_x += mask ⊙ (z A)`` in place; returns zᵀ x̃ and dYᵀ h, None where not asked for."""
     grad_A = A.new_zeros(A.shape) if x_rows is not None else None
     grad_h = B.new_zeros(B.shape) if h is not None else None
@@ -135,7 +183,7 @@ def _backward_by_blocks(grad_rows, grad_x, x_rows, A, B, scaling, h, seed, dropo
     return grad_A, grad_h
 
 
-def _operands(lora_A: Tensor, lora_B: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _operands(lora_A: Tensor, lora_B: Tensor, seed: Tensor | None) -> Pair:
     """The adapters in the dtype in which rows meet them: their own, but float32 for half adapters under dropout, whose
     factor 1 / (1 - p) is no half, and on a CPU, which is faster there where the processor multiplies no halves."""
     if lora_A.dtype in HALF and (lora_A.is_cpu or seed is not None):
@@ -187,10 +235,10 @@ def adapters(
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 
 
-def _masks(groups, seed, start, rows, A):
+def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:
     """What each adapter's dropout multiplies rows ``start`` onwards of x with: 0 or 1 / (1 - p); None for 1."""
 
-    def mask(stream, p):
+    def mask(stream: int, p: float) -> Maybe:
         return keep_mask(int(seed), stream, start, rows, A.shape[1], p, A.device).to(A.dtype).mul_(1.0 / (1.0 - p))
 
     return [mask(stream, p) if p else None for stream, (_, p) in enumerate(groups)]
@@ -227,6 +275,10 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _packed_rows(x: Saved) -> Saved:
+    return None if x is None else packed(flat(x))
+
+
 def packed(matrix: Tensor) -> Tensor:
     """The matrix as torch's products may read it: halves with gaps between rows (or columns) are copied on a CPU,
     where torch's product by AMX reads into the gaps."""
@@ -244,7 +296,9 @@ def _unflat(rows: Tensor, like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ the same in differentiable calls
 
 
-def by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p):
+def by_torch(
+    x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout_p: float
+) -> Tensor:
     """The layer in the calls that PEFT makes, for graphs that hold without this package and for nested tensors: none of
     them depends on x's shape, and dropout is torch's."""
     y = F.linear(x, weight, bias)
@@ -253,10 +307,10 @@ def by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p):
     return (y + F.linear(h, lora_B) * scaling).to(y.dtype)
 
 
-def _whole_masks(x, lora_A, seed, dropout_p, ranks):
+def _whole_masks(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> list[tuple[slice, Maybe]]:
     """(rank slice, what its dropout multiplies all of x with) of each adapter."""
 
-    def mask(stream, p):
+    def mask(stream: int, p: float) -> Maybe:
         keep = torch.ops.torch_fused_lora.dropout_mask(seed, stream, *x.shape, p, x.device)
         return keep.to(lora_A.dtype) / (1.0 - p)
 
@@ -264,7 +318,18 @@ def _whole_masks(x, lora_A, seed, dropout_p, ranks):
     return [(rank, mask(stream, p) if p else None) for stream, (rank, p) in enumerate(groups)]
 
 
-def differentiable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, dropout_p=(), ranks=(), save_h=False):
+def differentiable_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe = None,
+    dropout_p: Floats = (),
+    ranks: Ints = (),
+    save_h: bool = False,
+) -> Pair:
     """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
     x_rows, weight, lora_A, lora_B = packed(flat(x)), packed(weight), packed(lora_A), packed(lora_B)
     wide = x_rows.to(lora_A.dtype)
@@ -275,16 +340,30 @@ def differentiable_forward(x, weight, bias, lora_A, lora_B, scaling, seed=None, 
     return y.view(*x.shape[:-1], weight.shape[0]), h if save_h else lora_A.new_empty(0)
 
 
-def differentiable_backward(grad, grad_h, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs):
+def differentiable_backward(
+    grad: Tensor,
+    grad_h: Maybe,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> tuple[Maybe, ...]:
     """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows, x_rows, weight = (None if t is None else packed(flat(t)) for t in (grad, x, weight))
+    grad_rows, x_rows, weight = map(_packed_rows, (grad, x, weight))
     lora_A, lora_B = packed(lora_A), packed(lora_B)
     wide_grad = grad_rows.to(lora_A.dtype)
     z = (wide_grad @ lora_B) * scaling
     if grad_h is not None:
         z = z + grad_h
-    grad_x = grad_A = None
+    grad_x: Saved = None
+    grad_A: Saved = None
     if need_x or need_A:
         masks = _whole_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
     if need_x:

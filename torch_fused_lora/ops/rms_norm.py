@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,10 @@ from .library import (
     NAMESPACE,
     PLAIN_OR_NONE,
     PORTABLE,
+    Flags,
+    Maybe,
+    Pair,
+    Saved,
     as_given,
     autocast,
     autocast_enabled,
@@ -97,11 +103,11 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
 
 @kernel("rms_norm", "CompositeImplicitAutograd", "FuncTorchBatched")
-def _public(x, weight, eps=1e-6):
+def _public(x: Tensor, weight: Maybe, eps: float = 1e-6) -> Tensor:
     return _forward_op(x, weight, eps)[0]
 
 
-def _check(x, weight):
+def _check(x: Tensor, weight: Maybe) -> None:
     def refuse(name: str, value: Tensor, expected: str) -> None:
         got = f"shape {tuple(value.shape)}, {value.dtype}, {value.layout}, on {value.device}"
         raise ValueError(f"rms_norm: {name}: expected {expected}; got {got}")
@@ -121,7 +127,7 @@ def _check(x, weight):
         refuse("weight", weight, f"x's dtype {x.dtype} or torch.float32")
 
 
-def _check_backward(grad, x, weight, rstd, needs):
+def _check_backward(grad: Tensor, x: Tensor, weight: Maybe, rstd: Tensor, needs: Flags) -> None:
     _check(x, weight)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = (*x.shape[:-1], 1)
@@ -147,11 +153,11 @@ FUSED_BY_TORCH = frozenset(
 )
 
 
-def _is_alike(x, weight):
+def _is_alike(x: Tensor, weight: Maybe) -> bool:
     return weight is None or weight.dtype is x.dtype
 
 
-def _wide(x):
+def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -159,21 +165,21 @@ _FEW = 1 << 16  # elements up to which calls cost more than memory does
 _BLOCK = 1 << 19  # elements of a half x that are converted at a time on a CPU, whose caches hold them
 
 
-def _blocks(rows, wide_dtype):
+def _blocks(rows: Tensor, wide_dtype: torch.dtype) -> list[slice]:
     """Slices of the rows, all of them in one where nothing is converted or they are few."""
     M, H = rows.shape
     size = max(_BLOCK // H, 1) if rows.is_cpu and rows.dtype is not wide_dtype else M
     return [slice(None)] if size >= M else [slice(start, start + size) for start in range(0, M, size)]
 
 
-def _alike(x, weight, *others):
+def _alike(x: Tensor, weight: Maybe, *others: Tensor) -> tuple[Any, ...]:
     """The operands of torch's own kernels, which take one dtype: the wider."""
     dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-    x, *others = (t.to(dtype).contiguous() for t in (x, *others))
-    return x, weight if weight is None else weight.to(dtype), *others
+    x_alike, *others_alike = (t.to(dtype).contiguous() for t in (x, *others))
+    return x_alike, weight if weight is None else weight.to(dtype), *others_alike
 
 
-def _portable_forward(x, weight, eps):
+def _portable_forward(x: Tensor, weight: Maybe, eps: float) -> Pair:
     _check(x, weight)
     if x.device.type in FUSED_BY_TORCH:
         operand, weight = _alike(x, weight)
@@ -186,7 +192,7 @@ def _portable_forward(x, weight, eps):
     if x.numel() <= _FEW and _is_alike(x, weight):  # the same bits as without a gradient
         return torch.rms_norm(x, x.shape[-1:], weight, eps).contiguous(), rstd
 
-    def normed(x, rstd):
+    def normed(x: Tensor, rstd: Tensor) -> Tensor:
         found = x * rstd
         return found if weight is None else found.mul_(weight)
 
@@ -199,7 +205,7 @@ def _portable_forward(x, weight, eps):
     return y, rstd
 
 
-def _portable_backward(grad, x, weight, rstd, needs):
+def _portable_backward(grad: Tensor, x: Tensor, weight: Saved, rstd: Tensor, needs: Flags) -> tuple[Saved, Saved]:
     """dx = rstd (g w - x rstd² mean(g w x)) and dweight = (g x)ᵀ rstd: the sums are products with vectors."""
     _check_backward(grad, x, weight, rstd, needs)
     if x.device.type in FUSED_BY_TORCH:
@@ -224,7 +230,7 @@ def _portable_backward(grad, x, weight, rstd, needs):
 
 
 @kernel("_rms_norm", "CompositeExplicitAutograd")
-def _portable_kernel(x, weight, eps):
+def _portable_kernel(x: Tensor, weight: Maybe, eps: float) -> Pair:
     _check(x, weight)
     if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
         raise NotImplementedError(
@@ -235,12 +241,12 @@ def _portable_kernel(x, weight, eps):
 
 
 @kernel("rms_norm_backward", "CompositeExplicitAutograd")
-def _portable_backward_kernel(grad, x, weight, rstd, needs):
+def _portable_backward_kernel(grad: Tensor, x: Tensor, weight: Maybe, rstd: Tensor, needs: Flags) -> list[Tensor]:
     found = _portable_backward(grad, x, weight, rstd, needs)
     return [gradient for gradient, need in zip(found, needs, strict=True) if need]
 
 
-def _gradients(grad, x, weight, rstd, needs):
+def _gradients(grad: Tensor, x: Tensor, weight: Saved, rstd: Tensor, needs: Flags) -> list[Tensor]:
     """dx = rstd (g w - x̂ mean(g w x̂)) and dweight = Σ g x̂ with x̂ = x rstd, in differentiable aten calls."""
     normed, found = x * rstd, []
     if needs[0]:
@@ -252,19 +258,19 @@ def _gradients(grad, x, weight, rstd, needs):
     return found
 
 
-def _differentiable(x, weight, eps):
+def _differentiable(x: Tensor, weight: Maybe, eps: float) -> Pair:
     """The forward in differentiable aten calls, for functorch transforms and forward-mode AD."""
     _check(x, weight)
     return _by_torch(x, weight, eps)
 
 
-def _by_torch(x, weight, eps):
+def _by_torch(x: Tensor, weight: Maybe, eps: float) -> Pair:
     rstd = _rstd(x, eps)
     y = x * rstd
     return (y if weight is None else y * weight).to(x.dtype).contiguous(), rstd
 
 
-def _rstd(x, eps):
+def _rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
 
 
@@ -272,16 +278,19 @@ kernel("_rms_norm", "FuncTorchBatched")(_differentiable)
 
 
 @fake("_rms_norm")
-def _fake(x, weight, eps):
+def _fake(x: Tensor, weight: Maybe, eps: float) -> Pair:
     _check(x, weight)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=dtype)
 
 
 @fake("rms_norm_backward")
-def _fake_backward(grad, x, weight, rstd, needs):
+def _fake_backward(grad: Tensor, x: Tensor, weight: Saved, rstd: Tensor, needs: Flags) -> list[Tensor]:
     _check_backward(grad, x, weight, rstd, needs)
-    gradients = (x.new_empty(x.shape), weight.new_empty(weight.shape) if weight is not None else None)
+    gradients: tuple[Saved, Saved] = (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape) if weight is not None else None,
+    )
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
 
 
@@ -290,7 +299,7 @@ def _fake_backward(grad, x, weight, rstd, needs):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernel, x, weight, eps):
+    def forward(ctx: Any, kernel: Callable[..., Any], x: Tensor, weight: Maybe, eps: float) -> Pair:
         with below_autograd():
             y, rstd = kernel(x, weight, eps)
         ctx.set_materialize_grads(False)
@@ -302,7 +311,7 @@ class _RMSNorm(torch.autograd.Function):
         return y, rstd
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Maybe, _: Any) -> tuple[Maybe, ...]:
         if grad is None:
             return (None,) * 4
         x, weight, rstd = saved_tensors(ctx, "rms_norm", "patch_norms")
@@ -313,18 +322,18 @@ class _RMSNorm(torch.autograd.Function):
         else:
             with below_autograd():
                 found = _backward_op(grad, x, weight, rstd, needs)
-        found = iter(found)
-        return None, *(next(found) if need else None for need in needs), None
+        each = iter(found)
+        return None, *(next(each) if need else None for need in needs), None
 
 
 _apply = apply_of(_RMSNorm)
 
 
-def _records(x, weight):
+def _records(x: Tensor, weight: Maybe) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
 
 
-def _with_autograd(kernel, x, weight, eps):
+def _with_autograd(kernel: Callable[..., Any], x: Tensor, weight: Maybe, eps: float) -> Pair:
     if _records(x, weight):
         return _apply(kernel, x, weight, eps)
     with below_autograd():
@@ -335,12 +344,12 @@ _device_forward = functools.partial(call_device, _forward_op, lambda x, weight, 
 
 
 @kernel("_rms_norm", "Autograd")
-def _autograd(x, weight, eps):
+def _autograd(x: Tensor, weight: Maybe, eps: float) -> Pair:
     return _differentiable(x, weight, eps) if transformed() else _with_autograd(_device_forward, x, weight, eps)
 
 
 @kernel("rms_norm_backward", "Autograd", "FuncTorchBatched")
-def _autograd_backward(grad, x, weight, rstd, needs):
+def _autograd_backward(grad: Tensor, x: Tensor, weight: Maybe, rstd: Tensor, needs: Flags) -> list[Tensor]:
     tensors = (grad, x, weight, rstd)
     if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _gradients(grad, x, weight, rstd, needs)
@@ -351,7 +360,7 @@ def _autograd_backward(grad, x, weight, rstd, needs):
 _CASTING = casting(torch.ops.aten.rms_norm.default)
 
 
-def _cast(device_type, x, weight, eps):
+def _cast(device_type: str, x: Tensor, weight: Maybe, eps: float) -> tuple[Any, ...]:
     return *(t if t is None or device_type not in _CASTING else to_float(t) for t in (x, weight)), eps
 
 

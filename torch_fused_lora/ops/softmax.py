@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .library import (
     NAMESPACE,
     PLAIN_TYPES,
     PORTABLE,
+    Maybe,
     as_given,
     autocast,
     below_autocast,
@@ -66,7 +68,7 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return _forward_op(x, dim)
 
 
-def _check(x, dim, operator="softmax", name="x"):
+def _check(x: Tensor, dim: int, operator: str = "softmax", name: str = "x") -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"{operator}: {name}: expected float16, bfloat16, float32 or float64; got {x.dtype}")
     if x.layout is not torch.strided and not x.is_nested:
@@ -78,7 +80,7 @@ def _check(x, dim, operator="softmax", name="x"):
         )
 
 
-def _check_backward(grad, y, dim):
+def _check_backward(grad: Tensor, y: Tensor, dim: int) -> None:
     _check(y, dim, "softmax_backward", "y")
     if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
         raise ValueError(
@@ -91,7 +93,7 @@ def _check_backward(grad, y, dim):
 
 
 @kernel("softmax", "CompositeExplicitAutograd")
-def _portable(x, dim=-1):
+def _portable(x: Tensor, dim: int = -1) -> Tensor:
     _check(x, dim)
     if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
         raise NotImplementedError(
@@ -101,29 +103,29 @@ def _portable(x, dim=-1):
 
 
 @kernel("softmax_backward", "CompositeExplicitAutograd")
-def _portable_backward(grad, y, dim):
+def _portable_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
     _check_backward(grad, y, dim)
     return torch_private.softmax_backward(grad, y, dim, y.dtype).contiguous()
 
 
 @fake("softmax")
-def _fake(x, dim=-1):
+def _fake(x: Tensor, dim: int = -1) -> Tensor:
     _check(x, dim)
     return x.new_empty(x.shape)
 
 
 @fake("softmax_backward")
-def _fake_backward(grad, y, dim):
+def _fake_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
     _check_backward(grad, y, dim)
     return y.new_empty(y.shape)
 
 
-def _differentiable(x, dim=-1):
+def _differentiable(x: Tensor, dim: int = -1) -> Tensor:
     _check(x, dim)
     return torch.softmax(x, dim).contiguous()
 
 
-def _gradient(grad, y, dim):
+def _gradient(grad: Tensor, y: Tensor, dim: int) -> Tensor:
     """dx = y (grad - Σ y grad), in differentiable aten calls."""
     wide = y if y.dtype == torch.float64 else y.float()
     return (wide * (grad - (wide * grad).sum(dim, keepdim=True))).to(y.dtype).contiguous()
@@ -137,7 +139,7 @@ kernel("softmax", "FuncTorchBatched")(_differentiable)
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dim):
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         with below_autograd():
             y = _device_forward(x, dim)
         ctx.save_for_backward(y)
@@ -145,7 +147,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
         (y,) = ctx.saved_tensors
         if torch.is_grad_enabled() or is_legacy_batched(grad):
             with below_autocast():
@@ -154,7 +156,7 @@ class _Softmax(torch.autograd.Function):
             return _backward_op(grad, y, ctx.dim), None
 
 
-def _with_autograd(x, dim):
+def _with_autograd(x: Tensor, dim: int) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _Softmax.apply(x, dim)
     with below_autograd():
@@ -165,12 +167,12 @@ _device_forward = functools.partial(call_device, _forward_op, _check)
 
 
 @kernel("softmax", "Autograd")
-def _autograd(x, dim=-1):
+def _autograd(x: Tensor, dim: int = -1) -> Tensor:
     return _differentiable(x, dim) if transformed() else _with_autograd(x, dim)
 
 
 @kernel("softmax_backward", "Autograd", "FuncTorchBatched")
-def _autograd_backward(grad, y, dim):
+def _autograd_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
     if transformed() or (torch.is_grad_enabled() and (grad.requires_grad or y.requires_grad)):
         return _gradient(grad, y, dim)
     with below_autograd():
@@ -180,7 +182,7 @@ def _autograd_backward(grad, y, dim):
 _CASTING = casting(torch.ops.aten.softmax.int)
 
 
-def _cast(device_type, x, dim=-1):
+def _cast(device_type: str, x: Tensor, dim: int = -1) -> tuple[Any, ...]:
     return to_float(x) if device_type in _CASTING else x, dim
 
 
