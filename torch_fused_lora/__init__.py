@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .mps import extension
 from .nn import LoRALinear
 from .norms import patch_norms, unpatch_norms
-from .ops.library import keep_operators
+from .ops.dispatch import keep_operators
 from .ops.lora_linear import lora_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .mps import core_count, extension
-from .ops.library import NAMESPACE
+from .ops.dispatch import NAMESPACE
 from .ops.lora_linear import lora_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops.library import PLAIN_TYPES, PORTABLE, autocast_enabled, by_torch
+from .ops.dispatch import PLAIN_TYPES, PORTABLE, autocast_enabled, by_torch
 from .ops.portable import HALF
 from .ops.rms_norm import FUSED_BY_TORCH, rms_norm
 from .originals import Patched, is_own, patch, switched_off, tell_name, unpatch, why_replaced

@@ -22,7 +22,7 @@ except ImportError as error:
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
     ) from error
 
-from .ops.library import OWN_TYPES, autocast_enabled, by_torch
+from .ops.dispatch import OWN_TYPES, autocast_enabled, by_torch
 from .ops.lora_linear import lora_linear_stacked
 from .ops.portable import HALF
 from .originals import Patched, is_own, patch, switched_off, tell_name, unpatch, why_replaced

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .library import NAMESPACE, define, fake, kernel
+from .dispatch import NAMESPACE, define, fake, kernel
 
 _MULTIPLIER = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)

@@ -27,11 +27,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..mps import extension
-from ..torch_private import apply_of, below_autograd, call_of, dispatch_modes, is_legacy_batched, transformed
-from . import portable
-from .dropout import draw_seed
-from .library import (
+from ..torch_private import apply_of, below_autograd, dispatch_modes, is_legacy_batched
+from . import dispatch, portable
+from .dispatch import (
     NAMESPACE,
     PLAIN_OR_NONE,
     PLAIN_TYPES,
@@ -46,13 +44,17 @@ from .library import (
     autocast,
     below_autocast,
     by_torch,
-    call_device,
     define,
+    differentiable_backward,
+    differentiable_forward,
     fake,
     kernel,
+    refuse_mps,
+    refuse_sparse,
     saved_tensors,
     unwatched,
 )
+from .dropout import draw_seed
 
 # Scaling and seed may be CPU tensors that a kernel reads while it is encoded: a captured graph would replay their first
 # values.
@@ -77,7 +79,6 @@ define(
 )
 _ops = getattr(torch.ops, NAMESPACE)
 _forward_op = _ops._lora_linear.default
-_call_forward = call_of(_forward_op)
 _backward_op = _ops.lora_linear_backward.default
 
 
@@ -208,20 +209,6 @@ def _public(
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
-    got = value
-    if isinstance(value, Tensor):
-        layout = "" if value.layout is torch.strided else f"{value.layout}, "
-        got = f"shape {tuple(value.shape)}, {value.dtype}, {layout}on {value.device}"
-    raise ValueError(f"{operator}: {name}: expected {expected}; got {got}")
-
-
-def _check_dense(refuse: Callable[..., NoReturn], **tensors: Maybe) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.layout is not torch.strided:
-            refuse(name, tensor, "a dense tensor")
-
-
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -234,8 +221,8 @@ def _check(
     ranks: Ints,
 ) -> None:
     """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
-    refuse = functools.partial(_refuse, "lora_linear")
-    _check_dense(refuse, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+    refuse = functools.partial(dispatch.refuse, "lora_linear")
+    refuse_sparse("lora_linear", x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
     dtype, device = x.dtype, x.device
     x_shape, W_shape, A_shape = x.shape, weight.shape, lora_A.shape
     if dtype not in _DTYPES:
@@ -271,10 +258,12 @@ def _check_backward(
     needs: Flags,
 ) -> None:
     """As `_check`, for the operands of the gradients asked for."""
-    refuse = functools.partial(_refuse, "lora_linear_backward")
+    refuse = functools.partial(dispatch.refuse, "lora_linear_backward")
     if len(needs) != 6:
         refuse("needs", list(needs), "6 flags")
-    _check_dense(refuse, grad=grad, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling, h=h)
+    refuse_sparse(
+        "lora_linear_backward", grad=grad, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling, h=h
+    )
     need_x, need_weight, _, need_A, need_B, need_scaling = needs
     dtype, device = grad.dtype, grad.device
     if dtype not in _DTYPES:
@@ -353,16 +342,11 @@ def _portable_forward(
 
 @kernel("_lora_linear", "CompositeExplicitAutograd")
 def _portable_kernel(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, *arguments: Any) -> Pair:
-    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
-        raise NotImplementedError(
-            f"lora_linear: device 'mps' needs this package's Metal extension, and {extension.reason}; "
-            "or leave the model unpatched (torch_fused_lora.unpatch_peft)"
-        )
+    refuse_mps("lora_linear", x, "leave the model unpatched (torch_fused_lora.unpatch_peft)")
     y, h = _portable_forward(x, weight, bias, lora_A, *arguments)
     return y, lora_A.new_empty(0) if h is None else h
 
 
-@kernel("_lora_linear", "FuncTorchBatched")
 def _differentiable(
     x: Tensor,
     weight: Tensor,
@@ -551,34 +535,14 @@ def _with_autograd(
         return kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 
 
-@kernel("_lora_linear", "Autograd")
-def _autograd(*arguments: Any) -> Pair:
-    return _differentiable(*arguments) if transformed() else _with_autograd(_device_forward, *arguments)
-
-
-_device_forward = functools.partial(call_device, _call_forward, lambda *arguments: _check(*arguments[:9]))
-
-
-@kernel("lora_linear_backward", "Autograd", "FuncTorchBatched")
-def _autograd_backward(
-    grad: Tensor,
-    x: Saved,
-    weight: Saved,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    h: Saved,
-    seed: Maybe,
-    dropout_p: Floats,
-    ranks: Ints,
-    needs: Flags,
-) -> list[Tensor]:
-    arguments = (x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs)
-    tensors = (grad, x, weight, lora_A, lora_B, scaling, h)
-    if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _found(portable.differentiable_backward(grad, None, *arguments))
-    with below_autograd():
-        return call_device(_backward_op, _check_backward, grad, *arguments)
+_device_forward = differentiable_forward(
+    "_lora_linear", lambda *arguments: _check(*arguments[:9]), _with_autograd, _differentiable
+)
+differentiable_backward(
+    "lora_linear_backward",
+    _check_backward,
+    lambda grad, *arguments: _found(portable.differentiable_backward(grad, None, *arguments)),
+)
 
 
 def _cast(

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..torch_private import unsafe_view
+from .dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
 from .dropout import keep_mask
-from .library import Flags, Floats, Ints, Maybe, Pair, Saved
 
 HALF = (torch.float16, torch.bfloat16)
 _FEW = 16  # rows that are never split into blocks

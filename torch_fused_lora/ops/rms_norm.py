@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mps import extension
 from ..torch_private import (
     apply_of,
     below_autograd,
     fused_rms_norm,
     fused_rms_norm_backward,
     is_legacy_batched,
-    transformed,
 )
-from .library import (
+from . import dispatch
+from .dispatch import (
     NAMESPACE,
     PLAIN_OR_NONE,
     PORTABLE,
@@ -43,11 +42,14 @@ from .library import (
     autocast_enabled,
     below_autocast,
     by_torch,
-    call_device,
     casting,
     define,
+    differentiable_backward,
+    differentiable_forward,
     fake,
     kernel,
+    refuse_mps,
+    refuse_sparse,
     saved_tensors,
     to_float,
     unwatched,
@@ -108,13 +110,8 @@ def _public(x: Tensor, weight: Maybe, eps: float = 1e-6) -> Tensor:
 
 
 def _check(x: Tensor, weight: Maybe) -> None:
-    def refuse(name: str, value: Tensor, expected: str) -> None:
-        got = f"shape {tuple(value.shape)}, {value.dtype}, {value.layout}, on {value.device}"
-        raise ValueError(f"rms_norm: {name}: expected {expected}; got {got}")
-
-    for name, value in (("x", x), ("weight", weight)):
-        if value is not None and value.layout is not torch.strided:
-            refuse(name, value, "a dense tensor")
+    refuse = functools.partial(dispatch.refuse, "rms_norm")
+    refuse_sparse("rms_norm", x=x, weight=weight)
     if x.dim() < 1 or x.shape[-1] < 1:
         refuse("x", x, "shape (..., H) with H >= 1")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -129,16 +126,14 @@ def _check(x: Tensor, weight: Maybe) -> None:
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Maybe, rstd: Tensor, needs: Flags) -> None:
     _check(x, weight)
+    refuse = functools.partial(dispatch.refuse, "rms_norm_backward")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = (*x.shape[:-1], 1)
     for name, value, shape, dtype in (("grad", grad, x.shape, x.dtype), ("rstd", rstd, rows, wide)):
         if value.shape != shape or value.dtype != dtype or value.device != x.device:
-            raise ValueError(
-                f"rms_norm_backward: {name}: expected shape {tuple(shape)}, {dtype}, on {x.device}; "
-                f"got shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-            )
+            refuse(name, value, f"shape {tuple(shape)}, {dtype}, on {x.device}")
     if len(needs) != 2 or (needs[1] and weight is None):
-        raise ValueError(f"rms_norm_backward: needs: expected two flags, the second for a weight; got {list(needs)}")
+        refuse("needs", list(needs), "two flags, the second for a weight")
 
 
 # ------------------------------------------------------------------------------------------ kernels and shapes
@@ -232,11 +227,7 @@ def _portable_backward(grad: Tensor, x: Tensor, weight: Saved, rstd: Tensor, nee
 @kernel("_rms_norm", "CompositeExplicitAutograd")
 def _portable_kernel(x: Tensor, weight: Maybe, eps: float) -> Pair:
     _check(x, weight)
-    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
-        raise NotImplementedError(
-            f"rms_norm: device 'mps' needs this package's Metal extension, and {extension.reason}; "
-            "or use torch.nn.functional.rms_norm"
-        )
+    refuse_mps("rms_norm", x, "use torch.nn.functional.rms_norm")
     return _portable_forward(x, weight, eps)
 
 
@@ -272,9 +263,6 @@ def _by_torch(x: Tensor, weight: Maybe, eps: float) -> Pair:
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
-
-
-kernel("_rms_norm", "FuncTorchBatched")(_differentiable)
 
 
 @fake("_rms_norm")
@@ -340,22 +328,10 @@ def _with_autograd(kernel: Callable[..., Any], x: Tensor, weight: Maybe, eps: fl
         return kernel(x, weight, eps)
 
 
-_device_forward = functools.partial(call_device, _forward_op, lambda x, weight, eps: _check(x, weight))
-
-
-@kernel("_rms_norm", "Autograd")
-def _autograd(x: Tensor, weight: Maybe, eps: float) -> Pair:
-    return _differentiable(x, weight, eps) if transformed() else _with_autograd(_device_forward, x, weight, eps)
-
-
-@kernel("rms_norm_backward", "Autograd", "FuncTorchBatched")
-def _autograd_backward(grad: Tensor, x: Tensor, weight: Maybe, rstd: Tensor, needs: Flags) -> list[Tensor]:
-    tensors = (grad, x, weight, rstd)
-    if transformed() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _gradients(grad, x, weight, rstd, needs)
-    with below_autograd():
-        return call_device(_backward_op, _check_backward, grad, x, weight, rstd, needs)
-
+_device_forward = differentiable_forward(
+    "_rms_norm", lambda x, weight, eps: _check(x, weight), _with_autograd, _differentiable
+)
+differentiable_backward("rms_norm_backward", _check_backward, _gradients)
 
 _CASTING = casting(torch.ops.aten.rms_norm.default)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import torch_private
-from ..mps import extension
-from ..torch_private import below_autograd, is_legacy_batched, transformed
-from .library import (
+from ..torch_private import below_autograd, is_legacy_batched
+from .dispatch import (
     NAMESPACE,
     PLAIN_TYPES,
     PORTABLE,
@@ -20,11 +19,14 @@ from .library import (
     autocast,
     below_autocast,
     by_torch,
-    call_device,
     casting,
     define,
+    differentiable_backward,
+    differentiable_forward,
     fake,
     kernel,
+    refuse,
+    refuse_mps,
     to_float,
     unwatched,
 )
@@ -64,15 +66,15 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
         if device_type in PORTABLE:
             _check(x, dim)
             return torch.softmax(x, dim).contiguous()
-        return _with_autograd(x, dim)
+        return _with_autograd(_device_forward, x, dim)
     return _forward_op(x, dim)
 
 
 def _check(x: Tensor, dim: int, operator: str = "softmax", name: str = "x") -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"{operator}: {name}: expected float16, bfloat16, float32 or float64; got {x.dtype}")
+        refuse(operator, name, x, "float16, bfloat16, float32 or float64")
     if x.layout is not torch.strided and not x.is_nested:
-        raise ValueError(f"{operator}: {name}: expected a dense tensor; got {x.layout}")
+        refuse(operator, name, x, "a dense tensor")
     most = max(x.dim(), 1)
     if not -most <= dim < most:
         raise IndexError(
@@ -83,10 +85,7 @@ def _check(x: Tensor, dim: int, operator: str = "softmax", name: str = "x") -> N
 def _check_backward(grad: Tensor, y: Tensor, dim: int) -> None:
     _check(y, dim, "softmax_backward", "y")
     if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
-        raise ValueError(
-            f"softmax_backward: grad: expected shape {tuple(y.shape)}, {y.dtype}, on {y.device}, as y; "
-            f"got {tuple(grad.shape)}, {grad.dtype}, on {grad.device}"
-        )
+        refuse("softmax_backward", "grad", grad, f"shape {tuple(y.shape)}, {y.dtype}, on {y.device}, as y")
 
 
 # ------------------------------------------------------------------------------------------ kernels and shapes
@@ -95,10 +94,7 @@ def _check_backward(grad: Tensor, y: Tensor, dim: int) -> None:
 @kernel("softmax", "CompositeExplicitAutograd")
 def _portable(x: Tensor, dim: int = -1) -> Tensor:
     _check(x, dim)
-    if x.device.type == "mps":  # reached only where no extension has registered an MPS kernel
-        raise NotImplementedError(
-            f"softmax: device 'mps' needs this package's Metal extension, and {extension.reason}; or use torch.softmax"
-        )
+    refuse_mps("softmax", x, "use torch.softmax")
     return torch_private.softmax(x, dim, False).contiguous()
 
 
@@ -131,17 +127,14 @@ def _gradient(grad: Tensor, y: Tensor, dim: int) -> Tensor:
     return (wide * (grad - (wide * grad).sum(dim, keepdim=True))).to(y.dtype).contiguous()
 
 
-kernel("softmax", "FuncTorchBatched")(_differentiable)
-
-
 # --------------------------------------------------------------------------------- autograd, functorch, autocast
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, kernel: Callable[..., Tensor], x: Tensor, dim: int) -> Tensor:
         with below_autograd():
-            y = _device_forward(x, dim)
+            y = kernel(x, dim)
         ctx.save_for_backward(y)
         ctx.dim = dim
         return y
@@ -151,33 +144,20 @@ class _Softmax(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if torch.is_grad_enabled() or is_legacy_batched(grad):
             with below_autocast():
-                return _gradient(grad, y, ctx.dim), None
+                return None, _gradient(grad, y, ctx.dim), None
         with below_autograd():
-            return _backward_op(grad, y, ctx.dim), None
+            return None, _backward_op(grad, y, ctx.dim), None
 
 
-def _with_autograd(x: Tensor, dim: int) -> Tensor:
+def _with_autograd(kernel: Callable[..., Tensor], x: Tensor, dim: int = -1) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Softmax.apply(x, dim)
+        return _Softmax.apply(kernel, x, dim)
     with below_autograd():
-        return _device_forward(x, dim)
+        return kernel(x, dim)
 
 
-_device_forward = functools.partial(call_device, _forward_op, _check)
-
-
-@kernel("softmax", "Autograd")
-def _autograd(x: Tensor, dim: int = -1) -> Tensor:
-    return _differentiable(x, dim) if transformed() else _with_autograd(x, dim)
-
-
-@kernel("softmax_backward", "Autograd", "FuncTorchBatched")
-def _autograd_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
-    if transformed() or (torch.is_grad_enabled() and (grad.requires_grad or y.requires_grad)):
-        return _gradient(grad, y, dim)
-    with below_autograd():
-        return call_device(_backward_op, _check_backward, grad, y, dim)
-
+_device_forward = differentiable_forward("softmax", _check, _with_autograd, _differentiable)
+differentiable_backward("softmax_backward", _check_backward, _gradient)
 
 _CASTING = casting(torch.ops.aten.softmax.int)
 

@@ -1,17 +1,19 @@
-"""How this package's operators are registered with torch.library, and which way a call takes."""
+"""How this package's operators are registered with torch.library, which way a call takes, and what it refuses."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import torch_private
-from ..torch_private import FakeTensor, dispatch_modes, profiling, raw_saved_tensors, transformed
+from ..mps import extension
+from ..torch_private import FakeTensor, below_autograd, dispatch_modes, profiling, raw_saved_tensors, transformed
 
 NAMESPACE = "torch_fused_lora"
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
@@ -54,6 +56,10 @@ def fake(name: str) -> Callable[[_F], _F]:
     return register
 
 
+def _operator(name: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type; False where torch knows no autocast (it raises for meta)."""
     return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
@@ -66,7 +72,7 @@ below_autocast = torch_private.below_autocast(AUTOCAST_KEYS)
 def autocast(name: str, cast: Callable[..., Sequence[object]]) -> None:
     """Register operator ``torch_fused_lora::name`` at every autocast key: ``cast(device_type, *arguments)`` gives the
     arguments that its kernels get, which run below autocast."""
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = _operator(name)
 
     def register(device_type: str, key: str) -> None:
         @kernel(name, key)
@@ -102,6 +108,61 @@ def call_device(operator: Callable, check: Callable[..., None], *arguments: obje
     except RuntimeError:
         check(*arguments)
         raise
+
+
+def differentiable_forward(
+    name: str, check: Callable[..., None], with_autograd: Callable[..., Any], twin: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register a forward operator's autograd and functorch kernels, and return what calls the device's own kernel.
+
+    ``with_autograd(kernel, *arguments)`` records a call of a kernel; ``twin`` is the operator in differentiable aten
+    calls, for functorch transforms and forward-mode AD.
+    """
+    device_kernel = functools.partial(call_device, torch_private.call_of(_operator(name)), check)
+
+    @kernel(name, "Autograd")
+    def autograd(*arguments: Any) -> Any:
+        return twin(*arguments) if transformed() else with_autograd(device_kernel, *arguments)
+
+    kernel(name, "FuncTorchBatched")(twin)
+    return device_kernel
+
+
+def differentiable_backward(name: str, check: Callable[..., None], twin: Callable[..., Any]) -> None:
+    """Register a backward operator's autograd and functorch kernels: the device's own where nothing is recorded,
+    otherwise ``twin``, the operator in differentiable aten calls."""
+    operator = _operator(name)
+
+    @kernel(name, "Autograd", "FuncTorchBatched")
+    def autograd(*arguments: Any) -> Any:
+        records = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+        if records or transformed():
+            return twin(*arguments)
+        with below_autograd():
+            return call_device(operator, check, *arguments)
+
+
+def refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
+    """Raise ValueError: what an operator expected of an argument, and what it got."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{value.layout}, "
+        value = f"{layout}shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    raise ValueError(f"{operator}: {name}: expected {expected}; got {value}")
+
+
+def refuse_sparse(operator: str, **tensors: Maybe) -> None:
+    """Raise ValueError where a tensor is not dense."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.layout is not torch.strided:
+            refuse(operator, name, tensor, "a dense tensor")
+
+
+def refuse_mps(operator: str, x: Tensor, instead: str) -> None:
+    """Raise NotImplementedError in a portable kernel on mps: no extension has registered one of its own."""
+    if x.device.type == "mps":
+        raise NotImplementedError(
+            f"{operator}: device 'mps' needs this package's Metal extension, and {extension.reason}; or {instead}"
+        )
 
 
 PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
