@@ -15,7 +15,7 @@ kernels:  ## what optimisers make of every Metal kernel, and the bytes each move
 	python tests/kernel_code.py
 	python tests/traffic.py
 
-lint:  ## ruff, mypy and clang-format, as pre-commit runs them
+lint:  ## ruff and mypy, as pre-commit runs them
 	ruff check .
 	ruff format --check .
 	mypy

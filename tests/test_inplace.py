@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import torch_fused_lora as tfl
+from torch_fused_lora.ops import dispatch
 
 
 class Block(nn.Module):
@@ -101,11 +102,41 @@ def test_other_errors_of_saved_tensors_stay_torchs():
     y.backward()
     with pytest.raises(RuntimeError, match=r"^Trying to backward through the graph a second time"):
         y.backward()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack"), reason="torch 2.11 tells no saved tensors apart"
+)
+def test_another_saved_tensor_that_was_changed():
+    model = lora_block(torch.float32, 0.0)
+    tfl.patch_peft(model)
+    model.base_model.model.forward = model.base_model.model.mlp.forward
     y = model(torch.randn(2, 16)).sum()
     with torch.no_grad():
         model.base_model.model.mlp.lora_B["default"].weight.zero_()
     with pytest.raises(RuntimeError, match=r"^one of the variables needed for gradient computation has been modified"):
         y.backward()
+
+
+@pytest.mark.parametrize("raw", [(), (None,)])
+def test_a_torch_that_cannot_tell_says_so(monkeypatch, raw):
+    monkeypatch.setattr(dispatch, "raw_saved_tensors", lambda ctx: raw)
+    model = lora_block(torch.float32, 0.0)
+    tfl.patch_peft(model)
+    with pytest.raises(
+        RuntimeError, match=r"mlp: what it saved, most likely the input, was changed .* copy_input=True"
+    ):
+        gradients(model, torch.float32)
+
+
+def test_the_layer_is_named_by_the_dispatchers_way_too():
+    model, norm = lora_block(torch.float32, 0.0), Block(LlamaRMSNorm(16))
+    tfl.patch_peft(model), tfl.patch_norms(norm)
+    for block, name in ((model, "mlp"), (norm, "mlp")):
+        with torch.profiler.profile():
+            y = block(torch.randn(20, 16))
+        with pytest.raises(RuntimeError, match=f"{name}: the input was changed in place"):
+            y.sum().backward()
 
 
 def test_nothing_is_left_on_an_unpatched_layer():

@@ -39,7 +39,9 @@ KINDS = {
 def calls(monkeypatch):
     """The weights that rms_norm was called with."""
     seen = []
-    monkeypatch.setattr(norms, "rms_norm", lambda x, weight, eps: seen.append(weight) or tfl.rms_norm(x, weight, eps))
+    monkeypatch.setattr(
+        norms, "rms_norm_for", lambda *operands: seen.append(operands[1]) or tfl.rms_norm(*operands[:3])
+    )
     return seen
 
 

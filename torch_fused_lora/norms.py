@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from .ops.dispatch import PLAIN_TYPES, PORTABLE, autocast_enabled, by_torch
 from .ops.portable import HALF
-from .ops.rms_norm import FUSED_BY_TORCH, rms_norm
-from .originals import Patched, is_own, patch, switched_off, tell_name, unpatch, why_replaced
+from .ops.rms_norm import FUSED_BY_TORCH, rms_norm_for
+from .originals import Patched, is_own, patch, switched_off, unpatch, why_replaced
 from .report import PatchReport
 
 
@@ -115,9 +115,9 @@ class _Fused(Patched):
             return type(self).forward(self, *args, **kwargs)
         if not kwargs and len(args) == 1 and (found := _arguments(self, args[0])):
             if _FORMS[self._form].autocasts or not autocast_enabled(args[0].device.type):
-                return tell_name(self, rms_norm(*found))
+                return rms_norm_for(*found, self._patched_name)
             with torch.autocast(args[0].device.type, enabled=False):
-                return tell_name(self, rms_norm(*found))
+                return rms_norm_for(*found, self._patched_name)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -11,9 +11,6 @@ from collections.abc import Iterable
 from types import BuiltinFunctionType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import system
 
 
@@ -89,14 +86,6 @@ def unpatch(module: Any) -> None:
         module.__class__ = module._original
         for name in _STATE:
             del module.__dict__[name]
-
-
-def tell_name(module: Any, y: Tensor) -> Tensor:
-    """Leave the module's name where `saved_tensors` finds it: with the node of the autograd graph that made ``y``."""
-    if y.requires_grad and not torch.compiler.is_compiling():
-        node: Any = y.grad_fn
-        node.metadata["module"] = module._patched_name
-    return y
 
 
 def switched_off() -> str | None:

@@ -25,7 +25,7 @@ except ImportError as error:
 from .ops.dispatch import OWN_TYPES, autocast_enabled, by_torch
 from .ops.lora_linear import lora_linear_stacked
 from .ops.portable import HALF
-from .originals import Patched, is_own, patch, switched_off, tell_name, unpatch, why_replaced
+from .originals import Patched, is_own, patch, switched_off, unpatch, why_replaced
 from .report import PatchReport
 from .torch_private import has_global_hook
 
@@ -54,12 +54,13 @@ class Linear(Patched, lora.Linear):
         if len(adapters) == 1:
             lora_A, lora_B, _, scaling, dropout_p = adapters[0]
             dropout = (dropout_p,) if dropout_p else ()
-            return tell_name(self, lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout))
+            name = self._patched_name
+            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout, (), name)
         stacked_A = torch.cat([adapter.lora_A for adapter in adapters])
         stacked_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
         ranks = [adapter.lora_A.shape[0] for adapter in adapters]
         dropouts = [adapter.dropout_p for adapter in adapters]
-        return tell_name(self, lora_linear_stacked(x, weight, bias, stacked_A, stacked_B, 1.0, dropouts, ranks))
+        return lora_linear_stacked(x, weight, bias, stacked_A, stacked_B, 1.0, dropouts, ranks, self._patched_name)
 
 
 class _Adapter(NamedTuple):
@@ -179,11 +180,11 @@ def _why_replaced(layer: lora.Linear) -> str | None:
 def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
     """The module's weight and bias. FSDP1 puts plain views of its flat parameter in the parameters' place."""
     fields = module.__dict__
-    get = fields["_parameters"].get
-    return get("weight", fields.get("weight")), get("bias", fields.get("bias"))
-
-
-_REPLACED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
+    parameters = fields["_parameters"]
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:
+        return parameters.get("weight", fields.get("weight")), parameters.get("bias", fields.get("bias"))
 
 
 def _why_not_linear(module: nn.Module) -> str | None:
@@ -199,7 +200,16 @@ def _why_not_linear(module: nn.Module) -> str | None:
 
 def _why_not_called(module: nn.Module) -> str | None:
     """Why calling this module does more than its class's forward, or None."""
-    return "hooks or a replaced forward" if any(map(module.__dict__.get, _REPLACED)) else None
+    fields = module.__dict__
+    if (
+        fields["_forward_hooks"]
+        or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"]
+        or fields["_backward_pre_hooks"]
+        or "forward" in fields
+    ):
+        return "hooks or a replaced forward"
+    return None
 
 
 def _why_not_all_adapters(layer: lora.Linear) -> str | None:

@@ -151,15 +151,16 @@ def refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
 
 
 def refuse_sparse(operator: str, **tensors: Maybe) -> None:
-    """Raise ValueError where a tensor is not dense."""
+    """Raise ValueError for the first tensor that is not dense."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.layout is not torch.strided:
             refuse(operator, name, tensor, "a dense tensor")
 
 
 def refuse_mps(operator: str, x: Tensor, instead: str) -> None:
-    """Raise NotImplementedError in a portable kernel on mps: no extension has registered one of its own."""
-    if x.device.type == "mps":
+    """Raise NotImplementedError in a portable kernel on mps: no extension has registered one of its own. A sparse x
+    comes here in any case, and is refused by name."""
+    if x.device.type == "mps" and x.layout is torch.strided:
         raise NotImplementedError(
             f"{operator}: device 'mps' needs this package's Metal extension, and {extension.reason}; or {instead}"
         )
@@ -210,7 +211,16 @@ def unwatched(device_type: str) -> bool:
     )
 
 
-def saved_tensors(ctx: Any, operator: str, patch: str) -> tuple[Any, ...]:
+def tell_caller(y: Tensor, caller: str | None) -> Tensor:
+    """Leave a patched module's name where `saved_tensors` finds it, for a call that goes by the dispatcher: with the
+    node of the autograd graph that made ``y``."""
+    if caller and y.requires_grad and not torch.compiler.is_compiling():
+        node: Any = y.grad_fn
+        node.metadata["caller"] = caller
+    return y
+
+
+def saved_tensors(ctx: Any, operator: str, patch: str, caller: str | None) -> tuple[Any, ...]:
     """``ctx.saved_tensors``, of which x is the first. Where x was changed in place since, the error that they raise
     names the module, if it is one that ``patch`` patched, and the remedy."""
     try:
@@ -218,11 +228,20 @@ def saved_tensors(ctx: Any, operator: str, patch: str) -> tuple[Any, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):  # freed
             raise
-        try:
-            for x in raw_saved_tensors(ctx)[:1]:
-                x.unpack()
-        except (RuntimeError, AttributeError):  # torch 2.11 cannot tell which one: x is, but for rare cases
-            module = ctx.metadata.get("module")
-            who, remedy = (module, f"{patch}(model, copy_input=True)") if module else (operator, "give it x.clone()")
-            raise RuntimeError(f"{who}: the input was changed in place after the forward: {remedy}. {error}") from error
-        raise  # another tensor
+        what = _changed_input(ctx)
+        if what is None:
+            raise
+        caller = caller or ctx.metadata.get("caller")
+        who, remedy = (caller, f"{patch}(model, copy_input=True)") if caller else (operator, "give it x.clone()")
+        raise RuntimeError(f"{who}: {what} was changed in place after the forward: {remedy}. {error}") from error
+
+
+def _changed_input(ctx: Any) -> str | None:
+    """The input, in words, if it is the saved tensor that was changed in place; None if another one was."""
+    try:
+        raw_saved_tensors(ctx)[0].unpack()
+    except RuntimeError:
+        return "the input"
+    except (AttributeError, IndexError):  # as in torch 2.11: which of them was changed is not to be had
+        return "what it saved, most likely the input,"
+    return None

@@ -52,6 +52,7 @@ from .dispatch import (
     refuse_mps,
     refuse_sparse,
     saved_tensors,
+    tell_caller,
     unwatched,
 )
 from .dropout import draw_seed
@@ -145,9 +146,11 @@ def lora_linear_stacked(
     scaling: float | Tensor,
     dropout_p: Sequence[float] = (),
     ranks: Sequence[int] = (),
+    caller: str | None = None,
 ) -> Tensor:
     """`lora_linear` for adapters stacked along the rank: adapter i owns ``ranks[i]`` rows of lora_A, columns of
-    lora_B and drops x with ``dropout_p[i]``. Empty ``ranks`` means one adapter; empty ``dropout_p`` no dropout."""
+    lora_B and drops x with ``dropout_p[i]``. Empty ``ranks`` means one adapter; empty ``dropout_p`` no dropout.
+    Errors of backward name ``caller``, the module that calls."""
     scaling = _as_scaling(scaling, x.dtype)
     seed = None
     if any(dropout_p):
@@ -157,10 +160,11 @@ def lora_linear_stacked(
     arguments = (x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks)
     device_type = x.device.type
     if not unwatched(device_type) or not PLAIN_OR_NONE.issuperset(map(type, arguments[:5])):
-        return _forward_op(*arguments)[0]
+        return tell_caller(_forward_op(*arguments)[0], caller)
     # Where nothing is there to intercept the operator, what the dispatcher would call is called from here: its way
     # from Python through C++ to Python and back takes a tenth of a 1 x 512 x 512 layer.
-    return _with_autograd(_portable_forward if device_type in PORTABLE else _device_forward, *arguments)[0]
+    kernel = _portable_forward if device_type in PORTABLE else _device_forward
+    return _with_autograd(kernel, *arguments, caller=caller)[0]
 
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
@@ -222,7 +226,8 @@ def _check(
 ) -> None:
     """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
     refuse = functools.partial(dispatch.refuse, "lora_linear")
-    refuse_sparse("lora_linear", x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+    if not (x.layout is weight.layout is lora_A.layout is lora_B.layout is torch.strided):
+        refuse_sparse("lora_linear", x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     dtype, device = x.dtype, x.device
     x_shape, W_shape, A_shape = x.shape, weight.shape, lora_A.shape
     if dtype not in _DTYPES:
@@ -458,7 +463,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, options: Any
     ) -> tuple[Tensor, Maybe]:
-        seed, dropout_p, ranks, kernel = options
+        seed, dropout_p, ranks, kernel, caller = options
         need_x, need_weight, _, need_A, need_B, need_scaling, _ = ctx.needs_input_grad
         save_h = need_B or need_scaling
         with below_autograd():
@@ -477,7 +482,7 @@ class _LoRALinear(torch.autograd.Function):
             h if save_h else None,
             seed,
         )
-        ctx.options = dropout_p, ranks, y.shape, y.dtype, kernel is _portable_forward
+        ctx.options = dropout_p, ranks, y.shape, y.dtype, kernel is _portable_forward, caller
         return y, h
 
     @staticmethod
@@ -485,8 +490,8 @@ class _LoRALinear(torch.autograd.Function):
         if grad is None and grad_h is None:
             return (None,) * 7
         needs = ctx.needs_input_grad[:6]
-        dropout_p, ranks, y_shape, y_dtype, direct = ctx.options
-        arguments = *saved_tensors(ctx, "lora_linear", "patch_peft"), dropout_p, ranks, needs
+        dropout_p, ranks, y_shape, y_dtype, direct, caller = ctx.options
+        arguments = *saved_tensors(ctx, "lora_linear", "patch_peft", caller), dropout_p, ranks, needs
         grads: Sequence[Maybe]
         if grad_h is not None or torch.is_grad_enabled():
             if grad is None:  # only h was used, which a double backward does
@@ -521,6 +526,7 @@ def _with_autograd(
     dropout_p: Floats = (),
     ranks: Ints = (),
     save_h: bool = False,
+    caller: str | None = None,
 ) -> Pair:
     if torch.is_grad_enabled() and (
         lora_A.requires_grad
@@ -530,7 +536,7 @@ def _with_autograd(
         or (bias is not None and bias.requires_grad)
         or scaling.requires_grad
     ):
-        return _apply(x, weight, bias, lora_A, lora_B, scaling, (seed, dropout_p, ranks, kernel))
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, (seed, dropout_p, ranks, kernel, caller))
     with below_autograd():
         return kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
 

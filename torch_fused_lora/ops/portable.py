@@ -46,7 +46,9 @@ def forward(
 
     Returns (y, h), h None unless it is to be saved.
     """
-    x_rows, weight = packed(flat(x)), packed(weight)
+    x_rows = flat(x)
+    if x.dtype in HALF:
+        x_rows, weight = packed(x_rows), packed(weight)
     y = F.linear(x_rows, weight, bias)
     # A number where reading it does not synchronise with the device.
     scale = scaling.item() if scaling.is_cpu else scaling
@@ -79,7 +81,10 @@ def backward(
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows, x_rows, weight = map(_packed_rows, (grad, x, weight))
+    grad_rows = flat(grad)
+    x_rows: Saved = None if x is None else flat(x)
+    if grad.dtype in HALF:
+        grad_rows, x_rows, weight = map(packed, (grad_rows, x_rows, weight))
     # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
     grad_x: Saved = None
     grad_A: Saved = None
@@ -275,16 +280,14 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _packed_rows(x: Saved) -> Saved:
-    return None if x is None else packed(flat(x))
-
-
-def packed(matrix: Tensor) -> Tensor:
+def packed(matrix: Saved) -> Saved:
     """The matrix as torch's products may read it: halves with gaps between rows (or columns) are copied on a CPU,
     where torch's product by AMX reads into the gaps."""
-    if matrix.dtype not in HALF or not matrix.is_cpu or matrix.is_contiguous() or matrix.t().is_contiguous():
+    if matrix is None or not matrix.is_cpu or matrix.dtype not in HALF:
         return matrix
-    return matrix.contiguous()
+    (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
+    has_gaps = (column_stride == 1 and row_stride > columns) or (row_stride == 1 and column_stride > rows)
+    return matrix.contiguous() if has_gaps else matrix
 
 
 def _unflat(rows: Tensor, like: Tensor) -> Tensor:
@@ -356,7 +359,10 @@ def differentiable_backward(
 ) -> tuple[Maybe, ...]:
     """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows, x_rows, weight = map(_packed_rows, (grad, x, weight))
+    grad_rows = flat(grad)
+    x_rows: Saved = None if x is None else flat(x)
+    if grad.dtype in HALF:
+        grad_rows, x_rows, weight = map(packed, (grad_rows, x_rows, weight))
     lora_A, lora_B = packed(lora_A), packed(lora_B)
     wide_grad = grad_rows.to(lora_A.dtype)
     z = (wide_grad @ lora_B) * scaling

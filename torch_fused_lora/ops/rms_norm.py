@@ -51,6 +51,7 @@ from .dispatch import (
     refuse_mps,
     refuse_sparse,
     saved_tensors,
+    tell_caller,
     to_float,
     unwatched,
 )
@@ -88,20 +89,25 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
     if not isinstance(eps, (float, numbers.Real, torch.SymFloat)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    return rms_norm_for(x, weight, eps)
+
+
+def rms_norm_for(x: Tensor, weight: Maybe, eps: float, caller: str | None = None) -> Tensor:
+    """`rms_norm` of operands of the right types. Errors of backward name ``caller``, the module that calls."""
     device_type = x.device.type
     if by_torch(x):
         if autocast_enabled(device_type):
             x, weight, eps = _cast(device_type, x, weight, eps)
         return _by_torch(x, weight, eps)[0]
     if not unwatched(device_type) or not PLAIN_OR_NONE.issuperset(map(type, (x, weight))):
-        return _forward_op(x, weight, eps)[0]
+        return tell_caller(_forward_op(x, weight, eps)[0], caller)
     # Nobody wants to see the operator: what the dispatcher would call, without its way through C++ and back.
     if device_type not in PORTABLE:
-        return _with_autograd(_device_forward, x, weight, eps)[0]
+        return _with_autograd(_device_forward, x, weight, eps, caller)[0]
     if _is_alike(x, weight) and (device_type in FUSED_BY_TORCH or (x.numel() <= _FEW and not _records(x, weight))):
         _check(x, weight)
         return torch.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
-    return _with_autograd(_portable_forward, x, weight, eps)[0]
+    return _with_autograd(_portable_forward, x, weight, eps, caller)[0]
 
 
 @kernel("rms_norm", "CompositeImplicitAutograd", "FuncTorchBatched")
@@ -226,7 +232,6 @@ def _portable_backward(grad: Tensor, x: Tensor, weight: Saved, rstd: Tensor, nee
 
 @kernel("_rms_norm", "CompositeExplicitAutograd")
 def _portable_kernel(x: Tensor, weight: Maybe, eps: float) -> Pair:
-    _check(x, weight)
     refuse_mps("rms_norm", x, "use torch.nn.functional.rms_norm")
     return _portable_forward(x, weight, eps)
 
@@ -287,7 +292,7 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Saved, rstd: Tensor, needs: 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Any], x: Tensor, weight: Maybe, eps: float) -> Pair:
+    def forward(ctx: Any, kernel: Callable[..., Any], x: Tensor, weight: Maybe, eps: float, caller: str | None) -> Pair:
         with below_autograd():
             y, rstd = kernel(x, weight, eps)
         ctx.set_materialize_grads(False)
@@ -295,14 +300,14 @@ class _RMSNorm(torch.autograd.Function):
         if x.is_inference():  # autograd refuses to save it
             x = x.clone()
         ctx.save_for_backward(x, weight, rstd)
-        ctx.eps = eps
+        ctx.eps, ctx.caller = eps, caller
         return y, rstd
 
     @staticmethod
     def backward(ctx: Any, grad: Maybe, _: Any) -> tuple[Maybe, ...]:
         if grad is None:
-            return (None,) * 4
-        x, weight, rstd = saved_tensors(ctx, "rms_norm", "patch_norms")
+            return (None,) * 5
+        x, weight, rstd = saved_tensors(ctx, "rms_norm", "patch_norms", ctx.caller)
         needs = ctx.needs_input_grad[1:3]
         if torch.is_grad_enabled() or is_legacy_batched(grad):
             with below_autocast():
@@ -311,7 +316,7 @@ class _RMSNorm(torch.autograd.Function):
             with below_autograd():
                 found = _backward_op(grad, x, weight, rstd, needs)
         each = iter(found)
-        return None, *(next(each) if need else None for need in needs), None
+        return None, *(next(each) if need else None for need in needs), None, None
 
 
 _apply = apply_of(_RMSNorm)
@@ -321,9 +326,9 @@ def _records(x: Tensor, weight: Maybe) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad))
 
 
-def _with_autograd(kernel: Callable[..., Any], x: Tensor, weight: Maybe, eps: float) -> Pair:
+def _with_autograd(kernel: Callable[..., Any], x: Tensor, weight: Maybe, eps: float, caller: str | None = None) -> Pair:
     if _records(x, weight):
-        return _apply(kernel, x, weight, eps)
+        return _apply(kernel, x, weight, eps, caller)
     with below_autograd():
         return kernel(x, weight, eps)
 
