@@ -153,6 +153,23 @@ def test_compiled_func_grad(device):
     torch.testing.assert_close(compiled(A), torch.func.grad(loss)(A))
 
 
+def test_the_compiled_graph_holds_the_operators(device):
+    """The short way and torch's own calls are for those who do not compile: here they would be seen as such."""
+    x, weight, bias, lora_A, lora_B, _ = operands(device=device)
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def layers(x):
+        return tfl.softmax(tfl.rms_norm(tfl.lora_linear(x, weight, bias, lora_A, lora_B)))
+
+    torch.compile(layers, backend=backend, fullgraph=True)(x)
+    for name in ("_lora_linear", "_rms_norm", "softmax"):
+        assert f"torch_fused_lora.{name}.default" in targets, targets
+
+
 class Module(torch.nn.Module):
     def __init__(self):
         super().__init__()

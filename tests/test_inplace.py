@@ -50,7 +50,7 @@ def test_the_error_names_the_layer_and_the_remedy(dtype, dropout):
     model = lora_block(dtype, dropout)
     tfl.patch_peft(model)
     expected = (
-        r"base_model\.model\.mlp: the input was changed in place .*: patch_peft\(model, copy_input=True\)\. one of"
+        r"base_model\.model\.mlp: .*the input,? was changed in place .*: patch_peft\(model, copy_input=True\)\. one of"
     )
     with pytest.raises(RuntimeError, match=expected):
         gradients(model, dtype)
@@ -76,7 +76,7 @@ def test_norms():
         if copies:
             assert gradients(block, torch.float32).keys() == {"inp.weight", "inp.bias", "mlp.weight"}
         else:
-            expected = r"mlp: the input was changed in place .*: patch_norms\(model, copy_input=True\)\. one of"
+            expected = r"mlp: .*the input,? was changed in place .*: patch_norms\(model, copy_input=True\)\. one of"
             with pytest.raises(RuntimeError, match=expected):
                 gradients(block, torch.float32)
 
@@ -90,7 +90,7 @@ def test_a_call_without_a_module_names_the_operator():
         x = torch.randn(2, 16)
         y = call(x)
         x.zero_()
-        with pytest.raises(RuntimeError, match=f"{name}: the input was changed in place .*: give it x.clone()"):
+        with pytest.raises(RuntimeError, match=f"{name}: .*the input,? was changed in place .*: give it x.clone()"):
             y.sum().backward()
 
 
@@ -135,7 +135,7 @@ def test_the_layer_is_named_by_the_dispatchers_way_too():
     for block, name in ((model, "mlp"), (norm, "mlp")):
         with torch.profiler.profile():
             y = block(torch.randn(20, 16))
-        with pytest.raises(RuntimeError, match=f"{name}: the input was changed in place"):
+        with pytest.raises(RuntimeError, match=f"{name}: .*the input,? was changed in place"):
             y.sum().backward()
 
 

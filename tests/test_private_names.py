@@ -31,6 +31,7 @@ def test_without_each_private_name():
     """Operators and a patched layer compute the same whichever of the names is missing."""
     script = Path(__file__).with_name("private_names.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(script.parent)])}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)

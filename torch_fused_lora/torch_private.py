@@ -53,6 +53,15 @@ def _transformed() -> bool:
 transformed: Callable[[], bool] = _always if None in (_in_functorch, _level, _guard) else _transformed
 
 
+def _is_exporting() -> bool:
+    """As torch.compiler.is_exporting(), which torch 2.11's dynamo takes for True whatever it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
+_exporting = _private("compiler._is_exporting_flag", None)
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting if _exporting is None else _is_exporting
+
+
 def _has_no_storage(tensor: Tensor) -> bool:
     try:
         tensor.untyped_storage()

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from .. import torch_private
 from ..mps import extension
-from ..torch_private import FakeTensor, below_autograd, dispatch_modes, profiling, raw_saved_tensors, transformed
+from ..torch_private import (
+    FakeTensor,
+    below_autograd,
+    dispatch_modes,
+    is_exporting,
+    profiling,
+    raw_saved_tensors,
+    transformed,
+)
 
 NAMESPACE = "torch_fused_lora"
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
@@ -197,7 +205,7 @@ def keep_operators() -> Iterator[None]:
 
 def by_torch(x: torch.Tensor) -> bool:
     """Whether a call has to be made of torch's own calls: it is exported or traced, or x is nested."""
-    return (torch.compiler.is_exporting() and not _keeping) or x.is_nested or torch.jit.is_tracing()
+    return (is_exporting() and not _keeping) or x.is_nested or torch.jit.is_tracing()
 
 
 def unwatched(device_type: str) -> bool:
