@@ -33,7 +33,8 @@ class Call(nn.Module):
         self.function, self.parameters_ = function, nn.ParameterList(parameters)
 
     def forward(self, x):
-        return self.function(x, *self.parameters_)
+        # By index: the dynamo of torch 2.11 cannot unpack a ParameterList.
+        return self.function(x, *[self.parameters_[i] for i in range(len(self.parameters_))])
 
 
 def peft_layer(dtype=torch.float32, adapters=1, norms=False, **options):
