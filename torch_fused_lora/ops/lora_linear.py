@@ -164,7 +164,7 @@ def lora_linear_stacked(
     # Where nothing is there to intercept the operator, what the dispatcher would call is called from here: its way
     # from Python through C++ to Python and back takes a tenth of a 1 x 512 x 512 layer.
     kernel = _portable_forward if device_type in PORTABLE else _device_forward
-    return _with_autograd(kernel, *arguments, caller=caller)[0]
+    return _with_autograd(kernel, *arguments, False, caller)[0]
 
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
