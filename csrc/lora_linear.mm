@@ -274,7 +274,7 @@ std::vector<Tensor> backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_fused_lora, MPS, m) {
-  m.impl("_lora_linear", TORCH_BOX(&forward));
+  m.impl("lora_linear_forward", TORCH_BOX(&forward));
   m.impl("lora_linear_backward", TORCH_BOX(&backward));
 }
 

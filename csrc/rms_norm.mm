@@ -95,7 +95,7 @@ std::vector<Tensor> backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_fused_lora, MPS, m) {
-  m.impl("_rms_norm", TORCH_BOX(&forward));
+  m.impl("rms_norm_forward", TORCH_BOX(&forward));
   m.impl("rms_norm_backward", TORCH_BOX(&backward));
 }
 

@@ -60,7 +60,7 @@ Tensor backward(const Tensor& grad, const Tensor& y, int64_t dim) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_fused_lora, MPS, m) {
-  m.impl("softmax", TORCH_BOX(&forward));
+  m.impl("softmax_forward", TORCH_BOX(&forward));
   m.impl("softmax_backward", TORCH_BOX(&backward));
 }
 

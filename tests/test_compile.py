@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import torch_fused_lora as tfl
-from torch_fused_lora.ops.lora_linear import lora_linear_stacked
+from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
 
 ops = torch.ops.torch_fused_lora
 
@@ -59,9 +59,9 @@ def test_opcheck(device, dtype, adapter_dtype, lead, needs):
     opcheck = partial(torch.library.opcheck, test_utils=OPCHECKS[device.type])
     a = operands(dtype, adapter_dtype, lead, needs, device)
     opcheck(ops.lora_linear, a)
-    opcheck(ops._lora_linear, a, {"save_h": not needs})
+    opcheck(ops.lora_linear_forward, (*a, None, [], [], not needs))
     opcheck(ops.lora_linear, (a[0], a[1], None, *a[3:]), {"dropout_p": 0.5, "seed": torch.tensor(4)})
-    opcheck(ops._lora_linear, (*a, torch.tensor(4), [0.5, 0.0], [1, 1]))
+    opcheck(ops.lora_linear_forward, (*a, torch.tensor(4), [0.5, 0.0], [1, 1], False))
     grad, h = torch.randn(*lead, 5).to(a[0]), torch.randn(a[0][..., 0].numel(), 2).to(a[3])
     x, W, _, A, B, s = a
     opcheck(ops.lora_linear_backward, (grad, x, W, A, B, s, h, None, [], [], [True] * 6))
@@ -166,7 +166,7 @@ def test_the_compiled_graph_holds_the_operators(device):
         return tfl.softmax(tfl.rms_norm(tfl.lora_linear(x, weight, bias, lora_A, lora_B)))
 
     torch.compile(layers, backend=backend, fullgraph=True)(x)
-    for name in ("_lora_linear", "_rms_norm", "softmax"):
+    for name in ("lora_linear_forward", "rms_norm_forward", "softmax_forward"):
         assert f"torch_fused_lora.{name}.default" in targets, targets
 
 
@@ -208,7 +208,7 @@ def test_a_profile_names_the_operator(device):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         tfl.lora_linear(*a).sum().backward()
     names = {event.key for event in profile.key_averages()}
-    assert {"torch_fused_lora::_lora_linear", "torch_fused_lora::lora_linear_backward"} <= names
+    assert {"torch_fused_lora::lora_linear_forward", "torch_fused_lora::lora_linear_backward"} <= names
 
 
 def test_stacked_adapters_compile(device):

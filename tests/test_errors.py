@@ -117,12 +117,12 @@ def test_the_operator_wants_a_seed_for_dropout():
 def test_mps_without_kernels_is_an_error_not_a_slow_path():
     from torch._subclasses import FakeTensorMode
 
-    from torch_fused_lora.ops.lora_linear import _portable_kernel
+    from torch_fused_lora.ops.lora_linear.operator import _operator
 
     with FakeTensorMode():
         on_mps = [torch.empty(t.shape, device="mps") for t in operands().values()]
         with pytest.raises(NotImplementedError, match="device 'mps' needs this package's Metal extension"):
-            _portable_kernel(*on_mps)
+            _operator._portable_forward(*on_mps)
 
 
 def arguments_of_backward(device="cpu"):
@@ -225,11 +225,11 @@ def test_operands_of_backward_that_are_not_needed_may_be_anything(device):
 
 
 def test_ranks_must_add_up():
-    forward = torch.ops.torch_fused_lora._lora_linear
+    forward = torch.ops.torch_fused_lora.lora_linear_forward
     with pytest.raises(ValueError, match="ranks"):
-        forward(*operands().values(), torch.tensor(1), [0.5, 0.5], [1, 2])
+        forward(*operands().values(), torch.tensor(1), [0.5, 0.5], [1, 2], False)
     with pytest.raises(ValueError, match="ranks"):
-        forward(*operands().values(), torch.tensor(1), [0.5, 0.5], [2])
+        forward(*operands().values(), torch.tensor(1), [0.5, 0.5], [2], False)
 
 
 @pytest.mark.parametrize("case", ["x too narrow", "lora_B transposed", "bias broadcasts"])

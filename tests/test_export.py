@@ -249,7 +249,7 @@ def _assert_onnx_computes(file, model, x):
 
 def test_make_fx_sees_the_operator():
     graph = make_fx(lora_call())(torch.randn(5, K)).graph
-    assert torch.ops.torch_fused_lora._lora_linear.default in {node.target for node in graph.nodes}
+    assert torch.ops.torch_fused_lora.lora_linear_forward.default in {node.target for node in graph.nodes}
 
 
 FLOPS = {
@@ -300,7 +300,11 @@ def test_flops_of_the_public_operator(grad):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_selective_checkpointing_saves_the_operator(dropout):
     """As the docstring of lora_linear says; the forward is not computed again, and gradients are those without."""
-    saved = [torch.ops.torch_fused_lora._lora_linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    saved = [
+        torch.ops.torch_fused_lora.lora_linear_forward.default,
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+    ]
     model, x = lora_layer(lora_dropout=dropout).train(), torch.randn(5, K, requires_grad=True)
     parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
 

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_fused_lora as tfl
 from budget import examples
 from reference import Layer
-from torch_fused_lora.ops import portable
 from torch_fused_lora.ops.dropout import draw_seed
-from torch_fused_lora.ops.lora_linear import lora_linear_stacked
+from torch_fused_lora.ops.lora_linear import differentiable, portable
+from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
+from torch_fused_lora.ops.rows import HALF
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
 DTYPES = [  # x and base, adapters
@@ -147,7 +148,7 @@ class HalfProducts(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             for matrix in args[-2:]:
-                if matrix.dtype in portable.HALF:
+                if matrix.dtype in HALF:
                     self.seen += 1
                     assert matrix.is_contiguous() or matrix.t().is_contiguous(), (function, matrix.stride())
         return function(*args, **kwargs or {})
@@ -170,7 +171,7 @@ def test_half_rows_with_gaps_are_packed_for_a_cpu(lead, adapter_dtype, dropouts)
     needs = (True, True, True, True, True, False)
     for forward, backward in (
         (portable.forward, portable.backward),
-        (portable.differentiable_forward, lambda grad, *rest: portable.differentiable_backward(grad, None, *rest)),
+        (differentiable.forward, lambda grad, *rest: differentiable.backward(grad, None, *rest)),
     ):
         with HalfProducts() as products:
             y, h = forward(x, weight, None, lora_A, lora_B, scaling, *dropout, save_h=True)

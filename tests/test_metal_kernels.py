@@ -16,7 +16,7 @@ import metal_on_cpu
 from budget import examples
 from launch_plan import ROOT, Kernels, assemble
 from reference import Exact
-from torch_fused_lora.ops.dropout import keep_mask, philox
+from torch_fused_lora.ops.dropout.operator import keep_mask, philox
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]

@@ -21,7 +21,7 @@ import torch
 import torch_fused_lora as tfl
 from reference import Layer
 from torch_fused_lora.mps import extension
-from torch_fused_lora.ops.lora_linear import lora_linear_stacked
+from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
 
 if sys.platform != "linux":
     pytest.skip("what is counted here only the bench counts", allow_module_level=True)
@@ -62,7 +62,7 @@ def start():
     return begin
 
 
-OPERATORS = ("_lora_linear", "lora_linear_backward", "_rms_norm", "rms_norm_backward", "softmax", "softmax_backward")
+OPERATORS = [f"{name}_{way}" for name in ("lora_linear", "rms_norm", "softmax") for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -145,7 +145,7 @@ def test_torch_fx_traces_the_operator(trace):
     assert tfl.patch_peft(model).patched
     with tfl.keep_operators():
         graph = trace(model)(torch.ones(3, 8)).graph
-    assert "torch_fused_lora._lora_linear" in str(graph)
+    assert "torch_fused_lora.lora_linear_forward" in str(graph)
 
 
 # --- TORCH_FUSED_LORA=off

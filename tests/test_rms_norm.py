@@ -127,8 +127,8 @@ def test_opcheck(device, dtype, weight_dtype):
     x = torch.randn(2, 3, 8).to(device, dtype).requires_grad_()
     weight = torch.randn(8).to(device, weight_dtype).requires_grad_() if weight_dtype is not None else None
     opcheck(ops.rms_norm, (x, weight))
-    opcheck(ops._rms_norm, (x, weight, EPS))
-    rstd = ops._rms_norm(x.detach(), None, EPS)[1]
+    opcheck(ops.rms_norm_forward, (x, weight, EPS))
+    rstd = ops.rms_norm_forward(x.detach(), None, EPS)[1]
     grad = torch.randn_like(x)
     opcheck(ops.rms_norm_backward, (grad, x.detach(), weight, rstd, [True, weight is not None]))
 
@@ -188,7 +188,7 @@ def test_errors(device, x, weight, message):
 @pytest.mark.parametrize("needs", [[True, False], [True, True], [True]])
 def test_errors_of_the_backward_operator(device, needs):
     x, grad = (torch.randn(2, 3, 8, device=device) for _ in range(2))
-    rstd = ops._rms_norm(x, None, EPS)[1]
+    rstd = ops.rms_norm_forward(x, None, EPS)[1]
     if needs != [True, False]:
         with pytest.raises((ValueError, RuntimeError), match="needs"):
             ops.rms_norm_backward(grad, x, None, rstd, needs)

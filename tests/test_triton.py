@@ -1,4 +1,4 @@
-"""The Triton kernels of `ops/lora_triton.py` without a GPU."""
+"""The Triton kernels of `ops/lora_linear/triton.py` without a GPU."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import torch
 from reference import Layer
 from test_lora_linear import laid_out
 import torch_fused_lora as tfl
-from torch_fused_lora.ops import lora_triton, portable
-portable._triton_kernels = lambda rows: lora_triton
-tl = lora_triton.tl
-lora_triton._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+from torch_fused_lora.ops.lora_linear import portable
+from torch_fused_lora.ops.lora_linear import triton as kernels
+portable._triton_kernels = lambda rows: kernels
+tl = kernels.tl
+kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 for M, K, N, r, dtype, layout in (
     (70, 130, 200, 5, torch.float16, "contiguous"),
     (600, 96, 80, 70, torch.float16, "strided"),
@@ -45,8 +46,8 @@ for M, K, N, r, dtype, layout in (
 with torch.no_grad():
     x, W, _, A, B = operands
     y, z = torch.zeros(M, N, dtype=dtype), torch.zeros(M, N, dtype=dtype)
-    lora_triton.add_delta_(y, x, A, B, 0.5)
-    lora_triton.add_delta_(z, x, A, B, torch.tensor(0.5))
+    kernels.add_delta_(y, x, A, B, 0.5)
+    kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}

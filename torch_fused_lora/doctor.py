@@ -197,8 +197,8 @@ def devices() -> list[torch.device]:
 
 def backend_of(operator: str, device_type: str) -> tuple[str, str]:
     """(who computes an operator on a device type, why)."""
-    private = operator if operator == "softmax" else f"_{operator}"  # the one that kernels are registered for
-    registered = getattr(getattr(torch.ops, NAMESPACE), private).default.has_kernel_for_dispatch_key(
+    forward = f"{operator}_forward"  # kernels are registered for it
+    registered = getattr(getattr(torch.ops, NAMESPACE), forward).default.has_kernel_for_dispatch_key(
         device_type.upper()
     )
     if device_type == "mps" and extension.library is None:

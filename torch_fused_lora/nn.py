@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ops.lora_linear import lora_linear
-from .ops.portable import HALF
+from .ops.rows import HALF
 
 
 class LoRALinear(nn.Module):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops.dispatch import PLAIN_TYPES, PORTABLE, autocast_enabled, by_torch
-from .ops.portable import HALF
-from .ops.rms_norm import FUSED_BY_TORCH, rms_norm_for
+from .ops.dispatch import BY_TORCH, PLAIN_TYPES, PORTABLE_DEVICES, autocast_enabled, route
+from .ops.rms_norm.operator import rms_norm_for
+from .ops.rms_norm.portable import FUSED_BY_TORCH
+from .ops.rows import HALF
 from .originals import Patched, is_own, patch, switched_off, unpatch, why_replaced
 from .report import PatchReport
 
@@ -124,9 +125,9 @@ class _Fused(Patched):
 def _arguments(module: Any, x: Any) -> tuple[Tensor, Tensor, float] | None:
     """What `rms_norm` is called with, or None if the module's own forward has to run. It has to under a compiler that
     fuses its calls with their neighbours, too, where there are no kernels of ours."""
-    if type(x) not in PLAIN_TYPES or type(module.weight) not in PLAIN_TYPES or by_torch(x):
+    if type(x) not in PLAIN_TYPES or type(module.weight) not in PLAIN_TYPES or route(x) is BY_TORCH:
         return None
-    if x.dtype not in (torch.float32, *HALF) or (torch.compiler.is_compiling() and x.device.type in PORTABLE):
+    if x.dtype not in (torch.float32, *HALF) or (torch.compiler.is_compiling() and x.device.type in PORTABLE_DEVICES):
         return None
     if _methods(module._original) != module._methods or "_norm" in module.__dict__:
         return None

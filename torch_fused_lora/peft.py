@@ -22,9 +22,9 @@ except ImportError as error:
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
     ) from error
 
-from .ops.dispatch import OWN_TYPES, autocast_enabled, by_torch
-from .ops.lora_linear import lora_linear_stacked
-from .ops.portable import HALF
+from .ops.dispatch import BY_DISPATCHER, BY_TORCH, OWN_TYPES, Maybe, Route, autocast_enabled, route
+from .ops.lora_linear.operator import lora_linear_stacked
+from .ops.rows import HALF
 from .originals import Patched, is_own, patch, switched_off, unpatch, why_replaced
 from .report import PatchReport
 from .torch_private import has_global_hook
@@ -38,29 +38,25 @@ class Linear(Patched, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, Linear):  # undone while a wrapper still holds this method
             return type(self).forward(self, x, *args, **kwargs)
-        adapters = [] if args or kwargs else _fused_adapters(self, x)
-        if not adapters:
+        call = None if args or kwargs else _fused_call(self, x)
+        if call is None:
             return super().forward(x, *args, **kwargs)
-        base = self._modules["base_layer"]
-        weight, bias = _weight_and_bias(base)
+        way, weight, bias, adapters = call
         if self._copy_input and torch.is_grad_enabled():
             x = x.clone()
-        if type(base) is Conv1D:
-            weight = weight.t()
+        if len(adapters) == 1 and adapters[0].bias is None:
+            lora_A, lora_B, _, scaling, p = adapters[0]
+            dropout = (p,) if p else ()
+            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout, (), self._patched_name, way)
         for adapter in adapters:
             if adapter.bias is not None:  # over a half base it joins the base product's rounding
                 lora_bias = adapter.bias * adapter.scaling
                 bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
-        if len(adapters) == 1:
-            lora_A, lora_B, _, scaling, dropout_p = adapters[0]
-            dropout = (dropout_p,) if dropout_p else ()
-            name = self._patched_name
-            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout, (), name)
-        stacked_A = torch.cat([adapter.lora_A for adapter in adapters])
-        stacked_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
+        lora_A = torch.cat([adapter.lora_A for adapter in adapters])
+        lora_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
         ranks = [adapter.lora_A.shape[0] for adapter in adapters]
         dropouts = [adapter.dropout_p for adapter in adapters]
-        return lora_linear_stacked(x, weight, bias, stacked_A, stacked_B, 1.0, dropouts, ranks, self._patched_name)
+        return lora_linear_stacked(x, weight, bias, lora_A, lora_B, 1.0, dropouts, ranks, self._patched_name, way)
 
 
 class _Adapter(NamedTuple):
@@ -75,61 +71,70 @@ class _Adapter(NamedTuple):
 # nn.Module.__getattr__ takes a microsecond a name, and tests nothing twice.
 
 
-def _fused_adapters(layer: lora.Linear, x: Tensor) -> list[_Adapter]:
-    """The active adapters if one call of the operator covers them; empty if PEFT's own forward has to run."""
-    if layer._disable_adapters or layer.merged_adapters or not layer.cast_input_dtype_enabled:
-        return []
-    modules = layer._modules
-    base = modules["base_layer"]
-    if _why_not_base(base) or has_global_hook():
-        return []
-    if not isinstance(x, Tensor) or x.layout is not torch.strided or by_torch(x):
-        return []
+def _fused_call(layer: lora.Linear, x: Tensor) -> tuple[Route, Tensor, Maybe, list[_Adapter]] | None:
+    """The route, weight, bias and active adapters, if one call of the operator covers them; None if PEFT's own forward
+    has to run."""
+    if layer._disable_adapters or layer.merged_adapters or not layer.cast_input_dtype_enabled or has_global_hook():
+        return None
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or (way := route(x)) is BY_TORCH:
+        return None
     if _called() != _OWN and (torch.compiler.is_dynamo_compiling() or _why_replaced(layer)):
-        return []
+        return None
+    modules = layer._modules
+    base = _base(modules["base_layer"])
+    if isinstance(base, str):
+        return None
+    weight, bias = base
     dtype = x.dtype
-    autocast = autocast_enabled(x.device.type)
-    if dtype == torch.float64 if autocast else _weight_and_bias(base)[0].dtype != dtype:
-        return []
+    autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
+    if dtype == torch.float64 if autocast else weight.dtype is not dtype:
+        return None
     all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     all_dropouts = modules["lora_dropout"]._modules
     adapters: list[_Adapter] = []
     for name in layer.active_adapters:
         if name not in all_A:
             continue
-        A, B, dropout = all_A[name], all_B[name], all_dropouts[name]
-        if _why_not_adapter(layer, name, A, B, dropout):
-            return []
-        lora_A, (lora_B, bias) = _weight_and_bias(A)[0], _weight_and_bias(B)
-        adapter_dtype = adapters[0].lora_A.dtype if adapters else lora_A.dtype
+        adapter = _adapter(layer, name, all_A[name], all_B[name], all_dropouts[name])
+        if isinstance(adapter, str):
+            return None
+        adapter_dtype = adapters[0].lora_A.dtype if adapters else adapter.lora_A.dtype
         if not autocast and (
-            not lora_A.dtype == lora_B.dtype == adapter_dtype
+            not adapter.lora_A.dtype == adapter.lora_B.dtype == adapter_dtype
             or (adapter_dtype != dtype and (adapter_dtype != torch.float32 or dtype not in HALF))
         ):
-            return []
-        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        adapters.append(_Adapter(lora_A, lora_B, bias, layer.scaling[name], p))
-    return adapters
+            return None
+        adapters.append(adapter)
+    return (way, weight, bias, adapters) if adapters else None
 
 
-def _why_not_base(base: nn.Module) -> str | None:
-    """Why no call of a layer over this base can be fused, or None."""
+def _base(base: nn.Module) -> tuple[Any, Any] | str:
+    """The weight, N x K, and bias of a base layer; or why no call of a layer over it can be fused."""
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"base layer is a {type(base).__module__}.{type(base).__qualname__}, not exactly nn.Linear or Conv1D"
-    reason = _why_not_linear(base)
-    return f"base layer has {reason}" if reason else None
+    found = _weight_and_bias(base)
+    if isinstance(found, str):
+        return f"base layer has {found}"
+    return found if type(base) is nn.Linear else (found[0].t(), found[1])
 
 
-def _why_not_adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module) -> str | None:
-    """Why this adapter cannot be fused, or None."""
+def _adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module) -> _Adapter | str:
+    """An adapter of a layer; or why it cannot be fused."""
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
-    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1):
-        return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
-    reason = _why_not_linear(A) or _why_not_linear(B) or _why_not_called(dropout)
-    return f"adapter {name!r} has {reason}" if reason else None
+    p = 0.0
+    if type(dropout) is not nn.Identity:
+        if type(dropout) is not nn.Dropout or dropout.p >= 1:
+            return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
+        p = dropout.p if dropout.training else 0.0
+    of_A, of_B = _weight_and_bias(A), _weight_and_bias(B)
+    if isinstance(of_A, str) or isinstance(of_B, str):
+        return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
+    if reason := _why_not_called(dropout.__dict__):
+        return f"adapter {name!r} has {reason}"
+    return _Adapter(of_A[0], of_B[0], of_B[1], layer.scaling[name], p)
 
 
 # What PEFT's own forward of a layer calls, by the class of module that calls it.
@@ -177,30 +182,26 @@ def _why_replaced(layer: lora.Linear) -> str | None:
     return why_replaced(dict.fromkeys(itertools.chain.from_iterable(calls)))
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
-    """The module's weight and bias. FSDP1 puts plain views of its flat parameter in the parameters' place."""
+def _weight_and_bias(module: nn.Module) -> tuple[Any, Any] | str:
+    """A linear module's weight and bias; or why reading them would not do what calling the module does.
+
+    FSDP1 puts plain views of its flat parameter in the parameters' place."""
     fields = module.__dict__
     parameters = fields["_parameters"]
     try:
-        return parameters["weight"], parameters["bias"]
+        weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:
-        return parameters.get("weight", fields.get("weight")), parameters.get("bias", fields.get("bias"))
-
-
-def _why_not_linear(module: nn.Module) -> str | None:
-    """Why reading this module's weight and bias would not do what calling the module does, or None."""
-    weight, bias = _weight_and_bias(module)
+        weight, bias = (parameters.get(name, fields.get(name)) for name in ("weight", "bias"))
     if type(weight) not in OWN_TYPES or type(bias) not in OWN_TYPES:
         name, value = ("bias", bias) if type(weight) in OWN_TYPES else ("weight", weight)
         return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
     if weight is not None and weight.layout is not torch.strided:
         return f"a weight whose layout is {weight.layout}"
-    return _why_not_called(module)
+    return _why_not_called(fields) or (weight, bias)
 
 
-def _why_not_called(module: nn.Module) -> str | None:
-    """Why calling this module does more than its class's forward, or None."""
-    fields = module.__dict__
+def _why_not_called(fields: dict[str, Any]) -> str | None:
+    """Why calling the module with these fields does more than its class's forward, or None."""
     if (
         fields["_forward_hooks"]
         or fields["_forward_pre_hooks"]
@@ -215,8 +216,9 @@ def _why_not_called(module: nn.Module) -> str | None:
 def _why_not_all_adapters(layer: lora.Linear) -> str | None:
     """Why none of the layer's adapters can be fused, or None."""
     parts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
-    reasons = [_why_not_adapter(layer, name, *(part[name] for part in parts)) for name in layer.lora_A._modules]
-    return "; ".join(filter(None, reasons)) if reasons and all(reasons) else None
+    found = [_adapter(layer, name, *(part[name] for part in parts)) for name in layer.lora_A._modules]
+    reasons = [reason for reason in found if isinstance(reason, str)]
+    return "; ".join(reasons) if reasons and len(reasons) == len(found) else None
 
 
 def patch_peft(model: nn.Module, copy_input: bool = False) -> PatchReport:
@@ -249,7 +251,8 @@ def patch_peft(model: nn.Module, copy_input: bool = False) -> PatchReport:
         if type(layer) not in (lora.Linear, Linear):
             report.declined[name] = f"a {type(layer).__module__}.{type(layer).__qualname__}"
             continue
-        reason = off or _why_not_base(layer.base_layer) or _why_replaced(layer) or _why_not_all_adapters(layer)
+        base = _base(layer.base_layer)
+        reason = off or (base if isinstance(base, str) else _why_replaced(layer) or _why_not_all_adapters(layer))
         if reason is None:
             patch(layer, Linear, name, copy_input)
             report.patched.append(name)

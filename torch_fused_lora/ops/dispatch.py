@@ -1,12 +1,28 @@
-"""How this package's operators are registered with torch.library, which way a call takes, and what it refuses."""
+"""Which way a call of an operator takes: the one place for autograd, autocast, functorch, tracing and refusals.
+
+An operator's own file says what it computes: schemas, checks, shapes, forward, backward and a twin of both in
+differentiable aten calls. `Operator` registers that for every way in which a call may come, and `route` chooses:
+
+=============  =========================================  ==================================================
+`Route`        for                                        the call is
+=============  =========================================  ==================================================
+`TORCH`        exports, traces, nested tensors            made of torch's own calls
+`DISPATCHER`   compilers, dispatch modes, autocast,       ``torch.ops.torch_fused_lora.<name>_forward``, which they
+               profilers, functorch, tensor subclasses    want to see
+`PORTABLE`     all else, on devices without kernels       the portable kernel, called from here
+`DEVICE`       all else, on mps                           the kernel in C++, called below autograd
+=============  =========================================  ==================================================
+
+The last two are what the dispatcher would call, without its way from Python through C++ to Python and back.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import enum
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, Final, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,13 +34,18 @@ from ..torch_private import (
     below_autograd,
     dispatch_modes,
     is_exporting,
+    is_legacy_batched,
     profiling,
     raw_saved_tensors,
     transformed,
 )
 
 NAMESPACE = "torch_fused_lora"
+PORTABLE_DEVICES = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))  # subclasses want to see the calls made with them
+PLAIN_OR_NONE = PLAIN_TYPES | {NoneType}
+OWN_TYPES = PLAIN_OR_NONE | {FakeTensor}  # of a module's own tensors: an export puts fake ones in their place
 
 # Short names for the types of operators' arguments, as their schemas have them.
 Maybe: TypeAlias = Tensor | None
@@ -34,151 +55,21 @@ Ints: TypeAlias = Sequence[int]
 Flags: TypeAlias = Sequence[bool]
 Saved: TypeAlias = Any  # a tensor where a gradient that was asked for needs it, otherwise None
 
-_F = TypeVar("_F", bound=Callable)
+# ------------------------------------------------------------------------------------------------- the way of a call
 
 
-def define(name: str, schema: str, *tags: torch.Tag) -> None:
-    """Define operator ``torch_fused_lora::name``."""
-    tags = (torch.Tag.pt2_compliant_tag, *tags)
-    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=tags)
+class Route(enum.Enum):
+    TORCH = enum.auto()
+    DISPATCHER = enum.auto()
+    PORTABLE = enum.auto()
+    DEVICE = enum.auto()
 
 
-def kernel(name: str, *dispatch_keys: str) -> Callable[[_F], _F]:
-    """Register the decorated function as the operator's kernel at each dispatch key, and return it."""
-
-    def register(function: _F) -> _F:
-        for key in dispatch_keys:
-            torch.library.impl(f"{NAMESPACE}::{name}", key, function)
-        return function
-
-    return register
-
-
-def fake(name: str) -> Callable[[_F], _F]:
-    """Register the decorated function as the operator's shape function, and return it."""
-
-    def register(function: _F) -> _F:
-        torch.library.register_fake(f"{NAMESPACE}::{name}", function)
-        return function
-
-    return register
-
-
-def _operator(name: str) -> Any:
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for a device type; False where torch knows no autocast (it raises for meta)."""
-    return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
-
-
-# A context in which autocast casts nothing: what an operator's own kernels run in.
-below_autocast = torch_private.below_autocast(AUTOCAST_KEYS)
-
-
-def autocast(name: str, cast: Callable[..., Sequence[object]]) -> None:
-    """Register operator ``torch_fused_lora::name`` at every autocast key: ``cast(device_type, *arguments)`` gives the
-    arguments that its kernels get, which run below autocast."""
-    operator = _operator(name)
-
-    def register(device_type: str, key: str) -> None:
-        @kernel(name, key)
-        def below(*arguments: Any) -> Any:
-            cast_arguments = cast(device_type, *arguments)
-            with below_autocast():
-                return operator(*cast_arguments)
-
-    for device_type, key in AUTOCAST_KEYS.items():
-        register(device_type, key)
-
-
-def casting(operator: Any) -> list[str]:
-    """The device types whose autocast casts the operands of one of torch's operators."""
-    return [device_type for device_type, key in AUTOCAST_KEYS.items() if operator.has_kernel_for_dispatch_key(key)]
-
-
-def as_given(device_type: str, *arguments: object) -> Sequence[object]:
-    """A `cast` of `autocast`: none."""
-    return arguments
-
-
-def to_float(x: torch.Tensor) -> torch.Tensor:
-    """What torch's autocast makes of an argument that it casts to float32."""
-    return x.float() if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def call_device(operator: Callable, check: Callable[..., None], *arguments: object) -> Any:
-    """Call a device's kernel. One in C++ can only raise RuntimeError: ``check(*arguments)`` says what it refuses as
-    everywhere."""
-    try:
-        return operator(*arguments)
-    except RuntimeError:
-        check(*arguments)
-        raise
-
-
-def differentiable_forward(
-    name: str, check: Callable[..., None], with_autograd: Callable[..., Any], twin: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Register a forward operator's autograd and functorch kernels, and return what calls the device's own kernel.
-
-    ``with_autograd(kernel, *arguments)`` records a call of a kernel; ``twin`` is the operator in differentiable aten
-    calls, for functorch transforms and forward-mode AD.
-    """
-    device_kernel = functools.partial(call_device, torch_private.call_of(_operator(name)), check)
-
-    @kernel(name, "Autograd")
-    def autograd(*arguments: Any) -> Any:
-        return twin(*arguments) if transformed() else with_autograd(device_kernel, *arguments)
-
-    kernel(name, "FuncTorchBatched")(twin)
-    return device_kernel
-
-
-def differentiable_backward(name: str, check: Callable[..., None], twin: Callable[..., Any]) -> None:
-    """Register a backward operator's autograd and functorch kernels: the device's own where nothing is recorded,
-    otherwise ``twin``, the operator in differentiable aten calls."""
-    operator = _operator(name)
-
-    @kernel(name, "Autograd", "FuncTorchBatched")
-    def autograd(*arguments: Any) -> Any:
-        records = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-        if records or transformed():
-            return twin(*arguments)
-        with below_autograd():
-            return call_device(operator, check, *arguments)
-
-
-def refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
-    """Raise ValueError: what an operator expected of an argument, and what it got."""
-    if isinstance(value, Tensor):
-        layout = "" if value.layout is torch.strided else f"{value.layout}, "
-        value = f"{layout}shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    raise ValueError(f"{operator}: {name}: expected {expected}; got {value}")
-
-
-def refuse_sparse(operator: str, **tensors: Maybe) -> None:
-    """Raise ValueError for the first tensor that is not dense."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.layout is not torch.strided:
-            refuse(operator, name, tensor, "a dense tensor")
-
-
-def refuse_mps(operator: str, x: Tensor, instead: str) -> None:
-    """Raise NotImplementedError in a portable kernel on mps: no extension has registered one of its own. A sparse x
-    comes here in any case, and is refused by name."""
-    if x.device.type == "mps" and x.layout is torch.strided:
-        raise NotImplementedError(
-            f"{operator}: device 'mps' needs this package's Metal extension, and {extension.reason}; or {instead}"
-        )
-
-
-PORTABLE = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
-PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))  # subclasses want to see the calls made with them
-PLAIN_OR_NONE = PLAIN_TYPES | {NoneType}
-OWN_TYPES = PLAIN_OR_NONE | {FakeTensor}  # of a module's own tensors: an export puts fake ones in their place
-
+# Read faster than an enumeration's members.
+BY_TORCH: Final = Route.TORCH
+BY_DISPATCHER: Final = Route.DISPATCHER
+BY_PORTABLE: Final = Route.PORTABLE
+BY_DEVICE: Final = Route.DEVICE
 
 _keeping = False  # for the whole process, as torch.export's own state is
 
@@ -203,24 +94,339 @@ def keep_operators() -> Iterator[None]:
         _keeping = before
 
 
-def by_torch(x: torch.Tensor) -> bool:
-    """Whether a call has to be made of torch's own calls: it is exported or traced, or x is nested."""
-    return (is_exporting() and not _keeping) or x.is_nested or torch.jit.is_tracing()
+def route(x: Tensor) -> Route:
+    """The way of a call with this x, if all its other operands are plain tensors."""
+    if (is_exporting() and not _keeping) or x.is_nested or torch.jit.is_tracing():
+        return BY_TORCH
+    # x.device.type takes as long as the rest of this.
+    device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or _watched(device_type):
+        return BY_DISPATCHER
+    return BY_PORTABLE if device_type in PORTABLE_DEVICES else BY_DEVICE
 
 
-def unwatched(device_type: str) -> bool:
-    """No compiler, dispatch mode, autocast, profiler, functorch transform or forward-mode AD wants to see calls."""
-    return not (
-        torch.compiler.is_compiling()
-        or dispatch_modes()
-        or autocast_enabled(device_type)
-        or profiling()
-        or transformed()
-    )
+def _watched(device_type: str) -> bool:
+    """Whether a dispatch mode, autocast, a profiler, a functorch transform or forward-mode AD wants to see calls."""
+    return bool(dispatch_modes() or autocast_enabled(device_type) or profiling() or transformed())
 
 
-def tell_caller(y: Tensor, caller: str | None) -> Tensor:
-    """Leave a patched module's name where `saved_tensors` finds it, for a call that goes by the dispatcher: with the
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type; False where torch knows no autocast (it raises for meta)."""
+    return device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
+
+
+# ------------------------------------------------------------------------------------------------------ registration
+
+
+def define(name: str, schema: str, *tags: torch.Tag) -> None:
+    """Define operator ``torch_fused_lora::name``."""
+    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+
+
+def implement(name: str, function: Callable, *dispatch_keys: str) -> None:
+    """Register a function as the operator's kernel at each dispatch key."""
+    for key in dispatch_keys:
+        torch.library.impl(f"{NAMESPACE}::{name}", key, function)
+
+
+def _overload(name: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+# A context in which autocast casts nothing: what an operator's own kernels run in.
+_below_autocast = torch_private.below_autocast(AUTOCAST_KEYS)
+
+
+def _autocast(name: str, cast: Callable[..., Sequence[object]]) -> None:
+    """Register an operator at every autocast key: ``cast(device_type, *arguments)`` gives the arguments that its
+    kernels get, which run below autocast."""
+    operator = _overload(name)
+
+    def below(device_type: str, *arguments: Any) -> Any:
+        cast_arguments = cast(device_type, *arguments)
+        with _below_autocast():
+            return operator(*cast_arguments)
+
+    def register(device_type: str, key: str) -> None:
+        implement(name, lambda *arguments: below(device_type, *arguments), key)
+
+    for device_type, key in AUTOCAST_KEYS.items():
+        register(device_type, key)
+
+
+def casting(operator: Any) -> list[str]:
+    """The device types whose autocast casts the operands of one of torch's operators."""
+    return [device_type for device_type, key in AUTOCAST_KEYS.items() if operator.has_kernel_for_dispatch_key(key)]
+
+
+def to_float(x: Tensor) -> Tensor:
+    """What torch's autocast makes of an argument that it casts to float32."""
+    return x.float() if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+class Operator:
+    """Operators ``<name>_forward`` and ``<name>_backward``, registered for every way in which a call may come.
+
+    A subclass says what they compute, and is made once. The forward's first result is the output; a second one
+    serves the backward. The schemas have no default values: a dispatcher would drop them.
+    """
+
+    name: str  # the public operator's
+    schemas: tuple[str, str]  # of forward and backward; this returns Tensor[], or Tensor where there is one input
+    tags: tuple[torch.Tag, ...] = ()
+    inputs: int  # how many of the forward's leading arguments have gradients
+    patch: str = ""  # what puts the operator under a model, for errors
+    instead: str  # what to do where mps has no kernels, for errors
+
+    @staticmethod
+    def check(*arguments: Any) -> None:
+        """Raise for arguments of the forward that do not fit together."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check_backward(*arguments: Any) -> None:
+        """Raise for arguments of the backward that do not fit together."""
+        raise NotImplementedError
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        """The portable kernel, of arguments that fit. A second result is None where nothing needs it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(*arguments: Any) -> Sequence[Maybe]:
+        """The portable kernel, of arguments that fit: a gradient for each input, None if it was not asked for."""
+        raise NotImplementedError
+
+    @staticmethod
+    def shapes(*arguments: Any) -> Any:
+        """The forward's results, empty."""
+        raise NotImplementedError
+
+    @staticmethod
+    def shapes_backward(*arguments: Any) -> Sequence[Maybe]:
+        """The backward's results, empty."""
+        raise NotImplementedError
+
+    @staticmethod
+    def twin(*arguments: Any) -> Any:
+        """The forward in differentiable aten calls."""
+        raise NotImplementedError
+
+    @staticmethod
+    def twin_backward(*arguments: Any) -> Sequence[Maybe]:
+        """The backward in differentiable aten calls. Its second argument, which a double backward has, is the gradient
+        of the forward's second result; the others are the backward's."""
+        raise NotImplementedError
+
+    @staticmethod
+    def cast(device_type: str, *arguments: Any) -> Sequence[object]:
+        """The forward's arguments as autocast has them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def asking(needs: Flags, *arguments: Any) -> tuple[Any, ...]:
+        """The forward's arguments where gradients will be asked for."""
+        return arguments
+
+    @staticmethod
+    def keep(needs: Flags, arguments: tuple[Any, ...], results: Any) -> tuple[Sequence[Maybe], Any]:
+        """The tensors that are saved for backward, and what else is."""
+        raise NotImplementedError
+
+    @staticmethod
+    def restore(saved: Any, rest: Any, needs: Flags) -> tuple[Any, ...]:
+        """The backward's arguments after the gradient, of what `keep` kept."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        forward, backward = f"{self.name}_forward", f"{self.name}_backward"
+        for name, schema in zip((forward, backward), self.schemas, strict=True):
+            define(name, schema, *self.tags)
+        self._forward_operator, self._backward_operator = _overload(forward), _overload(backward)
+        self._call_forward = torch_private.call_of(self._forward_operator)
+        self._apply = torch_private.apply_of(_recorded(self))
+        implement(forward, self._portable_forward, "CompositeExplicitAutograd")
+        implement(forward, self._autograd_forward, "Autograd")
+        implement(forward, self._twin_forward, "FuncTorchBatched")
+        implement(backward, self._portable_backward, "CompositeExplicitAutograd")
+        implement(backward, self._autograd_backward, "Autograd", "FuncTorchBatched")
+        torch.library.register_fake(f"{NAMESPACE}::{forward}", self._fake_forward)
+        torch.library.register_fake(f"{NAMESPACE}::{backward}", self._fake_backward)
+        _autocast(forward, self.cast)
+        _autocast(backward, lambda device_type, *arguments: arguments)
+
+    def call(self, route: Route, caller: str | None, *arguments: Any) -> Tensor:
+        """The output, by a route that is not torch's. Errors of backward name ``caller``, the module that calls."""
+        if route is BY_DISPATCHER:
+            return _tell_caller(_output(self._forward_operator(*arguments)), caller)
+        if route is BY_PORTABLE:
+            self.check(*arguments)
+            kernel = self.forward
+        else:
+            kernel = self._device_forward
+        if torch.is_grad_enabled() and _record(arguments[: self.inputs]):
+            return _output(self._apply(kernel, caller, *arguments))
+        return _output(kernel(*arguments))
+
+    def _device_forward(self, *arguments: Any) -> Any:
+        """The device's own kernel. One in C++ can only raise RuntimeError: `check` says what it refuses as
+        everywhere."""
+        try:
+            with below_autograd():
+                return self._call_forward(*arguments)
+        except RuntimeError:
+            self.check(*arguments)
+            raise
+
+    def _autograd_forward(self, *arguments: Any) -> Any:
+        if transformed():
+            return self._twin_forward(*arguments)
+        if torch.is_grad_enabled() and _record(arguments[: self.inputs]):
+            return self._apply(self._device_forward, None, *arguments)
+        return self._device_forward(*arguments)
+
+    def _twin_forward(self, *arguments: Any) -> Any:
+        self.check(*arguments)
+        return self.twin(*arguments)
+
+    def _autograd_backward(self, *arguments: Any) -> Any:
+        if transformed() or (torch.is_grad_enabled() and _record(arguments)):
+            grad, *rest = arguments
+            return self._found(self.twin_backward(grad, None, *rest))
+        try:
+            with below_autograd():
+                return self._backward_operator(*arguments)
+        except RuntimeError:
+            self.check_backward(*arguments)
+            raise
+
+    def _portable_forward(self, x: Tensor, *arguments: Any) -> Any:
+        self._refuse_mps(x)
+        self.check(x, *arguments)
+        results = self.forward(x, *arguments)
+        if isinstance(results, Tensor):
+            return results
+        return tuple(x.new_empty(0) if result is None else result for result in results)
+
+    def _portable_backward(self, *arguments: Any) -> Any:
+        self.check_backward(*arguments)
+        return self._found(self.backward(*arguments))
+
+    def _fake_forward(self, *arguments: Any) -> Any:
+        self.check(*arguments)
+        return self.shapes(*arguments)
+
+    def _fake_backward(self, *arguments: Any) -> Any:
+        self.check_backward(*arguments)
+        return self._found(self.shapes_backward(*arguments))
+
+    def _found(self, gradients: Sequence[Maybe]) -> Any:
+        """As the backward's schema has them: its Tensor[] holds those that were asked for."""
+        found = [gradient for gradient in gradients if gradient is not None]
+        return found if self.inputs > 1 else found[0]
+
+    def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
+        """One for each input, by the backward operator."""
+        with below_autograd():
+            found = self._backward_operator(grad, *arguments)
+        if self.inputs == 1:
+            return (found,)
+        each = iter(found)
+        return [next(each) if need else None for need in needs]
+
+    def _refuse_mps(self, x: Tensor) -> None:
+        """The portable kernel is called on mps where no extension has registered one of its own; and for a sparse x,
+        which is refused by name."""
+        if x.device.type == "mps" and x.layout is torch.strided:
+            raise NotImplementedError(
+                f"{self.name}: device 'mps' needs this package's Metal extension, and {extension.reason}; "
+                f"or {self.instead}"
+            )
+
+
+def _output(results: Any) -> Tensor:
+    return results if isinstance(results, Tensor) else results[0]
+
+
+def _record(arguments: Sequence[Any]) -> bool:
+    for argument in arguments:  # noqa: SIM110  (any() of a generator takes three times as long)
+        if isinstance(argument, Tensor) and argument.requires_grad:
+            return True
+    return False
+
+
+def _recorded(operator: Operator) -> type[torch.autograd.Function]:
+    """The operator as a node of the autograd graph."""
+    first, last = 2, 2 + operator.inputs  # of its arguments, those that have gradients
+
+    class Recorded(torch.autograd.Function):
+        # The classic form, forward(ctx, ...): with setup_context apart a call costs about twice as much.
+
+        @staticmethod
+        def forward(ctx: Any, kernel: Callable[..., Any], caller: str | None, *arguments: Any) -> Any:
+            needs = ctx.needs_input_grad[first:last]
+            results = kernel(*operator.asking(needs, *arguments))
+            saved, rest = operator.keep(needs, arguments, results)
+            ctx.save_for_backward(*saved)
+            ctx.set_materialize_grads(False)
+            y, second = (results, None) if isinstance(results, Tensor) else results
+            if second is not None and second.numel() == 0:
+                ctx.mark_non_differentiable(second)
+            ctx.rest = rest, caller, kernel is operator.forward, len(arguments) - operator.inputs, y.shape, y.dtype
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any, grad_second: Maybe = None) -> tuple[Maybe, ...]:
+            rest, caller, portable, others, y_shape, y_dtype = ctx.rest
+            if grad is None:
+                if grad_second is None:
+                    return (None,) * (last + others)
+                grad = grad_second.new_zeros(y_shape, dtype=y_dtype)
+            saved = _saved_tensors(ctx, operator, caller)
+            needs = ctx.needs_input_grad[first:last]
+            arguments = operator.restore(saved, rest, needs)
+            found: Sequence[Maybe]
+            # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
+            if grad_second is not None or torch.is_grad_enabled() or is_legacy_batched(grad):
+                with _below_autocast():
+                    found = operator.twin_backward(grad, grad_second, *arguments)
+            elif portable and route(grad) is BY_PORTABLE:
+                with below_autograd():
+                    found = operator.backward(grad, *arguments)
+            else:
+                found = operator.gradients(grad, arguments, needs)
+            return None, None, *found, *(None,) * others
+
+    Recorded.__name__ = Recorded.__qualname__ = operator.name
+    return Recorded
+
+
+def savable(x: Tensor) -> Tensor:
+    """An input, or a copy of one made under inference mode, which autograd refuses to save."""
+    return x.clone() if x.is_inference() else x
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
+    """Raise ValueError: what an operator expected of an argument, and what it got."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{value.layout}, "
+        value = f"{layout}shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    raise ValueError(f"{operator}: {name}: expected {expected}; got {value}")
+
+
+def refuse_sparse(operator: str, **tensors: Maybe) -> None:
+    """Raise ValueError for the first tensor that is not dense."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.layout is not torch.strided:
+            refuse(operator, name, tensor, "a dense tensor")
+
+
+def _tell_caller(y: Tensor, caller: str | None) -> Tensor:
+    """Leave a patched module's name where `_saved_tensors` finds it, for a call that goes by the dispatcher: with the
     node of the autograd graph that made ``y``."""
     if caller and y.requires_grad and not torch.compiler.is_compiling():
         node: Any = y.grad_fn
@@ -228,9 +434,9 @@ def tell_caller(y: Tensor, caller: str | None) -> Tensor:
     return y
 
 
-def saved_tensors(ctx: Any, operator: str, patch: str, caller: str | None) -> tuple[Any, ...]:
+def _saved_tensors(ctx: Any, operator: Operator, caller: str | None) -> tuple[Any, ...]:
     """``ctx.saved_tensors``, of which x is the first. Where x was changed in place since, the error that they raise
-    names the module, if it is one that ``patch`` patched, and the remedy."""
+    names the module, if it is one that a patch made call the operator, and the remedy."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
@@ -240,7 +446,9 @@ def saved_tensors(ctx: Any, operator: str, patch: str, caller: str | None) -> tu
         if what is None:
             raise
         caller = caller or ctx.metadata.get("caller")
-        who, remedy = (caller, f"{patch}(model, copy_input=True)") if caller else (operator, "give it x.clone()")
+        who, remedy = operator.name, "give it x.clone()"
+        if caller:
+            who, remedy = caller, f"{operator.patch}(model, copy_input=True)"
         raise RuntimeError(f"{who}: {what} was changed in place after the forward: {remedy}. {error}") from error
 
 

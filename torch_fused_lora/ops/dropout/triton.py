@@ -1,4 +1,4 @@
-"""`dropout.keep_mask` as one Triton kernel: bit for bit the mask that the NumPy code draws."""
+"""`keep_mask` as one Triton kernel: bit for bit the mask that the NumPy code draws."""
 
 from __future__ import annotations
 

@@ -3,10 +3,7 @@
 The cost of a LoRA layer is not its arithmetic but touching the full-width output again and again. So the base
 product comes first, by torch's own GEMM, and the rank-r product is added to it in place. Where operands have to be
 converted (float32 adapters over a half base) or masked (dropout), that happens by blocks of rows; no temporary
-grows with the width and the number of rows. On an NVIDIA GPU conversion is left to the kernels of `lora_triton.py`.
-
-`differentiable_forward` and `differentiable_backward` are the same formulas out of place, in calls that autograd
-can follow: for torch.func, forward-mode AD and double backward.
+grows with the width and the number of rows. On an NVIDIA GPU conversion is left to the kernels of `triton.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_private import unsafe_view
-from .dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
-from .dropout import keep_mask
+from ..dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
+from ..dropout import keep_mask
+from ..rows import HALF, cast, flat, packed, unflat
 
-HALF = (torch.float16, torch.bfloat16)
 _FEW = 16  # rows that are never split into blocks
 
 
@@ -37,10 +33,10 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: Tensor,
-    seed: Maybe = None,
-    dropout_p: Floats = (),
-    ranks: Ints = (),
-    save_h: bool = False,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    save_h: bool,
 ) -> tuple[Tensor, Maybe]:
     """The base product, then y += s h Bᵀ in place with h = x̃ Aᵀ: the full-width output is touched once more.
 
@@ -60,7 +56,7 @@ def forward(
         h = kernels.add_delta_(y, x_rows, A, B, scale)
     else:
         h = _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h)
-    return _unflat(y, x), _cast(h, lora_A.dtype) if save_h else None
+    return unflat(y, x), cast(h, lora_A.dtype) if save_h else None
 
 
 def backward(
@@ -112,11 +108,11 @@ def backward(
         else:
             grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
     return (
-        _unflat(grad_x, grad) if need_x else None,
+        unflat(grad_x, grad) if need_x else None,
         grad_rows.t().mm(x_rows) if need_weight else None,
         grad_rows.sum(0) if need_bias else None,
-        _cast(grad_A, lora_A.dtype) if need_A else None,
-        _cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype) if need_B else None,
+        cast(grad_A, lora_A.dtype) if need_A else None,
+        cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype) if need_B else None,
         (grad_h * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
     )
 
@@ -213,10 +209,10 @@ def _import_triton_kernels() -> ModuleType | None:
     if torch.version.hip is not None:
         return None
     try:
-        from . import lora_triton
+        from . import triton
     except ImportError:
         return None
-    return lora_triton
+    return triton
 
 
 def block_rows(A: Tensor, B: Tensor) -> int:
@@ -234,7 +230,7 @@ def adapters(
 ) -> list[tuple[slice, float]]:
     """(rank slice, drop probability) of each adapter; without dropout one slice serves them all."""
     if seed is None:
-        return [(slice(None), 0.0)]
+        return [(slice(0, r), 0.0)]
     ranks = ranks or (r,)
     ends = itertools.accumulate(ranks)
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
@@ -269,120 +265,3 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
 def _widened(rows: Tensor, A: Tensor) -> Tensor:
     """Rows as they meet the adapters: in float32 where the dtypes differ."""
     return rows if rows.dtype is A.dtype else rows.float()
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)  # a `to` that does nothing still takes a microsecond
-
-
-def flat(x: Tensor) -> Tensor:
-    """x as a matrix (M, last dimension): a view wherever one exists."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def packed(matrix: Saved) -> Saved:
-    """The matrix as torch's products may read it: halves with gaps between rows (or columns) are copied on a CPU,
-    where torch's product by AMX reads into the gaps."""
-    if matrix is None or not matrix.is_cpu or matrix.dtype not in HALF:
-        return matrix
-    (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
-    has_gaps = (column_stride == 1 and row_stride > columns) or (row_stride == 1 and column_stride > rows)
-    return matrix.contiguous() if has_gaps else matrix
-
-
-def _unflat(rows: Tensor, like: Tensor) -> Tensor:
-    """The fresh matrix (M, C) in the leading shape of ``like``, not as a view: autograd forbids in-place use of an
-    operator's output that is one."""
-    return rows if like.dim() == 2 else unsafe_view(rows, (*like.shape[:-1], rows.shape[1]))
-
-
-# ------------------------------------------------------------------------------ the same in differentiable calls
-
-
-def by_torch(
-    x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout_p: float
-) -> Tensor:
-    """The layer in the calls that PEFT makes, for graphs that hold without this package and for nested tensors: none of
-    them depends on x's shape, and dropout is torch's."""
-    y = F.linear(x, weight, bias)
-    wide = x.to(lora_A.dtype)
-    h = F.linear(F.dropout(wide, dropout_p) if dropout_p else wide, lora_A)
-    return (y + F.linear(h, lora_B) * scaling).to(y.dtype)
-
-
-def _whole_masks(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> list[tuple[slice, Maybe]]:
-    """(rank slice, what its dropout multiplies all of x with) of each adapter."""
-
-    def mask(stream: int, p: float) -> Maybe:
-        keep = torch.ops.torch_fused_lora.dropout_mask(seed, stream, *x.shape, p, x.device)
-        return keep.to(lora_A.dtype) / (1.0 - p)
-
-    groups = adapters(seed, dropout_p, ranks, lora_A.shape[0])
-    return [(rank, mask(stream, p) if p else None) for stream, (rank, p) in enumerate(groups)]
-
-
-def differentiable_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Maybe,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    seed: Maybe = None,
-    dropout_p: Floats = (),
-    ranks: Ints = (),
-    save_h: bool = False,
-) -> Pair:
-    """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
-    x_rows, weight, lora_A, lora_B = packed(flat(x)), packed(weight), packed(lora_A), packed(lora_B)
-    wide = x_rows.to(lora_A.dtype)
-    masks = _whole_masks(x_rows, lora_A, seed, dropout_p, ranks)
-    h = torch.cat([dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
-    base = F.linear(x_rows, weight, bias)
-    y = (base + (h @ lora_B.t()) * scaling).to(base.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0]), h if save_h else lora_A.new_empty(0)
-
-
-def differentiable_backward(
-    grad: Tensor,
-    grad_h: Maybe,
-    x: Saved,
-    weight: Saved,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    h: Saved,
-    seed: Maybe,
-    dropout_p: Floats,
-    ranks: Ints,
-    needs: Flags,
-) -> tuple[Maybe, ...]:
-    """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
-    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = flat(grad)
-    x_rows: Saved = None if x is None else flat(x)
-    if grad.dtype in HALF:
-        grad_rows, x_rows, weight = map(packed, (grad_rows, x_rows, weight))
-    lora_A, lora_B = packed(lora_A), packed(lora_B)
-    wide_grad = grad_rows.to(lora_A.dtype)
-    z = (wide_grad @ lora_B) * scaling
-    if grad_h is not None:
-        z = z + grad_h
-    grad_x: Saved = None
-    grad_A: Saved = None
-    if need_x or need_A:
-        masks = _whole_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
-    if need_x:
-        delta = functools.reduce(torch.add, [dropped(packed(z[:, rank]) @ lora_A[rank], mask) for rank, mask in masks])
-        grad_x = (grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
-    if need_A:
-        wide = x_rows.to(lora_A.dtype)
-        grad_A = torch.cat([packed(z[:, rank].t()) @ dropped(wide, mask) for rank, mask in masks])
-    return (
-        grad_x,
-        grad_rows.t() @ x_rows if need_weight else None,
-        grad_rows.sum(0) if need_bias else None,
-        grad_A,
-        (wide_grad.t() @ h) * scaling if need_B else None,
-        ((wide_grad.t() @ h) * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
-    )

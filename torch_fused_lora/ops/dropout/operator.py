@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dispatch import NAMESPACE, define, fake, kernel
+from ..dispatch import NAMESPACE, define, implement
 
 _MULTIPLIER = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
@@ -85,7 +85,7 @@ def philox(seed: int, stream: int, first: int, last: int) -> np.ndarray:
 def _triton_mask() -> Callable[..., Tensor] | None:
     """The same mask by one Triton kernel (CUDA, ROCm, XPU), or None where Triton is not installed."""
     try:
-        from .dropout_triton import mask
+        from .triton import mask
     except ImportError:
         return None
     return mask
@@ -107,12 +107,10 @@ define(
 )
 
 
-@kernel("dropout_mask", "CompositeExplicitAutograd")
 def _dropout_mask(seed: Tensor, stream: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
     return keep_mask(int(seed), stream, 0, rows, columns, p, device)
 
 
-@fake("dropout_mask")
 def _dropout_mask_fake(seed: Tensor, stream: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.bool, device=device)
 
@@ -125,4 +123,6 @@ def _dropout_mask_vmap(
     return torch.stack([mask(s, stream, rows, columns, p, device) for s in seeds]), 0
 
 
+implement("dropout_mask", _dropout_mask, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::dropout_mask", _dropout_mask_fake)
 torch.library.register_vmap(f"{NAMESPACE}::dropout_mask", _dropout_mask_vmap)

@@ -1,0 +1,105 @@
+"""The LoRA layer in calls that autograd can follow: for torch.func, forward-mode AD, double backward and exports."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
+from ..rows import HALF, flat, packed
+from .portable import adapters, dropped
+
+
+def by_torch(
+    x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout_p: float
+) -> Tensor:
+    """The layer in the calls that PEFT makes, for graphs that hold without this package and for nested tensors: none of
+    them depends on x's shape, and dropout is torch's."""
+    y = F.linear(x, weight, bias)
+    wide = x.to(lora_A.dtype)
+    h = F.linear(F.dropout(wide, dropout_p) if dropout_p else wide, lora_A)
+    return (y + F.linear(h, lora_B) * scaling).to(y.dtype)
+
+
+def _whole_masks(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> list[tuple[slice, Maybe]]:
+    """(rank slice, what its dropout multiplies all of x with) of each adapter."""
+
+    def mask(stream: int, p: float) -> Maybe:
+        keep = torch.ops.torch_fused_lora.dropout_mask(seed, stream, *x.shape, p, x.device)
+        return keep.to(lora_A.dtype) / (1.0 - p)
+
+    groups = adapters(seed, dropout_p, ranks, lora_A.shape[0])
+    return [(rank, mask(stream, p) if p else None) for stream, (rank, p) in enumerate(groups)]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    save_h: bool,
+) -> Pair:
+    """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
+    x_rows, weight, lora_A, lora_B = packed(flat(x)), packed(weight), packed(lora_A), packed(lora_B)
+    wide = x_rows.to(lora_A.dtype)
+    masks = _whole_masks(x_rows, lora_A, seed, dropout_p, ranks)
+    h = torch.cat([dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
+    base = F.linear(x_rows, weight, bias)
+    y = (base + (h @ lora_B.t()) * scaling).to(base.dtype)
+    return y.view(*x.shape[:-1], weight.shape[0]), h if save_h else lora_A.new_empty(0)
+
+
+def backward(
+    grad: Tensor,
+    grad_h: Maybe,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> tuple[Maybe, ...]:
+    """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
+    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
+    grad_rows = flat(grad)
+    x_rows: Saved = None if x is None else flat(x)
+    if grad.dtype in HALF:
+        grad_rows, x_rows, weight = map(packed, (grad_rows, x_rows, weight))
+    lora_A, lora_B = packed(lora_A), packed(lora_B)
+    wide_grad = grad_rows.to(lora_A.dtype)
+    z = (wide_grad @ lora_B) * scaling
+    if grad_h is not None:
+        z = z + grad_h
+    grad_x: Saved = None
+    grad_A: Saved = None
+    if need_x or need_A:
+        masks = _whole_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
+        # narrow: a slice of all columns is an alias, which the vmap behind is_grads_batched does not know
+        all_z = [z.narrow(1, rank.start, rank.stop - rank.start) for rank, _ in masks]
+    if need_x:
+        parts = [dropped(packed(z) @ lora_A[rank], mask) for z, (rank, mask) in zip(all_z, masks, strict=True)]
+        delta = functools.reduce(torch.add, parts)
+        grad_x = (grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
+    if need_A:
+        wide = x_rows.to(lora_A.dtype)
+        grad_A = torch.cat([packed(z.t()) @ dropped(wide, mask) for z, (_, mask) in zip(all_z, masks, strict=True)])
+    return (
+        grad_x,
+        grad_rows.t() @ x_rows if need_weight else None,
+        grad_rows.sum(0) if need_bias else None,
+        grad_A,
+        (wide_grad.t() @ h) * scaling if need_B else None,
+        ((wide_grad.t() @ h) * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
+    )

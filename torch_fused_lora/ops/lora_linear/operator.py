@@ -1,0 +1,385 @@
+"""``y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ`` as one operator with its own backward.
+
+Three operators are registered:
+
+``lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p=0, seed=None) -> y``
+    The public one: ``lora_linear_forward`` for one adapter, without the rank-r product.
+``lora_linear_forward(..., seed, dropout_p[], ranks[], save_h) -> (y, h)``
+    h = dropout(x) Aᵀ is kept for backward where it will be needed. Several adapters with dropouts of their own
+    share one call: lora_A and lora_B are stacked along the rank, ``ranks`` says where each adapter ends, and
+    each draws its mask from a stream of its own.
+``lora_linear_backward(...) -> Tensor[]``
+    The gradients asked for, in the order of the forward's tensor arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ...torch_private import dispatch_modes
+from .. import dispatch
+from ..dispatch import (
+    NAMESPACE,
+    PLAIN_OR_NONE,
+    PLAIN_TYPES,
+    Flags,
+    Floats,
+    Ints,
+    Maybe,
+    Pair,
+    Route,
+    Saved,
+    define,
+    implement,
+    refuse_sparse,
+    route,
+    savable,
+)
+from ..dropout import draw_seed
+from ..rows import DTYPES, DTYPES_TEXT, HALF
+from . import differentiable, portable
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """A linear layer with a low-rank adapter: ``x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`` (LoRA, arXiv:2106.09685).
+
+    Args:
+        x: (..., K), 1-D or more, any strides.
+        weight: (N, K). bias: (N,) or None. Both of x's dtype: float16, bfloat16, float32 or float64.
+        lora_A: (r, K) and lora_B: (N, r), r >= 1: both of x's dtype, or both float32 over a half-precision x.
+        scaling: a number or a 0-dim floating tensor on the CPU or x's device; a tensor may ask for a gradient.
+        dropout_p: probability in [0, 1) that an element of x is dropped on its way into lora_A.
+        training: dropout is active only when True.
+
+    Returns:
+        (..., N) in x's dtype. The base product is rounded to x's dtype first; the low-rank term is formed in
+        float32 (float64 for float64) where the adapters are float32, added, and the sum is rounded again, as
+        PEFT does. On mps, up to eight rows without dropout are rounded once, base and low-rank term together.
+
+    Differentiable twice in every tensor argument, scaling included; saves x itself, the small tensors and one
+    (M, r) product for backward, never a mask. Under autocast all operands are cast to its dtype, as in PEFT.
+
+    A policy of selective checkpointing sees one operator, ``torch.ops.torch_fused_lora.lora_linear_forward.default``,
+    where stock layers show it ``aten.mm`` and ``aten.addmm``: one that saves products lists it with them.
+
+    Raises:
+        TypeError: an argument is not a tensor (scaling: a tensor or a number).
+        ValueError: a shape, dtype or device that does not fit; a sparse tensor; dropout_p outside [0, 1).
+    """
+    tensors = (x, weight, lora_A, lora_B)
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):
+        for name, value in zip(("x", "weight", "lora_A", "lora_B"), tensors, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
+    if not isinstance(dropout_p, (float, numbers.Real)):  # float first: to ask an abstract class is slow
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    way = route(x)
+    if way is dispatch.BY_TORCH:
+        return differentiable.by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0)
+    dropout = (dropout_p,) if training else ()
+    return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout, way=way)
+
+
+def lora_linear_stacked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout_p: Floats = (),
+    ranks: Ints = (),
+    caller: str | None = None,
+    way: Route | None = None,
+) -> Tensor:
+    """`lora_linear` for adapters stacked along the rank: adapter i owns ``ranks[i]`` rows of lora_A, columns of lora_B
+    and drops x with ``dropout_p[i]``. Empty ``ranks`` means one adapter; empty ``dropout_p`` no dropout. Errors of
+    backward name ``caller``, the module that calls. ``way``: the `route` of x, where it is known already; not torch's.
+    """
+    way = way or route(x)
+    if not PLAIN_OR_NONE.issuperset((type(weight), type(bias), type(lora_A), type(lora_B))):
+        way = dispatch.BY_DISPATCHER
+    seed = None
+    if any(dropout_p):
+        seed = draw_seed()
+    else:
+        dropout_p = ranks = ()
+    scaling = _as_scaling(scaling, x.dtype)
+    return _operator.call(way, caller, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, False)
+
+
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
+
+def _as_scaling(scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`scaling` as the operator takes it: a 0-dim float32 tensor (float64 beside float64)."""
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    if isinstance(scaling, Tensor):
+        return scaling if scaling.dtype == wanted or not scaling.is_floating_point() else scaling.to(wanted)
+    if not isinstance(scaling, (float, numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scaling: expected a number or a 0-dim Tensor, got {type(scaling).__name__}")
+    if torch.compiler.is_compiling():
+        # A product keeps a float that changes from call to call symbolic; torch.tensor(scaling) recompiles.
+        return _ONE.to(wanted) * scaling
+    if dispatch_modes() > 0:  # a mode may wrap new tensors: keep them out of the cache
+        return torch.tensor(scaling, dtype=wanted, device="cpu")
+    return _cached_scalar(scaling, wanted)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_scalar(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _check_adapters(
+    refuse: Callable[..., NoReturn],
+    like: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+) -> None:
+    """The dtypes and devices beside those of ``like``, the operand of the full width, and what concerns dropout."""
+    r, adapter_dtype = lora_A.shape[0], lora_A.dtype
+    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in HALF):
+        refuse("lora_A", lora_A, f"{like}'s dtype {dtype}" + (" or torch.float32" if dtype in HALF else ""))
+    if lora_A.device != device:
+        refuse("lora_A", lora_A, f"{like}'s device {device}")
+    if lora_B.dtype != adapter_dtype or lora_B.device != device:
+        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype} and device {device}")
+    if scaling.dim() != 0 or not scaling.is_floating_point():
+        refuse("scaling", scaling, "a 0-dim floating tensor")
+    if not scaling.is_cpu and scaling.device != device:
+        refuse("scaling", scaling, f"a tensor on the CPU or on {like}'s device {device}")
+    if seed is None:
+        return
+    if seed.shape != () or seed.dtype != torch.int64 or not seed.is_cpu:
+        refuse("seed", seed, "a 0-dim int64 tensor on the CPU")
+    if not all(0.0 <= p < 1.0 for p in dropout_p):
+        refuse("dropout_p", list(dropout_p), "probabilities in [0, 1)")
+    got_ranks = list(ranks) or [r]
+    if sum(got_ranks) != r or len(got_ranks) != len(dropout_p):
+        refuse("ranks", got_ranks, f"one rank for each of the {len(dropout_p)} dropout_p, {r} in all")
+
+
+class _LoRALinear(dispatch.Operator):
+    name = "lora_linear"
+    schemas = (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? seed, "
+        "float[] dropout_p, SymInt[] ranks, bool save_h) -> (Tensor, Tensor)",
+        "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? h, "
+        "Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
+    )
+    # Scaling and seed may be CPU tensors that a kernel reads while it is encoded: a captured graph would replay their
+    # first values.
+    tags = (torch.Tag.cudagraph_unsafe,)
+    inputs = 6
+    patch = "patch_peft"
+    instead = "leave the model unpatched (torch_fused_lora.unpatch_peft)"
+
+    @staticmethod
+    def check(
+        x: Tensor,
+        weight: Tensor,
+        bias: Maybe,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: Tensor,
+        seed: Maybe,
+        dropout_p: Floats,
+        ranks: Ints,
+        save_h: bool,
+    ) -> None:
+        """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
+        refuse = functools.partial(dispatch.refuse, "lora_linear")
+        if not (x.layout is weight.layout is lora_A.layout is lora_B.layout is torch.strided):
+            refuse_sparse("lora_linear", x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
+        dtype, device = x.dtype, x.device
+        x_shape, W_shape, A_shape = x.shape, weight.shape, lora_A.shape
+        if dtype not in DTYPES:
+            refuse("x", x, DTYPES_TEXT)
+        if len(W_shape) != 2:
+            refuse("weight", weight, "shape (N, K)")
+        N, K = W_shape
+        if not x_shape or x_shape[-1] != K:
+            refuse("x", x, f"shape (..., {K}), since weight is ({N}, {K})")
+        if len(A_shape) != 2 or A_shape[1] != K or A_shape[0] < 1:
+            refuse("lora_A", lora_A, f"shape (r, {K}) with r >= 1, since weight is ({N}, {K})")
+        r = A_shape[0]
+        if lora_B.shape != (N, r):
+            refuse("lora_B", lora_B, f"shape ({N}, {r}), since weight is ({N}, {K}) and lora_A ({r}, {K})")
+        if weight.dtype != dtype or weight.device != device:
+            refuse("weight", weight, f"x's dtype {dtype} and device {device}")
+        if bias is not None and (bias.shape != (N,) or bias.dtype != dtype or bias.device != device):
+            refuse("bias", bias, f"shape ({N},), x's dtype {dtype} and device {device}")
+        _check_adapters(refuse, "x", dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+
+    @staticmethod
+    def check_backward(
+        grad: Tensor,
+        x: Saved,
+        weight: Saved,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: Tensor,
+        h: Saved,
+        seed: Maybe,
+        dropout_p: Floats,
+        ranks: Ints,
+        needs: Flags,
+    ) -> None:
+        """As `check`, for the operands of the gradients asked for."""
+        refuse = functools.partial(dispatch.refuse, "lora_linear_backward")
+        if len(needs) != 6:
+            refuse("needs", list(needs), "6 flags")
+        refuse_sparse(
+            "lora_linear_backward", grad=grad, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling, h=h
+        )
+        need_x, need_weight, _, need_A, need_B, need_scaling = needs
+        dtype, device = grad.dtype, grad.device
+        if dtype not in DTYPES:
+            refuse("grad", grad, DTYPES_TEXT)
+        if lora_A.dim() != 2 or lora_A.shape[0] < 1:
+            refuse("lora_A", lora_A, "shape (r, K) with r >= 1")
+        r, K = lora_A.shape
+        if lora_B.dim() != 2 or lora_B.shape[1] != r:
+            refuse("lora_B", lora_B, f"shape (N, {r}), since lora_A is ({r}, {K})")
+        N = lora_B.shape[0]
+        if grad.dim() < 1 or grad.shape[-1] != N:
+            refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
+        _check_adapters(refuse, "grad", dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+        for name, value, needed, shape, like, its_dtype in (
+            ("x", x, need_A or need_weight, (*grad.shape[:-1], K), "grad", dtype),
+            ("weight", weight, need_x, (N, K), "grad", dtype),
+            ("h", h, need_B or need_scaling, (math.prod(grad.shape[:-1]), r), "lora_A", lora_A.dtype),
+        ):
+            if needed and (value is None or value.shape != shape or value.dtype != its_dtype or value.device != device):
+                refuse(name, value, f"shape {tuple(shape)}, {like}'s dtype {its_dtype} and device {device}")
+
+    forward = staticmethod(portable.forward)
+    backward = staticmethod(portable.backward)
+    twin = staticmethod(differentiable.forward)
+    twin_backward = staticmethod(differentiable.backward)
+
+    @staticmethod
+    def shapes(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, *options: Any) -> Pair:
+        *_, save_h = options
+        h_shape = (math.prod(x.shape[:-1]), lora_A.shape[0]) if save_h else (0,)
+        return x.new_empty(*x.shape[:-1], weight.shape[0]), lora_A.new_empty(h_shape)
+
+    @staticmethod
+    def shapes_backward(
+        grad: Tensor, x: Saved, weight: Saved, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, *options: Any
+    ) -> list[Maybe]:
+        *_, needs = options
+        (r, K), N = lora_A.shape, lora_B.shape[0]
+        grads = (
+            (grad, (*grad.shape[:-1], K)),
+            (grad, (N, K)),
+            (grad, (N,)),
+            (lora_A, (r, K)),
+            (lora_B, (N, r)),
+            (scaling, ()),
+        )
+        return [like.new_empty(shape) if need else None for (like, shape), need in zip(grads, needs, strict=True)]
+
+    @staticmethod
+    def cast(device_type: str, *arguments: Any) -> tuple[Any, ...]:
+        dtype, casts = torch.get_autocast_dtype(device_type), (*HALF, torch.float32)
+        operands, others = arguments[:5], arguments[5:]
+        return *(t.to(dtype) if t is not None and t.dtype in casts else t for t in operands), *others
+
+    @staticmethod
+    def asking(needs: Flags, *arguments: Any) -> tuple[Any, ...]:
+        return *arguments[:-1], needs[4] or needs[5]  # lora_B, scaling
+
+    @staticmethod
+    def keep(needs: Flags, arguments: tuple[Any, ...], results: Any) -> tuple[tuple[Maybe, ...], Any]:
+        x, weight, _, lora_A, lora_B, scaling, seed, dropout_p, ranks, _ = arguments
+        need_x, need_weight, _, need_A, need_B, need_scaling = needs
+        need_h = need_B or need_scaling
+        saved = (
+            savable(x) if need_A or need_weight else None,
+            weight if need_x else None,
+            lora_A,
+            lora_B,
+            scaling,
+            results[1] if need_h else None,
+        )
+        return saved, (seed, dropout_p, ranks)
+
+    @staticmethod
+    def restore(saved: tuple[Any, ...], rest: Any, needs: Flags) -> tuple[Any, ...]:
+        return *saved, *rest, needs
+
+
+_operator = _LoRALinear()
+define(
+    "lora_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, "
+    "float dropout_p=0.0, Tensor? seed=None) -> Tensor",
+    *_LoRALinear.tags,
+)
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+def _public(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    dropout_p: float = 0.0,
+    seed: Maybe = None,
+) -> Tensor:
+    if dropout_p > 0 and seed is None:
+        raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-dim int64 CPU tensor, got None")
+    dropout = (dropout_p,) if seed is not None else ()
+    return _ops.lora_linear_forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout, (), False)[0]
+
+
+implement("lora_linear", _public, "CompositeImplicitAutograd", "FuncTorchBatched")
+
+
+@register_flop_formula(_ops.lora_linear_forward)
+def _forward_flops(x_shape: Ints, weight_shape: Ints, bias_shape: Any, A_shape: Ints, *_: Any, **__: Any) -> int:
+    M, (N, K), r = math.prod(x_shape[:-1]), weight_shape, A_shape[0]
+    return 2 * M * (N * K + r * (K + N))
+
+
+@register_flop_formula(_ops.lora_linear_backward)
+def _backward_flops(
+    grad_shape: Ints, x_shape: Any, weight_shape: Ints, A_shape: Ints, B_shape: Ints, *options: Any, **_: Any
+) -> int:
+    """Of dY W and dYᵀ x, and of z = dY B, z A, zᵀ x̃ and dYᵀ h."""
+    M, (r, K), N = math.prod(grad_shape[:-1]), A_shape, B_shape[0]
+    need_x, need_weight, _, need_A, need_B, need_scaling = options[-1]
+    per_rank = (need_x or need_A) * N + (need_x + need_A) * K + (need_B or need_scaling) * N
+    return 2 * M * ((need_x + need_weight) * N * K + r * per_rank)

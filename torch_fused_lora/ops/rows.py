@@ -1,0 +1,45 @@
+"""What the operators' families share: rows of operands, their dtypes and how they are converted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..torch_private import unsafe_view
+from .dispatch import Saved
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+DTYPES_TEXT = "float16, bfloat16, float32 or float64"
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which sums are formed: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # a `to` that does nothing still takes a microsecond
+
+
+def flat(x: Tensor) -> Tensor:
+    """x as a matrix (M, last dimension): a view wherever one exists."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def unflat(rows: Tensor, like: Tensor) -> Tensor:
+    """The fresh matrix (M, C) in the leading shape of ``like``, not as a view: autograd forbids in-place use of an
+    operator's output that is one."""
+    return rows if like.dim() == 2 else unsafe_view(rows, (*like.shape[:-1], rows.shape[1]))
+
+
+def packed(matrix: Saved) -> Saved:
+    """The matrix as torch's products may read it: halves with gaps between rows (or columns) are copied on a CPU,
+    where torch's product by AMX reads into the gaps."""
+    if matrix is None or not matrix.is_cpu or matrix.dtype not in HALF:
+        return matrix
+    (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
+    has_gaps = (column_stride == 1 and row_stride > columns) or (row_stride == 1 and column_stride > rows)
+    return matrix.contiguous() if has_gaps else matrix
