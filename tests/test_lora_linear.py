@@ -17,6 +17,7 @@ from reference import Layer
 from torch_fused_lora.ops.dropout import draw_seed
 from torch_fused_lora.ops.lora_linear import differentiable, portable
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
+from torch_fused_lora.ops.lora_linear.ways import block_rows
 from torch_fused_lora.ops.rows import HALF
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
@@ -187,7 +188,7 @@ def test_many_row_blocks(device, dtype, adapter_dtype, dropout_p):
     nothing is lost or doubled at a seam."""
     K, N, r = (1200, 200, 5) if device.type == "cpu" else (130, 70, 5)
     A, B = torch.randn(r, K).to(device, adapter_dtype), torch.randn(N, r).to(device, adapter_dtype)
-    rows = 2 * portable.block_rows(A, B) + 17 if device.type == "cpu" else 1041
+    rows = 2 * block_rows(A, B) + 17 if device.type == "cpu" else 1041
     x = torch.randn(rows, K).to(device, dtype).requires_grad_()
     W, b = (torch.randn(N, K) * K**-0.5).to(device, dtype), torch.randn(N).to(device, dtype)
     A.requires_grad_(), B.requires_grad_()

@@ -18,8 +18,12 @@ from torch import Tensor
 from .mps import core_count, extension
 from .ops.dispatch import NAMESPACE
 from .ops.lora_linear import lora_linear
+from .ops.lora_linear.reference import lora_linear as plain_lora_linear
+from .ops.lora_linear.ways import limits_of
 from .ops.rms_norm import rms_norm
+from .ops.rms_norm.reference import rms_norm as plain_rms_norm
 from .ops.softmax import softmax
+from .ops.softmax.reference import softmax as plain_softmax
 from .system import System, gpu_family, is_virtual, metal_version, notable_variables
 
 _Answer = TypeVar("_Answer")
@@ -47,11 +51,13 @@ class SelfTest:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Who computes on a device, and whether right. ``backends``: operator to (who, why)."""
+    """Who computes on a device, and whether right. ``backends``: operator to (who, why); ``ways``: which way its calls
+    of lora_linear take."""
 
     type: str
     name: str
     backends: dict[str, tuple[str, str]]
+    ways: str
     self_tests: list[SelfTest]
 
 
@@ -103,6 +109,7 @@ class Report:
             (backend, why), *others = device.backends.values()
             lines += ["", f"{device.type}: {device.name}", f"  lora_linear  {backend}: {why}"]
             lines += [f"  {operator:<12} {who}" for operator, (who, _) in zip(OPERATORS[1:], others, strict=True)]
+            lines.append(f"  ways         {device.ways}")
             lines.append(f"  dropout      {_dropout_backend(device.type)}")
             lines += [f"  {test.dtype:<12} {test}" for test in device.self_tests]
             if device.type == "mps":
@@ -160,7 +167,8 @@ def examine() -> Report:
 def _examine_device(device: torch.device) -> Device:
     backends = {operator: backend_of(operator, device.type) for operator in OPERATORS}
     name = str(_probe(lambda: device_name(device)))
-    return Device(device.type, name, backends, [_run_self_test(device, dtype) for dtype in DTYPES])
+    ways = "as `doctor --plan` says" if device.type == "mps" else str(limits_of(device.type))
+    return Device(device.type, name, backends, ways, [_run_self_test(device, dtype) for dtype in DTYPES])
 
 
 def _examine_metal() -> Metal:
@@ -247,11 +255,11 @@ def self_test(device: torch.device, dtype: torch.dtype, M: int) -> tuple[float, 
     grad = torch.randn(M, N, generator=generator).to(dtype)
 
     x, W, b, A, B = exact
-    expected = x @ W.T + b + 0.5 * (x @ A.T) @ B.T
+    expected = plain_lora_linear(x, W, b, A, B, 0.5)
     results = [expected.detach(), *torch.autograd.grad(expected, exact, grad.double())]
     magnitudes = [t.detach().abs().requires_grad_() for t in exact]
     x, W, b, A, B = magnitudes
-    bound = x @ W.T + b + 0.5 * (x @ A.T) @ B.T
+    bound = plain_lora_linear(x, W, b, A, B, 0.5)
     bounds = [bound.detach(), *torch.autograd.grad(bound, magnitudes, grad.abs().double())]
 
     x, W, b, A, B = ours
@@ -266,26 +274,29 @@ def row_self_test(device: torch.device, dtype: torch.dtype) -> list[tuple[float,
     """The same for rms_norm and for softmax, and what is allowed: the worst case of sums over a row, or over the rows,
     and for a half dtype one rounding, or two where the gradient is made of a rounded result."""
     generator = torch.Generator().manual_seed(0)
-    M, H, eps = 40, 65, 1e-6
+    M, H = 40, 65
     x, weight, grad = (torch.randn(s, generator=generator).to(dtype) for s in ((M, H), (H,), (M, H)))
-    xd, wd, gd = x.double(), weight.double(), grad.double()
+    xd, wd, gd = x.double().requires_grad_(), weight.double().requires_grad_(), grad.double()
     x, weight = (t.to(device).requires_grad_() for t in (x, weight))
     sums = 4 * (M + H) * 2.0**-24
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
 
-    y = rms_norm(x, weight, eps)
-    rstd = torch.rsqrt(xd.square().mean(-1, keepdim=True) + eps)
-    normed, scaled = xd * rstd, gd * wd
-    exact = (normed * wd, (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd, (gd * normed).sum(0))
-    dx_bound = (scaled.abs() + normed.abs() * (scaled * normed).abs().mean(-1, keepdim=True)) * rstd
-    bounds = ((normed * wd).abs(), dx_bound, (gd * normed).abs().sum(0))
-    norm_error = _worst((y.detach(), *torch.autograd.grad(y, (x, weight), grad.to(device))), exact, bounds)
+    def error(
+        of: Callable, plain: Callable, ours: tuple[Tensor, ...], exact: tuple[Tensor, ...], bounds: tuple
+    ) -> float:
+        y, expected = of(*ours), plain(*exact)
+        found = (y.detach(), *torch.autograd.grad(y, ours, grad.to(device)))
+        return _worst(found, (expected.detach(), *torch.autograd.grad(expected, exact, gd)), bounds)
 
-    p = softmax(x)
-    exact_p = torch.softmax(xd, -1)
-    dot, dot_bound = ((exact_p * g).sum(-1, keepdim=True) for g in (gd, gd.abs()))
-    found = (p.detach(), *torch.autograd.grad(p, x, grad.to(device)))
-    softmax_error = _worst(found, (exact_p, exact_p * (gd - dot)), (exact_p, exact_p * (gd.abs() + dot_bound)))
+    with torch.no_grad():
+        rstd = torch.rsqrt(xd.square().mean(-1, keepdim=True) + 1e-6)
+        normed, scaled = (xd * rstd).abs(), (gd * wd).abs()
+        dx_bound = (scaled + normed * (scaled * normed).mean(-1, keepdim=True)) * rstd
+        norm_bounds = (normed * wd.abs(), dx_bound, (gd.abs() * normed).sum(0))
+        p = plain_softmax(xd)
+        softmax_bounds = (p, p * (gd.abs() + (p * gd.abs()).sum(-1, keepdim=True)))
+    norm_error = error(rms_norm, plain_rms_norm, (x, weight), (xd, wd), norm_bounds)
+    softmax_error = error(softmax, plain_softmax, (x,), (xd,), softmax_bounds)
     return [(norm_error, sums + rounding), (softmax_error, 2 * sums + 3 * rounding)]
 
 

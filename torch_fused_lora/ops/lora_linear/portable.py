@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from torch import Tensor
 from ..dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
 from ..dropout import keep_mask
 from ..rows import HALF, cast, flat, packed, unflat
-
-_FEW = 16  # rows that are never split into blocks
+from .ways import Way, block_rows, choose, triton_kernels
 
 
 def forward(
@@ -49,11 +47,12 @@ def forward(
     # A number where reading it does not synchronise with the device.
     scale = scaling.item() if scaling.is_cpu else scaling
     A, B = _operands(lora_A, lora_B, seed)
-    if seed is None and _in_one_piece(x_rows, A, B):
+    way = choose(x_rows, A, B, seed is not None)
+    if way is Way.WHOLE:
         h = F.linear(_widened(x_rows, A), A)
         _add_product_(y, h, B.t(), scale)
-    elif seed is None and (kernels := _triton_kernels(x_rows)):
-        h = kernels.add_delta_(y, x_rows, A, B, scale)
+    elif way is Way.TRITON:
+        h = triton_kernels().add_delta_(y, x_rows, A, B, scale)
     else:
         h = _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h)
     return unflat(y, x), cast(h, lora_A.dtype) if save_h else None
@@ -86,7 +85,8 @@ def backward(
     grad_A: Saved = None
     grad_h: Saved = None
     A, B = _operands(lora_A, lora_B, seed)
-    if seed is None and _in_one_piece(grad_rows, A, B):
+    way = choose(grad_rows, A, B, seed is not None)
+    if way is Way.WHOLE:
         wide = _widened(grad_rows, A)
         if need_x or need_A:
             z = wide.mm(B).mul_(scaling)
@@ -103,8 +103,8 @@ def backward(
         x_side = x_rows if need_A else None
         if h is not None and not need_scaling:
             h = _widened(h, A) * scaling
-        if seed is None and (kernels := _triton_kernels(grad_rows)):
-            grad_A, grad_h = kernels.backward(grad_rows, grad_x, x_side, A, B, scaling, h)
+        if way is Way.TRITON:
+            grad_A, grad_h = triton_kernels().backward(grad_rows, grad_x, x_side, A, B, scaling, h)
         else:
             grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
     return (
@@ -190,39 +190,6 @@ def _operands(lora_A: Tensor, lora_B: Tensor, seed: Tensor | None) -> Pair:
     if lora_A.dtype in HALF and (lora_A.is_cpu or seed is not None):
         return lora_A.float(), lora_B.float()
     return lora_A, lora_B
-
-
-def _in_one_piece(rows: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether all rows are converted at once, or nothing is converted."""
-    if rows.dtype is A.dtype or rows.shape[0] <= _FEW:
-        return True
-    return rows.shape[0] <= block_rows(A, B) and _triton_kernels(rows) is None
-
-
-def _triton_kernels(rows: Tensor) -> ModuleType | None:
-    """The module of Triton kernels for half rows and float32 adapters; None where aten calls serve as well."""
-    return _import_triton_kernels() if rows.is_cuda and rows.shape[0] > 1024 else None
-
-
-@functools.cache
-def _import_triton_kernels() -> ModuleType | None:
-    if torch.version.hip is not None:
-        return None
-    try:
-        from . import triton
-    except ImportError:
-        return None
-    return triton
-
-
-def block_rows(A: Tensor, B: Tensor) -> int:
-    """Rows that are converted or masked at a time: 8 MiB of float32 on a CPU, 64 MiB elsewhere.
-
-    Smaller blocks would stay in L2, and are no faster on a quiet CPU; on a busy one each parallel aten call may
-    wait a scheduler's time slice for its threads, so that few large blocks win by far.
-    """
-    elements = 1 << (21 if A.is_cpu else 24)
-    return max(elements // max(A.shape[1], B.shape[0], 1), _FEW)
 
 
 def adapters(
