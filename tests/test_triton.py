@@ -22,7 +22,7 @@ from test_lora_linear import laid_out
 import torch_fused_lora as tfl
 from torch_fused_lora.ops.lora_linear import ways
 from torch_fused_lora.ops.lora_linear import triton as kernels
-ways.TABLE['cpu'] = ways.Limits(block=1 << 21, few=0, triton=0)
+ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=0), 0
 tl = kernels.tl
 kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 for M, K, N, r, dtype, layout in (

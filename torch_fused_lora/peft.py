@@ -8,7 +8,7 @@ PEFT has no hook for a layer of a model that is already built, so a layer's clas
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,27 +44,24 @@ class Linear(Patched, lora.Linear):
         way, weight, bias, adapters = call
         if self._copy_input and torch.is_grad_enabled():
             x = x.clone()
-        if len(adapters) == 1 and adapters[0].bias is None:
-            lora_A, lora_B, _, scaling, p = adapters[0]
-            dropout = (p,) if p else ()
-            return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout, (), self._patched_name, way)
-        for adapter in adapters:
-            if adapter.bias is not None:  # over a half base it joins the base product's rounding
-                lora_bias = adapter.bias * adapter.scaling
+        name = self._patched_name
+        if len(adapters) == 1:
+            lora_A, lora_B, lora_bias, scaling, p = adapters[0]
+            if lora_bias is None:
+                return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, (p,) if p else (), (), name, way)
+        for _, _, lora_bias, scaling, _ in adapters:
+            if lora_bias is not None:  # over a half base it joins the base product's rounding
+                lora_bias = lora_bias * scaling
                 bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
-        lora_A = torch.cat([adapter.lora_A for adapter in adapters])
-        lora_B = torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], 1)
-        ranks = [adapter.lora_A.shape[0] for adapter in adapters]
-        dropouts = [adapter.dropout_p for adapter in adapters]
-        return lora_linear_stacked(x, weight, bias, lora_A, lora_B, 1.0, dropouts, ranks, self._patched_name, way)
+        lora_A = torch.cat([lora_A for lora_A, *_ in adapters])
+        lora_B = torch.cat([lora_B * scaling for _, lora_B, _, scaling, _ in adapters], 1)
+        ranks = [lora_A.shape[0] for lora_A, *_ in adapters]
+        dropouts = tuple(p for *_, p in adapters)
+        return lora_linear_stacked(x, weight, bias, lora_A, lora_B, 1.0, dropouts, ranks, name, way)
 
 
-class _Adapter(NamedTuple):
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float | Tensor
-    dropout_p: float
+# lora_A, lora_B, the bias of lora_B's module, scaling, probability of dropout
+_Adapter: TypeAlias = tuple[Tensor, Tensor, Maybe, Any, float]
 
 
 # What follows runs on every call of every layer. It reads modules and parameters from their dicts, since
@@ -76,7 +73,7 @@ def _fused_call(layer: lora.Linear, x: Tensor) -> tuple[Route, Tensor, Maybe, li
     has to run."""
     if layer._disable_adapters or layer.merged_adapters or not layer.cast_input_dtype_enabled or has_global_hook():
         return None
-    if not isinstance(x, Tensor) or x.layout is not torch.strided or (way := route(x)) is BY_TORCH:
+    if not isinstance(x, Tensor) or (way := route(x)) is BY_TORCH:
         return None
     if _called() != _OWN and (torch.compiler.is_dynamo_compiling() or _why_replaced(layer)):
         return None
@@ -86,25 +83,32 @@ def _fused_call(layer: lora.Linear, x: Tensor) -> tuple[Route, Tensor, Maybe, li
         return None
     weight, bias = base
     dtype = x.dtype
-    autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
-    if dtype == torch.float64 if autocast else weight.dtype is not dtype:
+    autocast = False
+    if way is BY_DISPATCHER:
+        autocast = autocast_enabled(x.device.type)
+        if x.layout is not torch.strided:
+            return None
+    if dtype is torch.float64 if autocast else weight.dtype is not dtype:
         return None
     all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     all_dropouts = modules["lora_dropout"]._modules
     adapters: list[_Adapter] = []
+    adapter_dtype = None
     for name in layer.active_adapters:
         if name not in all_A:
             continue
         adapter = _adapter(layer, name, all_A[name], all_B[name], all_dropouts[name])
         if isinstance(adapter, str):
             return None
-        adapter_dtype = adapters[0].lora_A.dtype if adapters else adapter.lora_A.dtype
-        if not autocast and (
-            not adapter.lora_A.dtype == adapter.lora_B.dtype == adapter_dtype
-            or (adapter_dtype != dtype and (adapter_dtype != torch.float32 or dtype not in HALF))
-        ):
-            return None
         adapters.append(adapter)
+        if autocast:
+            continue
+        if adapter_dtype is None:
+            adapter_dtype = adapter[0].dtype
+            if adapter_dtype is not dtype and (adapter_dtype is not torch.float32 or dtype not in HALF):
+                return None
+        if not adapter[0].dtype is adapter[1].dtype is adapter_dtype:
+            return None
     return (way, weight, bias, adapters) if adapters else None
 
 
@@ -134,7 +138,7 @@ def _adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, dropout:
         return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
     if reason := _why_not_called(dropout.__dict__):
         return f"adapter {name!r} has {reason}"
-    return _Adapter(of_A[0], of_B[0], of_B[1], layer.scaling[name], p)
+    return of_A[0], of_B[0], of_B[1], layer.scaling[name], p
 
 
 # What PEFT's own forward of a layer calls, by the class of module that calls it.
@@ -197,7 +201,8 @@ def _weight_and_bias(module: nn.Module) -> tuple[Any, Any] | str:
         return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
     if weight is not None and weight.layout is not torch.strided:
         return f"a weight whose layout is {weight.layout}"
-    return _why_not_called(fields) or (weight, bias)
+    reason = _why_not_called(fields)
+    return (weight, bias) if reason is None else reason
 
 
 def _why_not_called(fields: dict[str, Any]) -> str | None:

@@ -33,6 +33,7 @@ def _always(*_: object) -> bool:
 
 dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", _always)
 profiling: Callable[[], bool] = _private("autograd._profiler_enabled", _always)
+is_tracing: Callable[[], bool] = _private("_C._is_tracing", torch.jit.is_tracing)
 has_global_hook: Callable[[], bool] = _private("nn.modules.module._has_any_global_hook", _always)
 FakeTensor: type = _private("_subclasses.fake_tensor.FakeTensor", Tensor)
 

@@ -35,6 +35,7 @@ from ..torch_private import (
     dispatch_modes,
     is_exporting,
     is_legacy_batched,
+    is_tracing,
     profiling,
     raw_saved_tensors,
     transformed,
@@ -44,8 +45,7 @@ NAMESPACE = "torch_fused_lora"
 PORTABLE_DEVICES = ("cpu", "cuda", "xpu")  # device types whose kernels are the portable ones
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))  # subclasses want to see the calls made with them
-PLAIN_OR_NONE = PLAIN_TYPES | {NoneType}
-OWN_TYPES = PLAIN_OR_NONE | {FakeTensor}  # of a module's own tensors: an export puts fake ones in their place
+OWN_TYPES = PLAIN_TYPES | {NoneType, FakeTensor}  # of a module's own tensors: an export puts fake ones in their place
 
 # Short names for the types of operators' arguments, as their schemas have them.
 Maybe: TypeAlias = Tensor | None
@@ -95,19 +95,30 @@ def keep_operators() -> Iterator[None]:
 
 
 def route(x: Tensor) -> Route:
-    """The way of a call with this x, if all its other operands are plain tensors."""
-    if (is_exporting() and not _keeping) or x.is_nested or torch.jit.is_tracing():
+    """The way of a call with this x, if all its other operands are plain tensors and dense."""
+    if torch.compiler.is_compiling():  # or exporting
+        return BY_TORCH if x.is_nested or (is_exporting() and not _keeping) else BY_DISPATCHER
+    if is_tracing() or x.is_nested:
         return BY_TORCH
     # x.device.type takes as long as the rest of this.
     device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
-    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES or _watched(device_type):
+    if (
+        dispatch_modes()
+        or profiling()
+        or transformed()
+        or not are_plain(x)
+        or (device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type))
+    ):
         return BY_DISPATCHER
     return BY_PORTABLE if device_type in PORTABLE_DEVICES else BY_DEVICE
 
 
-def _watched(device_type: str) -> bool:
-    """Whether a dispatch mode, autocast, a profiler, a functorch transform or forward-mode AD wants to see calls."""
-    return bool(dispatch_modes() or autocast_enabled(device_type) or profiling() or transformed())
+def are_plain(*operands: Maybe) -> bool:
+    """Whether these are dense tensors of no subclass, or None."""
+    for operand in operands:
+        if operand is not None and (type(operand) not in PLAIN_TYPES or operand.layout is not torch.strided):
+            return False
+    return True
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -180,7 +191,7 @@ class Operator:
 
     @staticmethod
     def check(*arguments: Any) -> None:
-        """Raise for arguments of the forward that do not fit together."""
+        """Raise for arguments of the forward, dense tensors all, that do not fit together."""
         raise NotImplementedError
 
     @staticmethod
@@ -225,18 +236,15 @@ class Operator:
         raise NotImplementedError
 
     @staticmethod
-    def asking(needs: Flags, *arguments: Any) -> tuple[Any, ...]:
-        """The forward's arguments where gradients will be asked for."""
-        return arguments
-
-    @staticmethod
-    def keep(needs: Flags, arguments: tuple[Any, ...], results: Any) -> tuple[Sequence[Maybe], Any]:
-        """The tensors that are saved for backward, and what else is."""
+    def record(kernel: Callable[..., Any], needs: Flags, *arguments: Any) -> tuple[Any, Sequence[Maybe], Any]:
+        """Call a kernel of the forward where gradients will be asked for: its results, the tensors saved for backward,
+        x or None first, and what else backward needs."""
         raise NotImplementedError
 
     @staticmethod
-    def restore(saved: Any, rest: Any, needs: Flags) -> tuple[Any, ...]:
-        """The backward's arguments after the gradient, of what `keep` kept."""
+    def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
+        """The backward's arguments after the gradient, of what `record` kept; ``anew``: what was made of x is made of
+        it again, in differentiable calls, if x was saved."""
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -256,18 +264,19 @@ class Operator:
         _autocast(forward, self.cast)
         _autocast(backward, lambda device_type, *arguments: arguments)
 
-    def call(self, route: Route, caller: str | None, *arguments: Any) -> Tensor:
-        """The output, by a route that is not torch's. Errors of backward name ``caller``, the module that calls."""
+    def call(self, route: Route, caller: str | None, inputs: tuple[Any, ...], *options: Any) -> Tensor:
+        """The output, by a route that is not torch's, of the inputs that have gradients and the other arguments. Errors
+        of backward name ``caller``, the module that calls."""
         if route is BY_DISPATCHER:
-            return _tell_caller(_output(self._forward_operator(*arguments)), caller)
+            return _tell_caller(_output(self._forward_operator(*inputs, *options)), caller)
         if route is BY_PORTABLE:
-            self.check(*arguments)
+            self.check(*inputs, *options)
             kernel = self.forward
         else:
             kernel = self._device_forward
-        if torch.is_grad_enabled() and _record(arguments[: self.inputs]):
-            return _output(self._apply(kernel, caller, *arguments))
-        return _output(kernel(*arguments))
+        if torch.is_grad_enabled() and _record(inputs):
+            return _output(self._apply(*inputs, (kernel, caller, False, options)))
+        return _output(kernel(*inputs, *options))
 
     def _device_forward(self, *arguments: Any) -> Any:
         """The device's own kernel. One in C++ can only raise RuntimeError: `check` says what it refuses as
@@ -276,18 +285,19 @@ class Operator:
             with below_autograd():
                 return self._call_forward(*arguments)
         except RuntimeError:
-            self.check(*arguments)
+            self._check_forward(*arguments)
             raise
 
     def _autograd_forward(self, *arguments: Any) -> Any:
         if transformed():
             return self._twin_forward(*arguments)
-        if torch.is_grad_enabled() and _record(arguments[: self.inputs]):
-            return self._apply(self._device_forward, None, *arguments)
+        inputs, options = arguments[: self.inputs], arguments[self.inputs :]
+        if torch.is_grad_enabled() and _record(inputs):
+            return self._apply(*inputs, (self._device_forward, None, True, options))
         return self._device_forward(*arguments)
 
     def _twin_forward(self, *arguments: Any) -> Any:
-        self.check(*arguments)
+        self._check_forward(*arguments)
         return self.twin(*arguments)
 
     def _autograd_backward(self, *arguments: Any) -> Any:
@@ -298,28 +308,36 @@ class Operator:
             with below_autograd():
                 return self._backward_operator(*arguments)
         except RuntimeError:
-            self.check_backward(*arguments)
+            self._check_backward(*arguments)
             raise
 
     def _portable_forward(self, x: Tensor, *arguments: Any) -> Any:
         self._refuse_mps(x)
-        self.check(x, *arguments)
+        self._check_forward(x, *arguments)
         results = self.forward(x, *arguments)
         if isinstance(results, Tensor):
             return results
         return tuple(x.new_empty(0) if result is None else result for result in results)
 
     def _portable_backward(self, *arguments: Any) -> Any:
-        self.check_backward(*arguments)
+        self._check_backward(*arguments)
         return self._found(self.backward(*arguments))
 
     def _fake_forward(self, *arguments: Any) -> Any:
-        self.check(*arguments)
+        self._check_forward(*arguments)
         return self.shapes(*arguments)
 
     def _fake_backward(self, *arguments: Any) -> Any:
-        self.check_backward(*arguments)
+        self._check_backward(*arguments)
         return self._found(self.shapes_backward(*arguments))
+
+    def _check_forward(self, *arguments: Any) -> None:
+        _refuse_sparse(self.name, self._forward_operator, arguments)
+        self.check(*arguments)
+
+    def _check_backward(self, *arguments: Any) -> None:
+        _refuse_sparse(f"{self.name}_backward", self._backward_operator, arguments)
+        self.check_backward(*arguments)
 
     def _found(self, gradients: Sequence[Maybe]) -> Any:
         """As the backward's schema has them: its Tensor[] holds those that were asked for."""
@@ -358,45 +376,51 @@ def _record(arguments: Sequence[Any]) -> bool:
 
 def _recorded(operator: Operator) -> type[torch.autograd.Function]:
     """The operator as a node of the autograd graph."""
-    first, last = 2, 2 + operator.inputs  # of its arguments, those that have gradients
 
     class Recorded(torch.autograd.Function):
         # The classic form, forward(ctx, ...): with setup_context apart a call costs about twice as much.
 
         @staticmethod
-        def forward(ctx: Any, kernel: Callable[..., Any], caller: str | None, *arguments: Any) -> Any:
-            needs = ctx.needs_input_grad[first:last]
-            results = kernel(*operator.asking(needs, *arguments))
-            saved, rest = operator.keep(needs, arguments, results)
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            # What has no gradient goes as one argument: each has its cost, both ways.
+            *inputs, (kernel, caller, whole, options) = arguments
+            results, saved, rest = operator.record(kernel, ctx.needs_input_grad[:-1], *inputs, *options)
             ctx.save_for_backward(*saved)
+            ctx.rest = rest, caller, kernel is operator.forward
+            if isinstance(results, Tensor):
+                return results
+            y, second = results
+            # A double backward makes the second result anew of x, or, where x is not saved, asks for its gradient.
+            differentiable = saved[0] is None and second is not None and second.numel() > 0
+            if not (whole or differentiable):
+                return y
             ctx.set_materialize_grads(False)
-            y, second = (results, None) if isinstance(results, Tensor) else results
-            if second is not None and second.numel() == 0:
+            ctx.like = y.shape, y.dtype
+            if not differentiable:
                 ctx.mark_non_differentiable(second)
-            ctx.rest = rest, caller, kernel is operator.forward, len(arguments) - operator.inputs, y.shape, y.dtype
             return results
 
         @staticmethod
         def backward(ctx: Any, grad: Any, grad_second: Maybe = None) -> tuple[Maybe, ...]:
-            rest, caller, portable, others, y_shape, y_dtype = ctx.rest
             if grad is None:
                 if grad_second is None:
-                    return (None,) * (last + others)
-                grad = grad_second.new_zeros(y_shape, dtype=y_dtype)
+                    return (None,) * (operator.inputs + 1)
+                shape, dtype = ctx.like
+                grad = grad_second.new_zeros(shape, dtype=dtype)
+            rest, caller, portable = ctx.rest
             saved = _saved_tensors(ctx, operator, caller)
-            needs = ctx.needs_input_grad[first:last]
-            arguments = operator.restore(saved, rest, needs)
+            needs = ctx.needs_input_grad[:-1]
             found: Sequence[Maybe]
             # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
             if grad_second is not None or torch.is_grad_enabled() or is_legacy_batched(grad):
                 with _below_autocast():
-                    found = operator.twin_backward(grad, grad_second, *arguments)
+                    found = operator.twin_backward(grad, grad_second, *operator.restore(saved, rest, needs, True))
             elif portable and route(grad) is BY_PORTABLE:
                 with below_autograd():
-                    found = operator.backward(grad, *arguments)
+                    found = operator.backward(grad, *operator.restore(saved, rest, needs, False))
             else:
-                found = operator.gradients(grad, arguments, needs)
-            return None, None, *found, *(None,) * others
+                found = operator.gradients(grad, operator.restore(saved, rest, needs, False), needs)
+            return *found, None
 
     Recorded.__name__ = Recorded.__qualname__ = operator.name
     return Recorded
@@ -418,11 +442,11 @@ def refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{operator}: {name}: expected {expected}; got {value}")
 
 
-def refuse_sparse(operator: str, **tensors: Maybe) -> None:
-    """Raise ValueError for the first tensor that is not dense."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.layout is not torch.strided:
-            refuse(operator, name, tensor, "a dense tensor")
+def _refuse_sparse(name: str, operator: Any, arguments: Sequence[Any]) -> None:
+    """Raise ValueError for the first of an operator's tensors that is not dense."""
+    for parameter, argument in zip(operator.schema.arguments, arguments, strict=True):
+        if isinstance(argument, Tensor) and argument.layout is not torch.strided and not argument.is_nested:
+            refuse(name, parameter.name, argument, "a dense tensor")
 
 
 def _tell_caller(y: Tensor, caller: str | None) -> Tensor:

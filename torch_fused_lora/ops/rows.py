@@ -38,7 +38,7 @@ def unflat(rows: Tensor, like: Tensor) -> Tensor:
 def packed(matrix: Saved) -> Saved:
     """The matrix as torch's products may read it: halves with gaps between rows (or columns) are copied on a CPU,
     where torch's product by AMX reads into the gaps."""
-    if matrix is None or not matrix.is_cpu or matrix.dtype not in HALF:
+    if matrix is None or matrix.is_contiguous() or not matrix.is_cpu or matrix.dtype not in HALF:
         return matrix
     (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
     has_gaps = (column_stride == 1 and row_stride > columns) or (row_stride == 1 and column_stride > rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,23 +36,28 @@ def _whole_masks(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, rank
     return [(rank, mask(stream, p) if p else None) for stream, (rank, p) in enumerate(groups)]
 
 
+def low_rank(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> Tensor:
+    """h = dropout(x) Aᵀ, M x r."""
+    rows, lora_A = packed(flat(x)), packed(lora_A)
+    masks, wide = _whole_masks(rows, lora_A, seed, dropout_p, ranks), rows.to(lora_A.dtype)
+    return torch.cat([dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
     bias: Maybe,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: Tensor,
+    scaling: float | Tensor,
     seed: Maybe,
     dropout_p: Floats,
     ranks: Ints,
     save_h: bool,
 ) -> Pair:
     """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
-    x_rows, weight, lora_A, lora_B = packed(flat(x)), packed(weight), packed(lora_A), packed(lora_B)
-    wide = x_rows.to(lora_A.dtype)
-    masks = _whole_masks(x_rows, lora_A, seed, dropout_p, ranks)
-    h = torch.cat([dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
+    x_rows, weight, lora_B = packed(flat(x)), packed(weight), packed(lora_B)
+    h = low_rank(x, lora_A, seed, dropout_p, ranks)
     base = F.linear(x_rows, weight, bias)
     y = (base + (h @ lora_B.t()) * scaling).to(base.dtype)
     return y.view(*x.shape[:-1], weight.shape[0]), h if save_h else lora_A.new_empty(0)
@@ -64,7 +70,7 @@ def backward(
     weight: Saved,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: Tensor,
+    scaling: Any,
     h: Saved,
     seed: Maybe,
     dropout_p: Floats,

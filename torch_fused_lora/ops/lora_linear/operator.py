@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -28,8 +28,6 @@ from ...torch_private import dispatch_modes
 from .. import dispatch
 from ..dispatch import (
     NAMESPACE,
-    PLAIN_OR_NONE,
-    PLAIN_TYPES,
     Flags,
     Floats,
     Ints,
@@ -37,9 +35,9 @@ from ..dispatch import (
     Pair,
     Route,
     Saved,
+    are_plain,
     define,
     implement,
-    refuse_sparse,
     route,
     savable,
 )
@@ -83,11 +81,9 @@ def lora_linear(
         TypeError: an argument is not a tensor (scaling: a tensor or a number).
         ValueError: a shape, dtype or device that does not fit; a sparse tensor; dropout_p outside [0, 1).
     """
-    tensors = (x, weight, lora_A, lora_B)
-    if not PLAIN_TYPES.issuperset(map(type, tensors)):
-        for name, value in zip(("x", "weight", "lora_A", "lora_B"), tensors, strict=True):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
     if not isinstance(dropout_p, (float, numbers.Real)):  # float first: to ask an abstract class is slow
@@ -97,6 +93,8 @@ def lora_linear(
     way = route(x)
     if way is dispatch.BY_TORCH:
         return differentiable.by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0)
+    if not are_plain(weight, bias, lora_A, lora_B):
+        way = dispatch.BY_DISPATCHER
     dropout = (dropout_p,) if training else ()
     return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout, way=way)
 
@@ -115,18 +113,19 @@ def lora_linear_stacked(
 ) -> Tensor:
     """`lora_linear` for adapters stacked along the rank: adapter i owns ``ranks[i]`` rows of lora_A, columns of lora_B
     and drops x with ``dropout_p[i]``. Empty ``ranks`` means one adapter; empty ``dropout_p`` no dropout. Errors of
-    backward name ``caller``, the module that calls. ``way``: the `route` of x, where it is known already; not torch's.
+    backward name ``caller``, the module that calls. ``way``: the `route` of x, unless that is torch's, or the
+    dispatcher's if an operand is no plain tensor.
     """
-    way = way or route(x)
-    if not PLAIN_OR_NONE.issuperset((type(weight), type(bias), type(lora_A), type(lora_B))):
-        way = dispatch.BY_DISPATCHER
+    if way is None:
+        way = route(x)
     seed = None
     if any(dropout_p):
         seed = draw_seed()
     else:
         dropout_p = ranks = ()
-    scaling = _as_scaling(scaling, x.dtype)
-    return _operator.call(way, caller, x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, False)
+    if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
+        scaling = _as_scaling(scaling, x.dtype)
+    return _operator.call(way, caller, (x, weight, bias, lora_A, lora_B, scaling), seed, dropout_p, ranks, False)
 
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
@@ -155,30 +154,29 @@ def _cached_scalar(value: float, dtype: torch.dtype) -> Tensor:
 
 def _check_adapters(
     refuse: Callable[..., NoReturn],
-    like: str,
-    dtype: torch.dtype,
-    device: torch.device,
+    name: str,
+    like: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: Tensor,
+    scaling: float | Tensor,
     seed: Maybe,
     dropout_p: Floats,
     ranks: Ints,
 ) -> None:
-    """The dtypes and devices beside those of ``like``, the operand of the full width, and what concerns dropout."""
-    r, adapter_dtype = lora_A.shape[0], lora_A.dtype
-    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in HALF):
-        refuse("lora_A", lora_A, f"{like}'s dtype {dtype}" + (" or torch.float32" if dtype in HALF else ""))
-    if lora_A.device != device:
-        refuse("lora_A", lora_A, f"{like}'s device {device}")
-    if lora_B.dtype != adapter_dtype or lora_B.device != device:
-        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype} and device {device}")
-    if scaling.dim() != 0 or not scaling.is_floating_point():
-        refuse("scaling", scaling, "a 0-dim floating tensor")
-    if not scaling.is_cpu and scaling.device != device:
-        refuse("scaling", scaling, f"a tensor on the CPU or on {like}'s device {device}")
+    """The dtypes beside that of ``like``, the operand of the full width, and what concerns scaling and dropout."""
+    dtype, adapter_dtype = like.dtype, lora_A.dtype
+    if adapter_dtype is not dtype and not (adapter_dtype is torch.float32 and dtype in HALF):
+        refuse("lora_A", lora_A, f"{name}'s dtype {dtype}" + (" or torch.float32" if dtype in HALF else ""))
+    if lora_B.dtype is not adapter_dtype:
+        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype}")
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or not scaling.is_floating_point():
+            refuse("scaling", scaling, "a 0-dim floating tensor")
+        if not scaling.is_cpu and scaling.device != like.device:
+            refuse("scaling", scaling, f"a tensor on the CPU or on {name}'s device {like.device}")
     if seed is None:
         return
+    r = lora_A.shape[0]
     if seed.shape != () or seed.dtype != torch.int64 or not seed.is_cpu:
         refuse("seed", seed, "a 0-dim int64 tensor on the CPU")
     if not all(0.0 <= p < 1.0 for p in dropout_p):
@@ -186,6 +184,15 @@ def _check_adapters(
     got_ranks = list(ranks) or [r]
     if sum(got_ranks) != r or len(got_ranks) != len(dropout_p):
         refuse("ranks", got_ranks, f"one rank for each of the {len(dropout_p)} dropout_p, {r} in all")
+
+
+def _check_devices(refuse: Callable[..., NoReturn], name: str, like: Tensor, **tensors: Maybe) -> None:
+    for other, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            refuse(other, tensor, f"{name}'s device {like.device}")
+
+
+_refuse = functools.partial(dispatch.refuse, "lora_linear")
 
 
 class _LoRALinear(dispatch.Operator):
@@ -210,17 +217,14 @@ class _LoRALinear(dispatch.Operator):
         bias: Maybe,
         lora_A: Tensor,
         lora_B: Tensor,
-        scaling: Tensor,
+        scaling: float | Tensor,
         seed: Maybe,
         dropout_p: Floats,
         ranks: Ints,
         save_h: bool,
     ) -> None:
         """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
-        refuse = functools.partial(dispatch.refuse, "lora_linear")
-        if not (x.layout is weight.layout is lora_A.layout is lora_B.layout is torch.strided):
-            refuse_sparse("lora_linear", x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
-        dtype, device = x.dtype, x.device
+        refuse, dtype = _refuse, x.dtype
         x_shape, W_shape, A_shape = x.shape, weight.shape, lora_A.shape
         if dtype not in DTYPES:
             refuse("x", x, DTYPES_TEXT)
@@ -234,11 +238,13 @@ class _LoRALinear(dispatch.Operator):
         r = A_shape[0]
         if lora_B.shape != (N, r):
             refuse("lora_B", lora_B, f"shape ({N}, {r}), since weight is ({N}, {K}) and lora_A ({r}, {K})")
-        if weight.dtype != dtype or weight.device != device:
-            refuse("weight", weight, f"x's dtype {dtype} and device {device}")
-        if bias is not None and (bias.shape != (N,) or bias.dtype != dtype or bias.device != device):
-            refuse("bias", bias, f"shape ({N},), x's dtype {dtype} and device {device}")
-        _check_adapters(refuse, "x", dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+        if weight.dtype is not dtype:
+            refuse("weight", weight, f"x's dtype {dtype}")
+        if bias is not None and (bias.shape != (N,) or bias.dtype is not dtype):
+            refuse("bias", bias, f"shape ({N},), x's dtype {dtype}")
+        if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):
+            _check_devices(refuse, "x", x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
+        _check_adapters(refuse, "x", x, lora_A, lora_B, scaling, seed, dropout_p, ranks)
 
     @staticmethod
     def check_backward(
@@ -258,9 +264,6 @@ class _LoRALinear(dispatch.Operator):
         refuse = functools.partial(dispatch.refuse, "lora_linear_backward")
         if len(needs) != 6:
             refuse("needs", list(needs), "6 flags")
-        refuse_sparse(
-            "lora_linear_backward", grad=grad, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling, h=h
-        )
         need_x, need_weight, _, need_A, need_B, need_scaling = needs
         dtype, device = grad.dtype, grad.device
         if dtype not in DTYPES:
@@ -273,7 +276,8 @@ class _LoRALinear(dispatch.Operator):
         N = lora_B.shape[0]
         if grad.dim() < 1 or grad.shape[-1] != N:
             refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
-        _check_adapters(refuse, "grad", dtype, device, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+        _check_devices(refuse, "grad", grad, lora_A=lora_A, lora_B=lora_B)
+        _check_adapters(refuse, "grad", grad, lora_A, lora_B, scaling, seed, dropout_p, ranks)
         for name, value, needed, shape, like, its_dtype in (
             ("x", x, need_A or need_weight, (*grad.shape[:-1], K), "grad", dtype),
             ("weight", weight, need_x, (N, K), "grad", dtype),
@@ -316,27 +320,46 @@ class _LoRALinear(dispatch.Operator):
         return *(t.to(dtype) if t is not None and t.dtype in casts else t for t in operands), *others
 
     @staticmethod
-    def asking(needs: Flags, *arguments: Any) -> tuple[Any, ...]:
-        return *arguments[:-1], needs[4] or needs[5]  # lora_B, scaling
-
-    @staticmethod
-    def keep(needs: Flags, arguments: tuple[Any, ...], results: Any) -> tuple[tuple[Maybe, ...], Any]:
-        x, weight, _, lora_A, lora_B, scaling, seed, dropout_p, ranks, _ = arguments
+    def record(
+        kernel: Callable[..., Any],
+        needs: Flags,
+        x: Tensor,
+        weight: Tensor,
+        bias: Maybe,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        seed: Maybe,
+        dropout_p: Floats,
+        ranks: Ints,
+        _: bool,
+    ) -> tuple[Any, tuple[Maybe, ...], Any]:
         need_x, need_weight, _, need_A, need_B, need_scaling = needs
         need_h = need_B or need_scaling
+        results = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
         saved = (
             savable(x) if need_A or need_weight else None,
             weight if need_x else None,
             lora_A,
             lora_B,
-            scaling,
             results[1] if need_h else None,
+            scaling if isinstance(scaling, Tensor) else None,
         )
-        return saved, (seed, dropout_p, ranks)
+        return results, saved, (scaling if saved[5] is None else None, seed, dropout_p, ranks)
 
     @staticmethod
-    def restore(saved: tuple[Any, ...], rest: Any, needs: Flags) -> tuple[Any, ...]:
-        return *saved, *rest, needs
+    def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
+        x, weight, lora_A, lora_B, h, saved_scaling = saved
+        scaling, seed, dropout_p, ranks = rest
+        if anew and x is not None and h is not None:
+            h = differentiable.low_rank(x, lora_A, seed, dropout_p, ranks)
+        if saved_scaling is not None:
+            scaling = saved_scaling
+        return x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs
+
+    def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
+        x, weight, lora_A, lora_B, scaling, *rest = arguments
+        return super().gradients(grad, (x, weight, lora_A, lora_B, _as_scaling(scaling, grad.dtype), *rest), needs)
 
 
 _operator = _LoRALinear()

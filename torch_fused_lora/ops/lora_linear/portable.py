@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
+from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..dropout import keep_mask
 from ..rows import HALF, cast, flat, packed, unflat
 from .ways import Way, block_rows, choose, triton_kernels
@@ -30,7 +30,7 @@ def forward(
     bias: Maybe,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: Tensor,
+    scaling: float | Tensor,
     seed: Maybe,
     dropout_p: Floats,
     ranks: Ints,
@@ -40,22 +40,21 @@ def forward(
 
     Returns (y, h), h None unless it is to be saved.
     """
-    x_rows = flat(x)
-    if x.dtype in HALF:
+    dtype = x.dtype
+    x_rows = x if x.dim() == 2 else flat(x)
+    if dtype in HALF:
         x_rows, weight = packed(x_rows), packed(weight)
     y = F.linear(x_rows, weight, bias)
-    # A number where reading it does not synchronise with the device.
-    scale = scaling.item() if scaling.is_cpu else scaling
-    A, B = _operands(lora_A, lora_B, seed)
-    way = choose(x_rows, A, B, seed is not None)
+    scale = _number(scaling)
+    way, A, B = choose(x_rows, lora_A, lora_B, seed is not None)
     if way is Way.WHOLE:
-        h = F.linear(_widened(x_rows, A), A)
+        h = F.linear(x_rows if dtype is A.dtype else x_rows.float(), A)
         _add_product_(y, h, B.t(), scale)
     elif way is Way.TRITON:
         h = triton_kernels().add_delta_(y, x_rows, A, B, scale)
     else:
         h = _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h)
-    return unflat(y, x), cast(h, lora_A.dtype) if save_h else None
+    return y if x.dim() == 2 else unflat(y, x), cast(h, lora_A.dtype) if save_h else None
 
 
 def backward(
@@ -64,7 +63,7 @@ def backward(
     weight: Saved,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: Tensor,
+    scaling: Any,
     h: Saved,
     seed: Maybe,
     dropout_p: Floats,
@@ -80,24 +79,23 @@ def backward(
     x_rows: Saved = None if x is None else flat(x)
     if grad.dtype in HALF:
         grad_rows, x_rows, weight = map(packed, (grad_rows, x_rows, weight))
-    # grad_h is dB, except where ds needs it unscaled: the scale goes to h, which is smaller, where it can.
+    # grad_h is dB, except where ds needs it unscaled.
     grad_x: Saved = None
     grad_A: Saved = None
     grad_h: Saved = None
-    A, B = _operands(lora_A, lora_B, seed)
-    way = choose(grad_rows, A, B, seed is not None)
+    way, A, B = choose(grad_rows, lora_A, lora_B, seed is not None)
     if way is Way.WHOLE:
+        scale = _number(scaling)
         wide = _widened(grad_rows, A)
         if need_x or need_A:
-            z = wide.mm(B).mul_(scaling)
+            z = wide.mm(B)
         if need_A:
-            grad_A = z.t().mm(_widened(x_rows, A))
+            grad_A = _product(z.t(), _widened(x_rows, A), scale, A)
         if need_B or need_scaling:
-            h = _widened(h, A)
-            grad_h = wide.t().mm(h if need_scaling else h * scaling)
+            grad_h = _product(wide.t(), _widened(h, A), 1.0 if need_scaling else scale, B)
         if need_x:  # after what is small: the weight drives all else out of a CPU's caches
             grad_x = grad_rows.mm(weight)
-            _add_product_(grad_x, z, A)
+            _add_product_(grad_x, z, A, scale)
     elif need_x or need_A or need_B or need_scaling:
         grad_x = grad_rows.mm(weight) if need_x else None
         x_side = x_rows if need_A else None
@@ -150,7 +148,7 @@ def _backward_by_blocks(
     x_rows: Saved,
     A: Tensor,
     B: Tensor,
-    scaling: Tensor,
+    scaling: float | Tensor,
     h: Saved,
     seed: Maybe,
     dropout_p: Floats,
@@ -182,14 +180,6 @@ def _backward_by_blocks(
             parts = [dropped(z[:, rank] @ A[rank], mask) for (rank, _), mask in zip(groups, masks, strict=True)]
             grad_x[rows] += functools.reduce(torch.add, parts)
     return grad_A, grad_h
-
-
-def _operands(lora_A: Tensor, lora_B: Tensor, seed: Tensor | None) -> Pair:
-    """The adapters in the dtype in which rows meet them: their own, but float32 for half adapters under dropout, whose
-    factor 1 / (1 - p) is no half, and on a CPU, which is faster there where the processor multiplies no halves."""
-    if lora_A.dtype in HALF and (lora_A.is_cpu or seed is not None):
-        return lora_A.float(), lora_B.float()
-    return lora_A, lora_B
 
 
 def adapters(
@@ -227,6 +217,18 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
         out.addmm_(a, b, alpha=scale)
     else:
         out.copy_(out.float().addmm_(a, b, alpha=scale))
+
+
+def _product(a: Tensor, b: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
+    """``scale · a b``, of the shape and dtype of ``like``."""
+    if isinstance(scale, Tensor) or not math.isfinite(scale):
+        return a.mm(b).mul_(scale)
+    return torch.addmm(like, a, b, beta=0, alpha=scale)
+
+
+def _number(scaling: float | Tensor) -> float | Tensor:
+    """A number where reading it does not synchronise with the device."""
+    return scaling.item() if isinstance(scaling, Tensor) and scaling.is_cpu else scaling
 
 
 def _widened(rows: Tensor, A: Tensor) -> Tensor:

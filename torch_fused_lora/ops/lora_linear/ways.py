@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rows import HALF
+
+FEW = 16  # rows that are never split into blocks
+
 
 class Way(enum.Enum):
     """How the rows meet the adapters."""
@@ -21,15 +25,14 @@ class Way(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of one device type. ``block``: elements that are converted or masked at a time. ``few``: rows that are never
-    split into blocks. ``triton``: rows up to which half rows and float32 adapters are left to aten calls."""
+    """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: rows up to which
+    half rows and float32 adapters are left to aten calls."""
 
     block: int
-    few: int = 16
     triton: int | None = None
 
     def __str__(self) -> str:
-        text = f"converts {self.block} elements at a time, or up to {self.few} rows"
+        text = f"converts {self.block} elements at a time, or {FEW} rows"
         return text if self.triton is None else f"{text}; by Triton where there are more than {self.triton} rows"
 
 
@@ -45,21 +48,24 @@ def limits_of(device_type: str) -> Limits:
 def block_rows(A: Tensor, B: Tensor) -> int:
     """Rows of a block, for adapters of these widths."""
     limits = limits_of(A.device.type)
-    return max(limits.block // max(A.shape[1], B.shape[0], 1), limits.few)
+    return max(limits.block // max(A.shape[1], B.shape[0], 1), FEW)
 
 
-def choose(rows: Tensor, A: Tensor, B: Tensor, drops: bool) -> Way:
-    """The way for these rows and for adapters that are converted already."""
+def choose(rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool) -> tuple[Way, Tensor, Tensor]:
+    """The way for these rows, and the adapters in the dtype in which rows meet them: their own, but float32 for half
+    adapters under dropout, whose factor 1 / (1 - p) is no half, and on a CPU, which is faster there where the processor
+    multiplies no halves."""
+    dtype, count = lora_A.dtype, rows.shape[0]
+    if dtype in HALF and (drops or lora_A.is_cpu):
+        lora_A, lora_B, dtype = lora_A.float(), lora_B.float(), torch.float32
     if drops:
-        return Way.BLOCKS
-    if rows.dtype is A.dtype:
-        return Way.WHOLE
-    limits, count = limits_of(rows.device.type), rows.shape[0]
-    if count <= limits.few:
-        return Way.WHOLE
+        return Way.BLOCKS, lora_A, lora_B
+    if rows.dtype is dtype or count <= FEW:
+        return Way.WHOLE, lora_A, lora_B
+    limits = limits_of(rows.device.type)
     if limits.triton is not None and count > limits.triton and triton_kernels():
-        return Way.TRITON
-    return Way.WHOLE if count <= block_rows(A, B) else Way.BLOCKS
+        return Way.TRITON, lora_A, lora_B
+    return Way.WHOLE if count <= block_rows(lora_A, lora_B) else Way.BLOCKS, lora_A, lora_B
 
 
 @functools.cache

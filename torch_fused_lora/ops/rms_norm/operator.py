@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,16 +22,15 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import (
     NAMESPACE,
-    PLAIN_OR_NONE,
     Flags,
     Maybe,
     Pair,
     Saved,
+    are_plain,
     autocast_enabled,
     casting,
     define,
     implement,
-    refuse_sparse,
     route,
     savable,
     to_float,
@@ -74,12 +74,12 @@ def rms_norm_for(x: Tensor, weight: Maybe, eps: float, caller: str | None = None
         if autocast_enabled(device_type):
             x, weight, eps = _RMSNorm.cast(device_type, x, weight, eps)
         return differentiable.forward(x, weight, eps)[0]
-    if type(weight) not in PLAIN_OR_NONE:
+    if not are_plain(weight):
         way = dispatch.BY_DISPATCHER
     elif way is dispatch.BY_PORTABLE and portable.by_torch(x, weight):
         _RMSNorm.check(x, weight, eps)
         return torch.rms_norm(x, x.shape[-1:], weight, eps).contiguous()
-    return _operator.call(way, caller, x, weight, eps)
+    return _operator.call(way, caller, (x, weight), eps)
 
 
 class _RMSNorm(dispatch.Operator):
@@ -95,7 +95,6 @@ class _RMSNorm(dispatch.Operator):
     @staticmethod
     def check(x: Tensor, weight: Maybe, eps: float) -> None:
         refuse = functools.partial(dispatch.refuse, "rms_norm")
-        refuse_sparse("rms_norm", x=x, weight=weight)
         if x.dim() < 1 or x.shape[-1] < 1:
             refuse("x", x, "shape (..., H) with H >= 1")
         if x.dtype not in DTYPES:
@@ -139,13 +138,16 @@ class _RMSNorm(dispatch.Operator):
         return *(t if t is None or device_type not in _CASTING else to_float(t) for t in (x, weight)), eps
 
     @staticmethod
-    def keep(needs: Flags, arguments: tuple[Any, ...], results: Pair) -> tuple[tuple[Maybe, ...], None]:
-        x, weight, _ = arguments
-        return (savable(x), weight, results[1]), None
+    def record(
+        kernel: Callable[..., Pair], needs: Flags, x: Tensor, weight: Maybe, eps: float
+    ) -> tuple[Pair, tuple[Maybe, ...], float]:
+        results = kernel(x, weight, eps)
+        return results, (savable(x), weight, results[1]), eps
 
     @staticmethod
-    def restore(saved: tuple[Any, ...], rest: None, needs: Flags) -> tuple[Any, ...]:
-        return *saved, needs
+    def restore(saved: tuple[Any, ...], eps: float, needs: Flags, anew: bool) -> tuple[Any, ...]:
+        x, weight, rstd = saved
+        return x, weight, differentiable.rstd_of(x, eps) if anew else rstd, needs
 
 
 _CASTING = casting(torch.ops.aten.rms_norm.default)

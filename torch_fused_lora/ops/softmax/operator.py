@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,14 +43,12 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     if way is dispatch.BY_TORCH or way is dispatch.BY_PORTABLE:
         _Softmax.check(x, dim)
         return torch.softmax(x, dim).contiguous()
-    return _operator.call(way, None, x, dim)
+    return _operator.call(way, None, (x,), dim)
 
 
 def _check(x: Tensor, dim: int, operator: str, name: str) -> None:
     if x.dtype not in DTYPES:
         refuse(operator, name, x, DTYPES_TEXT)
-    if x.layout is not torch.strided and not x.is_nested:
-        refuse(operator, name, x, "a dense tensor")
     most = max(x.dim(), 1)
     if not -most <= dim < most:
         raise IndexError(
@@ -105,12 +103,12 @@ class _Softmax(dispatch.Operator):
         return to_float(x) if device_type in _CASTING else x, dim
 
     @staticmethod
-    def keep(needs: Flags, arguments: tuple[Any, ...], y: Tensor) -> tuple[tuple[Tensor], int]:
-        _, dim = arguments
-        return (y,), dim
+    def record(kernel: Callable[..., Tensor], needs: Flags, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor], int]:
+        y = kernel(x, dim)
+        return y, (y,), dim
 
     @staticmethod
-    def restore(saved: tuple[Tensor], dim: int, needs: Flags) -> tuple[Tensor, int]:
+    def restore(saved: tuple[Tensor], dim: int, needs: Flags, anew: bool) -> tuple[Tensor, int]:
         return *saved, dim
 
 
