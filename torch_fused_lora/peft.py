@@ -48,7 +48,8 @@ class Linear(Patched, lora.Linear):
         if len(adapters) == 1:
             lora_A, lora_B, lora_bias, scaling, p = adapters[0]
             if lora_bias is None:
-                return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, (p,) if p else (), (), name, way)
+                dropouts = (p,) if p else _NO_DROPOUT
+                return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropouts, (), name, way, True)
         for _, _, lora_bias, scaling, _ in adapters:
             if lora_bias is not None:  # over a half base it joins the base product's rounding
                 lora_bias = lora_bias * scaling
@@ -57,7 +58,7 @@ class Linear(Patched, lora.Linear):
         lora_B = torch.cat([lora_B * scaling for _, lora_B, _, scaling, _ in adapters], 1)
         ranks = [lora_A.shape[0] for lora_A, *_ in adapters]
         dropouts = tuple(p for *_, p in adapters)
-        return lora_linear_stacked(x, weight, bias, lora_A, lora_B, 1.0, dropouts, ranks, name, way)
+        return lora_linear_stacked(x, weight, bias, lora_A, lora_B, 1.0, dropouts, ranks, name, way, True)
 
 
 # lora_A, lora_B, the bias of lora_B's module, scaling, probability of dropout
@@ -105,39 +106,39 @@ def _fused_call(layer: lora.Linear, x: Tensor) -> tuple[Route, Tensor, Maybe, li
             continue
         if adapter_dtype is None:
             adapter_dtype = adapter[0].dtype
-            if adapter_dtype is not dtype and (adapter_dtype is not torch.float32 or dtype not in HALF):
+            if adapter_dtype is not dtype and (adapter_dtype is not _FLOAT32 or dtype not in HALF):
                 return None
-        if not adapter[0].dtype is adapter[1].dtype is adapter_dtype:
+        elif adapter[0].dtype is not adapter_dtype:
+            return None
+        if adapter[1].dtype is not adapter_dtype:
             return None
     return (way, weight, bias, adapters) if adapters else None
 
 
 def _base(base: nn.Module) -> tuple[Any, Any] | str:
     """The weight, N x K, and bias of a base layer; or why no call of a layer over it can be fused."""
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
+    if type(base) is not _LINEAR and type(base) is not Conv1D:
         return f"base layer is a {type(base).__module__}.{type(base).__qualname__}, not exactly nn.Linear or Conv1D"
     found = _weight_and_bias(base)
     if isinstance(found, str):
         return f"base layer has {found}"
-    return found if type(base) is nn.Linear else (found[0].t(), found[1])
+    return found if type(base) is _LINEAR else (found[0].t(), found[1])
 
 
 def _adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module) -> _Adapter | str:
     """An adapter of a layer; or why it cannot be fused."""
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
-    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+    if type(A) is not _LINEAR or type(B) is not _LINEAR:
         return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
     p = 0.0
-    if type(dropout) is not nn.Identity:
-        if type(dropout) is not nn.Dropout or dropout.p >= 1:
+    if type(dropout) is not _IDENTITY:
+        if type(dropout) is not _DROPOUT or dropout.p >= 1:
             return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
         p = dropout.p if dropout.training else 0.0
-    of_A, of_B = _weight_and_bias(A), _weight_and_bias(B)
-    if isinstance(of_A, str) or isinstance(of_B, str):
-        return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
-    if reason := _why_not_called(dropout.__dict__):
-        return f"adapter {name!r} has {reason}"
+    of_A, of_B, of_dropout = _weight_and_bias(A), _weight_and_bias(B), _weight_and_bias(dropout)
+    if isinstance(of_A, str) or isinstance(of_B, str) or isinstance(of_dropout, str):
+        return f"adapter {name!r} has {next(found for found in (of_A, of_B, of_dropout) if isinstance(found, str))}"
     return of_A[0], of_B[0], of_B[1], layer.scaling[name], p
 
 
@@ -186,27 +187,27 @@ def _why_replaced(layer: lora.Linear) -> str | None:
     return why_replaced(dict.fromkeys(itertools.chain.from_iterable(calls)))
 
 
+_NO_DROPOUT: tuple[float, ...] = ()
+_STRIDED, _FLOAT32 = torch.strided, torch.float32  # read faster
+
+
 def _weight_and_bias(module: nn.Module) -> tuple[Any, Any] | str:
-    """A linear module's weight and bias; or why reading them would not do what calling the module does.
+    """A module's weight and bias, None for none; or why reading them would not do what calling the module does.
 
     FSDP1 puts plain views of its flat parameter in the parameters' place."""
     fields = module.__dict__
     parameters = fields["_parameters"]
-    try:
-        weight, bias = parameters["weight"], parameters["bias"]
-    except KeyError:
-        weight, bias = (parameters.get(name, fields.get(name)) for name in ("weight", "bias"))
+    weight = parameters.get("weight")
+    if weight is None:
+        weight = fields.get("weight")
+    bias = parameters.get("bias")
+    if bias is None:
+        bias = fields.get("bias")
     if type(weight) not in OWN_TYPES or type(bias) not in OWN_TYPES:
         name, value = ("bias", bias) if type(weight) in OWN_TYPES else ("weight", weight)
         return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
-    if weight is not None and weight.layout is not torch.strided:
+    if weight is not None and weight.layout is not _STRIDED:
         return f"a weight whose layout is {weight.layout}"
-    reason = _why_not_called(fields)
-    return (weight, bias) if reason is None else reason
-
-
-def _why_not_called(fields: dict[str, Any]) -> str | None:
-    """Why calling the module with these fields does more than its class's forward, or None."""
     if (
         fields["_forward_hooks"]
         or fields["_forward_pre_hooks"]
@@ -215,7 +216,7 @@ def _why_not_called(fields: dict[str, Any]) -> str | None:
         or "forward" in fields
     ):
         return "hooks or a replaced forward"
-    return None
+    return weight, bias
 
 
 def _why_not_all_adapters(layer: lora.Linear) -> str | None:

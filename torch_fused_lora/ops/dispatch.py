@@ -31,6 +31,7 @@ from .. import torch_private
 from ..mps import extension
 from ..torch_private import (
     FakeTensor,
+    any_autocast,
     below_autograd,
     dispatch_modes,
     is_exporting,
@@ -71,6 +72,7 @@ BY_DISPATCHER: Final = Route.DISPATCHER
 BY_PORTABLE: Final = Route.PORTABLE
 BY_DEVICE: Final = Route.DEVICE
 
+_STRIDED: Final = torch.strided  # read faster
 _keeping = False  # for the whole process, as torch.export's own state is
 
 
@@ -100,23 +102,29 @@ def route(x: Tensor) -> Route:
         return BY_TORCH if x.is_nested or (is_exporting() and not _keeping) else BY_DISPATCHER
     if is_tracing() or x.is_nested:
         return BY_TORCH
-    # x.device.type takes as long as the rest of this.
-    device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
-    if (
-        dispatch_modes()
-        or profiling()
-        or transformed()
-        or not are_plain(x)
-        or (device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type))
-    ):
+    device_type = "cpu" if x.is_cpu else x.device.type  # which takes as long as the rest of this
+    if _watched(x, device_type):
         return BY_DISPATCHER
     return BY_PORTABLE if device_type in PORTABLE_DEVICES else BY_DEVICE
+
+
+def _watched(x: Tensor, device_type: str) -> bool:
+    """Whether a subclass, a dispatch mode, autocast, a profiler, a functorch transform or forward-mode AD wants to see
+    calls with x."""
+    return (
+        type(x) not in PLAIN_TYPES
+        or x.layout is not _STRIDED
+        or dispatch_modes() > 0
+        or profiling()
+        or transformed()
+        or (any_autocast() and autocast_enabled(device_type))
+    )
 
 
 def are_plain(*operands: Maybe) -> bool:
     """Whether these are dense tensors of no subclass, or None."""
     for operand in operands:
-        if operand is not None and (type(operand) not in PLAIN_TYPES or operand.layout is not torch.strided):
+        if operand is not None and (type(operand) not in PLAIN_TYPES or operand.layout is not _STRIDED):
             return False
     return True
 
@@ -264,19 +272,27 @@ class Operator:
         _autocast(forward, self.cast)
         _autocast(backward, lambda device_type, *arguments: arguments)
 
-    def call(self, route: Route, caller: str | None, inputs: tuple[Any, ...], *options: Any) -> Tensor:
+    def call(
+        self, route: Route, caller: str | None, inputs: tuple[Any, ...], *options: Any, checked: bool = False
+    ) -> Tensor:
         """The output, by a route that is not torch's, of the inputs that have gradients and the other arguments. Errors
-        of backward name ``caller``, the module that calls."""
+        of backward name ``caller``, the module that calls. ``checked``: dtypes and layouts are known to fit; shapes
+        that do not, aten's own calls refuse."""
         if route is BY_DISPATCHER:
             return _tell_caller(_output(self._forward_operator(*inputs, *options)), caller)
         if route is BY_PORTABLE:
-            self.check(*inputs, *options)
+            if not checked:
+                self.check(*inputs, *options)
             kernel = self.forward
         else:
             kernel = self._device_forward
-        if torch.is_grad_enabled() and _record(inputs):
-            return _output(self._apply(*inputs, (kernel, caller, False, options)))
-        return _output(kernel(*inputs, *options))
+        try:
+            if torch.is_grad_enabled() and _record(inputs):
+                return _output(self._apply(*inputs, (kernel, caller, False, options)))
+            return _output(kernel(*inputs, *options))
+        except (RuntimeError, IndexError):
+            self.check(*inputs, *options)  # says it as everywhere
+            raise
 
     def _device_forward(self, *arguments: Any) -> Any:
         """The device's own kernel. One in C++ can only raise RuntimeError: `check` says what it refuses as
@@ -408,18 +424,22 @@ def _recorded(operator: Operator) -> type[torch.autograd.Function]:
                 shape, dtype = ctx.like
                 grad = grad_second.new_zeros(shape, dtype=dtype)
             rest, caller, portable = ctx.rest
-            saved = _saved_tensors(ctx, operator, caller)
+            try:
+                saved = ctx.saved_tensors
+            except RuntimeError as error:
+                _explain_change(error, ctx, operator, caller)
+                raise
             needs = ctx.needs_input_grad[:-1]
-            found: Sequence[Maybe]
             # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
             if grad_second is not None or torch.is_grad_enabled() or is_legacy_batched(grad):
                 with _below_autocast():
-                    found = operator.twin_backward(grad, grad_second, *operator.restore(saved, rest, needs, True))
-            elif portable and route(grad) is BY_PORTABLE:
-                with below_autograd():
-                    found = operator.backward(grad, *operator.restore(saved, rest, needs, False))
+                    arguments = operator.restore(saved, rest, needs, True)
+                    return *operator.twin_backward(grad, grad_second, *arguments), None
+            arguments = operator.restore(saved, rest, needs, False)
+            if portable and not _watched(grad, "cpu" if grad.is_cpu else grad.device.type):
+                found = operator.backward(grad, *arguments)
             else:
-                found = operator.gradients(grad, operator.restore(saved, rest, needs, False), needs)
+                found = operator.gradients(grad, arguments, needs)
             return *found, None
 
     Recorded.__name__ = Recorded.__qualname__ = operator.name
@@ -450,7 +470,7 @@ def _refuse_sparse(name: str, operator: Any, arguments: Sequence[Any]) -> None:
 
 
 def _tell_caller(y: Tensor, caller: str | None) -> Tensor:
-    """Leave a patched module's name where `_saved_tensors` finds it, for a call that goes by the dispatcher: with the
+    """Leave a patched module's name where `_explain_change` finds it, for a call that goes by the dispatcher: with the
     node of the autograd graph that made ``y``."""
     if caller and y.requires_grad and not torch.compiler.is_compiling():
         node: Any = y.grad_fn
@@ -458,22 +478,19 @@ def _tell_caller(y: Tensor, caller: str | None) -> Tensor:
     return y
 
 
-def _saved_tensors(ctx: Any, operator: Operator, caller: str | None) -> tuple[Any, ...]:
-    """``ctx.saved_tensors``, of which x is the first. Where x was changed in place since, the error that they raise
+def _explain_change(error: RuntimeError, ctx: Any, operator: Operator, caller: str | None) -> None:
+    """Where an error says that a saved tensor was changed in place, and it was x, the first of them: raise one that
     names the module, if it is one that a patch made call the operator, and the remedy."""
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):  # freed
-            raise
-        what = _changed_input(ctx)
-        if what is None:
-            raise
-        caller = caller or ctx.metadata.get("caller")
-        who, remedy = operator.name, "give it x.clone()"
-        if caller:
-            who, remedy = caller, f"{operator.patch}(model, copy_input=True)"
-        raise RuntimeError(f"{who}: {what} was changed in place after the forward: {remedy}. {error}") from error
+    if "modified by an inplace operation" not in str(error):  # freed
+        return
+    what = _changed_input(ctx)
+    if what is None:
+        return
+    caller = caller or ctx.metadata.get("caller")
+    who, remedy = operator.name, "give it x.clone()"
+    if caller:
+        who, remedy = caller, f"{operator.patch}(model, copy_input=True)"
+    raise RuntimeError(f"{who}: {what} was changed in place after the forward: {remedy}. {error}") from error
 
 
 def _changed_input(ctx: Any) -> str | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..torch_private import unsafe_view
 from .dispatch import Saved
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
+HALF = frozenset((torch.float16, torch.bfloat16))
+DTYPES = HALF | {torch.float32, torch.float64}
 DTYPES_TEXT = "float16, bfloat16, float32 or float64"
 
 
@@ -35,10 +35,17 @@ def unflat(rows: Tensor, like: Tensor) -> Tensor:
     return rows if like.dim() == 2 else unsafe_view(rows, (*like.shape[:-1], rows.shape[1]))
 
 
-def packed(matrix: Saved) -> Saved:
-    """The matrix as torch's products may read it: halves with gaps between rows (or columns) are copied on a CPU,
-    where torch's product by AMX reads into the gaps."""
-    if matrix is None or matrix.is_contiguous() or not matrix.is_cpu or matrix.dtype not in HALF:
+def packed(*matrices: Saved) -> tuple[Saved, ...]:
+    """Matrices as torch's products may read them: halves with gaps between rows (or columns) are copied on a CPU, where
+    torch's product by AMX reads into the gaps."""
+    for matrix in matrices:
+        if matrix is not None and matrix.dtype in HALF and not matrix.is_contiguous():
+            return tuple(_packed(matrix) for matrix in matrices)
+    return matrices
+
+
+def _packed(matrix: Saved) -> Saved:
+    if matrix is None or matrix.dtype not in HALF or not matrix.is_cpu:
         return matrix
     (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
     has_gaps = (column_stride == 1 and row_stride > columns) or (row_stride == 1 and column_stride > rows)

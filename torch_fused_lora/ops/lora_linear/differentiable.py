@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
-from ..rows import HALF, flat, packed
+from ..rows import flat, packed
 from .portable import adapters, dropped
 
 
@@ -38,7 +38,7 @@ def _whole_masks(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, rank
 
 def low_rank(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> Tensor:
     """h = dropout(x) Aᵀ, M x r."""
-    rows, lora_A = packed(flat(x)), packed(lora_A)
+    rows, lora_A = packed(flat(x), lora_A)
     masks, wide = _whole_masks(rows, lora_A, seed, dropout_p, ranks), rows.to(lora_A.dtype)
     return torch.cat([dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
 
@@ -56,7 +56,7 @@ def forward(
     save_h: bool,
 ) -> Pair:
     """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
-    x_rows, weight, lora_B = packed(flat(x)), packed(weight), packed(lora_B)
+    x_rows, weight, lora_B = packed(flat(x), weight, lora_B)
     h = low_rank(x, lora_A, seed, dropout_p, ranks)
     base = F.linear(x_rows, weight, bias)
     y = (base + (h @ lora_B.t()) * scaling).to(base.dtype)
@@ -81,9 +81,7 @@ def backward(
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
     grad_rows = flat(grad)
     x_rows: Saved = None if x is None else flat(x)
-    if grad.dtype in HALF:
-        grad_rows, x_rows, weight = map(packed, (grad_rows, x_rows, weight))
-    lora_A, lora_B = packed(lora_A), packed(lora_B)
+    grad_rows, x_rows, weight, lora_A, lora_B = packed(grad_rows, x_rows, weight, lora_A, lora_B)
     wide_grad = grad_rows.to(lora_A.dtype)
     z = (wide_grad @ lora_B) * scaling
     if grad_h is not None:
@@ -93,14 +91,14 @@ def backward(
     if need_x or need_A:
         masks = _whole_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
         # narrow: a slice of all columns is an alias, which the vmap behind is_grads_batched does not know
-        all_z = [z.narrow(1, rank.start, rank.stop - rank.start) for rank, _ in masks]
+        all_z = packed(*(z.narrow(1, rank.start, rank.stop - rank.start) for rank, _ in masks))
     if need_x:
-        parts = [dropped(packed(z) @ lora_A[rank], mask) for z, (rank, mask) in zip(all_z, masks, strict=True)]
+        parts = [dropped(z @ lora_A[rank], mask) for z, (rank, mask) in zip(all_z, masks, strict=True)]
         delta = functools.reduce(torch.add, parts)
         grad_x = (grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
     if need_A:
         wide = x_rows.to(lora_A.dtype)
-        grad_A = torch.cat([packed(z.t()) @ dropped(wide, mask) for z, (_, mask) in zip(all_z, masks, strict=True)])
+        grad_A = torch.cat([z.t() @ dropped(wide, mask) for z, (_, mask) in zip(all_z, masks, strict=True)])
     return (
         grad_x,
         grad_rows.t() @ x_rows if need_weight else None,

@@ -110,11 +110,12 @@ def lora_linear_stacked(
     ranks: Ints = (),
     caller: str | None = None,
     way: Route | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """`lora_linear` for adapters stacked along the rank: adapter i owns ``ranks[i]`` rows of lora_A, columns of lora_B
     and drops x with ``dropout_p[i]``. Empty ``ranks`` means one adapter; empty ``dropout_p`` no dropout. Errors of
     backward name ``caller``, the module that calls. ``way``: the `route` of x, unless that is torch's, or the
-    dispatcher's if an operand is no plain tensor.
+    dispatcher's if an operand is no plain tensor. ``checked``: dtypes and layouts are known to fit.
     """
     if way is None:
         way = route(x)
@@ -125,7 +126,8 @@ def lora_linear_stacked(
         dropout_p = ranks = ()
     if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
         scaling = _as_scaling(scaling, x.dtype)
-    return _operator.call(way, caller, (x, weight, bias, lora_A, lora_B, scaling), seed, dropout_p, ranks, False)
+    inputs = (x, weight, bias, lora_A, lora_B, scaling)
+    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
 
 
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
@@ -152,23 +154,26 @@ def _cached_scalar(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def _check_adapters(
+def _check_adapters(refuse: Callable[..., NoReturn], name: str, like: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Their dtypes beside that of ``like``, the operand of the full width."""
+    dtype, adapter_dtype = like.dtype, lora_A.dtype
+    if adapter_dtype is not dtype and not (adapter_dtype is _FLOAT32 and dtype in HALF):
+        refuse("lora_A", lora_A, f"{name}'s dtype {dtype}" + (" or torch.float32" if dtype in HALF else ""))
+    if lora_B.dtype is not adapter_dtype:
+        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype}")
+
+
+def _check_options(
     refuse: Callable[..., NoReturn],
     name: str,
     like: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
     scaling: float | Tensor,
     seed: Maybe,
     dropout_p: Floats,
     ranks: Ints,
+    r: int,
 ) -> None:
-    """The dtypes beside that of ``like``, the operand of the full width, and what concerns scaling and dropout."""
-    dtype, adapter_dtype = like.dtype, lora_A.dtype
-    if adapter_dtype is not dtype and not (adapter_dtype is torch.float32 and dtype in HALF):
-        refuse("lora_A", lora_A, f"{name}'s dtype {dtype}" + (" or torch.float32" if dtype in HALF else ""))
-    if lora_B.dtype is not adapter_dtype:
-        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype}")
+    """Scaling and what concerns dropout, of rank r in all."""
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0 or not scaling.is_floating_point():
             refuse("scaling", scaling, "a 0-dim floating tensor")
@@ -176,7 +181,6 @@ def _check_adapters(
             refuse("scaling", scaling, f"a tensor on the CPU or on {name}'s device {like.device}")
     if seed is None:
         return
-    r = lora_A.shape[0]
     if seed.shape != () or seed.dtype != torch.int64 or not seed.is_cpu:
         refuse("seed", seed, "a 0-dim int64 tensor on the CPU")
     if not all(0.0 <= p < 1.0 for p in dropout_p):
@@ -193,6 +197,7 @@ def _check_devices(refuse: Callable[..., NoReturn], name: str, like: Tensor, **t
 
 
 _refuse = functools.partial(dispatch.refuse, "lora_linear")
+_FLOAT32 = torch.float32  # read faster
 
 
 class _LoRALinear(dispatch.Operator):
@@ -244,7 +249,9 @@ class _LoRALinear(dispatch.Operator):
             refuse("bias", bias, f"shape ({N},), x's dtype {dtype}")
         if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):
             _check_devices(refuse, "x", x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
-        _check_adapters(refuse, "x", x, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+        _check_adapters(refuse, "x", x, lora_A, lora_B)
+        if seed is not None or type(scaling) is not float:
+            _check_options(refuse, "x", x, scaling, seed, dropout_p, ranks, r)
 
     @staticmethod
     def check_backward(
@@ -277,7 +284,8 @@ class _LoRALinear(dispatch.Operator):
         if grad.dim() < 1 or grad.shape[-1] != N:
             refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
         _check_devices(refuse, "grad", grad, lora_A=lora_A, lora_B=lora_B)
-        _check_adapters(refuse, "grad", grad, lora_A, lora_B, scaling, seed, dropout_p, ranks)
+        _check_adapters(refuse, "grad", grad, lora_A, lora_B)
+        _check_options(refuse, "grad", grad, scaling, seed, dropout_p, ranks, r)
         for name, value, needed, shape, like, its_dtype in (
             ("x", x, need_A or need_weight, (*grad.shape[:-1], K), "grad", dtype),
             ("weight", weight, need_x, (N, K), "grad", dtype),

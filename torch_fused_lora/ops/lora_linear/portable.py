@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..dropout import keep_mask
 from ..rows import HALF, cast, flat, packed, unflat
-from .ways import Way, block_rows, choose, triton_kernels
+from .ways import BY_TRITON, WHOLE, block_rows, choose, triton_kernels
 
 
 def forward(
@@ -40,21 +40,21 @@ def forward(
 
     Returns (y, h), h None unless it is to be saved.
     """
-    dtype = x.dtype
-    x_rows = x if x.dim() == 2 else flat(x)
+    dtype, is_matrix = x.dtype, x.dim() == 2
+    rows = x if is_matrix else flat(x)
     if dtype in HALF:
-        x_rows, weight = packed(x_rows), packed(weight)
-    y = F.linear(x_rows, weight, bias)
+        rows, weight = packed(rows, weight)
+    y = F.linear(rows, weight, bias)
     scale = _number(scaling)
-    way, A, B = choose(x_rows, lora_A, lora_B, seed is not None)
-    if way is Way.WHOLE:
-        h = F.linear(x_rows if dtype is A.dtype else x_rows.float(), A)
+    way, A, B = choose(rows, lora_A, lora_B, seed is not None)
+    if way is WHOLE:
+        h = F.linear(rows if dtype is A.dtype else rows.float(), A)
         _add_product_(y, h, B.t(), scale)
-    elif way is Way.TRITON:
-        h = triton_kernels().add_delta_(y, x_rows, A, B, scale)
+    elif way is BY_TRITON:
+        h = triton_kernels().add_delta_(y, rows, A, B, scale)
     else:
-        h = _add_delta_by_blocks_(y, x_rows, A, B, scale, seed, dropout_p, ranks, save_h)
-    return y if x.dim() == 2 else unflat(y, x), cast(h, lora_A.dtype) if save_h else None
+        h = _add_delta_by_blocks_(y, rows, A, B, scale, seed, dropout_p, ranks, save_h)
+    return y if is_matrix else unflat(y, x), cast(h, lora_A.dtype) if save_h else None
 
 
 def backward(
@@ -75,24 +75,25 @@ def backward(
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = flat(grad)
-    x_rows: Saved = None if x is None else flat(x)
-    if grad.dtype in HALF:
-        grad_rows, x_rows, weight = map(packed, (grad_rows, x_rows, weight))
+    dtype, is_matrix = grad.dtype, grad.dim() == 2
+    grad_rows = grad if is_matrix else flat(grad)
+    x_rows: Saved = x if x is None or is_matrix else flat(x)
+    if dtype in HALF:
+        grad_rows, x_rows, weight = packed(grad_rows, x_rows, weight)
     # grad_h is dB, except where ds needs it unscaled.
     grad_x: Saved = None
     grad_A: Saved = None
     grad_h: Saved = None
     way, A, B = choose(grad_rows, lora_A, lora_B, seed is not None)
-    if way is Way.WHOLE:
-        scale = _number(scaling)
-        wide = _widened(grad_rows, A)
+    if way is WHOLE:
+        scale, alike = _number(scaling), dtype is A.dtype
+        wide = grad_rows if alike else grad_rows.float()
         if need_x or need_A:
             z = wide.mm(B)
         if need_A:
-            grad_A = _product(z.t(), _widened(x_rows, A), scale, A)
+            grad_A = _product(z.t(), x_rows if alike else x_rows.float(), scale, A)
         if need_B or need_scaling:
-            grad_h = _product(wide.t(), _widened(h, A), 1.0 if need_scaling else scale, B)
+            grad_h = _product(wide.t(), cast(h, A.dtype), 1.0 if need_scaling else scale, B)
         if need_x:  # after what is small: the weight drives all else out of a CPU's caches
             grad_x = grad_rows.mm(weight)
             _add_product_(grad_x, z, A, scale)
@@ -101,12 +102,12 @@ def backward(
         x_side = x_rows if need_A else None
         if h is not None and not need_scaling:
             h = _widened(h, A) * scaling
-        if way is Way.TRITON:
+        if way is BY_TRITON:
             grad_A, grad_h = triton_kernels().backward(grad_rows, grad_x, x_side, A, B, scaling, h)
         else:
             grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
     return (
-        unflat(grad_x, grad) if need_x else None,
+        grad_x if is_matrix or not need_x else unflat(grad_x, grad),
         grad_rows.t().mm(x_rows) if need_weight else None,
         grad_rows.sum(0) if need_bias else None,
         cast(grad_A, lora_A.dtype) if need_A else None,
@@ -208,11 +209,8 @@ def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> None:
     """``out += scale · a b``, summed in float32 (float64 for float64) and rounded once to out's dtype."""
-    if isinstance(scale, Tensor):
+    if type(scale) is not float:
         a, scale = a * scale, 1.0
-    elif not math.isfinite(scale):  # BLAS may take an alpha of NaN for 0
-        out.copy_(a.mm(b).mul_(scale).add_(out))
-        return
     if out.dtype is a.dtype:
         out.addmm_(a, b, alpha=scale)
     else:
@@ -221,16 +219,21 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
 
 def _product(a: Tensor, b: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
     """``scale · a b``, of the shape and dtype of ``like``."""
-    if isinstance(scale, Tensor) or not math.isfinite(scale):
+    if type(scale) is not float:
         return a.mm(b).mul_(scale)
     return torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
 def _number(scaling: float | Tensor) -> float | Tensor:
-    """A number where reading it does not synchronise with the device."""
-    return scaling.item() if isinstance(scaling, Tensor) and scaling.is_cpu else scaling
+    """A number where reading it does not synchronise with the device, and it is finite: BLAS may take an alpha of NaN
+    for 0."""
+    if isinstance(scaling, Tensor):
+        if not scaling.is_cpu:
+            return scaling
+        scaling = scaling.item()
+    return scaling if math.isfinite(scaling) else torch.tensor(scaling)
 
 
-def _widened(rows: Tensor, A: Tensor) -> Tensor:
+def _widened(rows: Saved, A: Tensor) -> Saved:
     """Rows as they meet the adapters: in float32 where the dtypes differ."""
-    return rows if rows.dtype is A.dtype else rows.float()
+    return rows if rows is None or rows.dtype is A.dtype else rows.float()
