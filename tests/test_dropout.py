@@ -190,7 +190,7 @@ def test_only_the_seed_is_saved(device):
         y = tfl.lora_linear(x, W, b, A, B, 2.0, 0.5, training=True)
     own = {t.data_ptr() for t in (x, W, b, A, B)}
     extra = [tuple(t.shape) for t in saved if t.data_ptr() not in own]
-    assert sorted(extra) == [(), (64, 4)]  # scaling, h; the seed is no saved tensor
+    assert sorted(extra) == [()] * (device.type == "mps") + [(64, 4)]  # scaling (for a Metal kernel), h
     y.sum().backward()
 
 

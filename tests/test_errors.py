@@ -71,7 +71,7 @@ def test_an_operand_left_on_the_cpu(mps, name, rows):
 
 
 def test_mixed_devices_name_the_argument():
-    with pytest.raises(ValueError, match=r"lora_B: expected lora_A's dtype .* on meta"):
+    with pytest.raises(ValueError, match=r"lora_B: expected x's device cpu; got shape .* on meta"):
         tfl.lora_linear(*operands(lora_B=torch.randn(3, 2, device="meta")).values())
 
 

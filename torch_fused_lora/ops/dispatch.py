@@ -348,11 +348,11 @@ class Operator:
         return self._found(self.shapes_backward(*arguments))
 
     def _check_forward(self, *arguments: Any) -> None:
-        _refuse_sparse(self.name, self._forward_operator, arguments)
+        _refuse_sparse(self.name, self.schemas[0], arguments)
         self.check(*arguments)
 
     def _check_backward(self, *arguments: Any) -> None:
-        _refuse_sparse(f"{self.name}_backward", self._backward_operator, arguments)
+        _refuse_sparse(f"{self.name}_backward", self.schemas[1], arguments)
         self.check_backward(*arguments)
 
     def _found(self, gradients: Sequence[Maybe]) -> Any:
@@ -462,11 +462,11 @@ def refuse(operator: str, name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{operator}: {name}: expected {expected}; got {value}")
 
 
-def _refuse_sparse(name: str, operator: Any, arguments: Sequence[Any]) -> None:
+def _refuse_sparse(operator: str, schema: str, arguments: Sequence[Any]) -> None:
     """Raise ValueError for the first of an operator's tensors that is not dense."""
-    for parameter, argument in zip(operator.schema.arguments, arguments, strict=True):
+    for parameter, argument in zip(schema.split(")")[0].split(", "), arguments, strict=True):
         if isinstance(argument, Tensor) and argument.layout is not torch.strided and not argument.is_nested:
-            refuse(name, parameter.name, argument, "a dense tensor")
+            refuse(operator, parameter.split(" ")[-1], argument, "a dense tensor")
 
 
 def _tell_caller(y: Tensor, caller: str | None) -> Tensor:
