@@ -109,9 +109,19 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return _private("apply", function.apply, super(torch.autograd.Function, function))
 
 
-def call_of(operator: Any) -> Callable[..., Any]:
-    """An operator's overload without the Python frame of its ``__call__``."""
-    return _private("_op", operator, operator)
+def kernel_of(operator: Any, dispatch_key: str) -> Callable[..., Any]:
+    """An operator's kernel for a dispatch key; for dense tensors on its device, and where nobody watches."""
+    key = None if None in (_KeySet, _Key) else _private(dispatch_key, None, _Key)
+    redispatch = _private("_handle.redispatch_boxed", None, operator)
+    return _below(operator) if None in (key, redispatch) else functools.partial(redispatch, _KeySet(key))
+
+
+def _below(operator: Any) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with below_autograd():
+            return operator(*arguments)
+
+    return call
 
 
 raw_saved_tensors: Callable[[Any], tuple[Any, ...]] = _private(

@@ -10,7 +10,7 @@ differentiable aten calls. `Operator` registers that for every way in which a ca
 `DISPATCHER`   compilers, dispatch modes, autocast,       ``torch.ops.torch_fused_lora.<name>_forward``, which they
                profilers, functorch, tensor subclasses    want to see
 `PORTABLE`     all else, on devices without kernels       the portable kernel, called from here
-`DEVICE`       all else, on mps                           the kernel in C++, called below autograd
+`DEVICE`       all else, on mps                           the kernel in C++
 =============  =========================================  ==================================================
 
 The last two are what the dispatcher would call, without its way from Python through C++ to Python and back.
@@ -102,10 +102,15 @@ def route(x: Tensor) -> Route:
         return BY_TORCH if x.is_nested or (is_exporting() and not _keeping) else BY_DISPATCHER
     if is_tracing() or x.is_nested:
         return BY_TORCH
-    device_type = "cpu" if x.is_cpu else x.device.type  # which takes as long as the rest of this
+    device_type = _device_type(x)
     if _watched(x, device_type):
         return BY_DISPATCHER
     return BY_PORTABLE if device_type in PORTABLE_DEVICES else BY_DEVICE
+
+
+def _device_type(x: Tensor) -> str:
+    # x.device.type takes three times as long as all of these
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else "mps" if x.is_mps else x.device.type
 
 
 def _watched(x: Tensor, device_type: str) -> bool:
@@ -260,7 +265,7 @@ class Operator:
         for name, schema in zip((forward, backward), self.schemas, strict=True):
             define(name, schema, *self.tags)
         self._forward_operator, self._backward_operator = _overload(forward), _overload(backward)
-        self._call_forward = torch_private.call_of(self._forward_operator)
+        self._on_device = torch_private.kernel_of(self._forward_operator, "MPS")
         self._apply = torch_private.apply_of(_recorded(self))
         implement(forward, self._portable_forward, "CompositeExplicitAutograd")
         implement(forward, self._autograd_forward, "Autograd")
@@ -285,21 +290,19 @@ class Operator:
                 self.check(*inputs, *options)
             kernel = self.forward
         else:
-            kernel = self._device_forward
+            kernel = self._on_device
         try:
             if torch.is_grad_enabled() and _record(inputs):
                 return _output(self._apply(*inputs, (kernel, caller, False, options)))
             return _output(kernel(*inputs, *options))
-        except (RuntimeError, IndexError):
-            self.check(*inputs, *options)  # says it as everywhere
+        except (RuntimeError, IndexError):  # a kernel in C++ can raise no other
+            self._check_forward(*inputs, *options)  # says it as everywhere
             raise
 
-    def _device_forward(self, *arguments: Any) -> Any:
-        """The device's own kernel. One in C++ can only raise RuntimeError: `check` says what it refuses as
-        everywhere."""
+    def _below_autograd(self, *arguments: Any) -> Any:
         try:
             with below_autograd():
-                return self._call_forward(*arguments)
+                return self._forward_operator(*arguments)
         except RuntimeError:
             self._check_forward(*arguments)
             raise
@@ -309,8 +312,8 @@ class Operator:
             return self._twin_forward(*arguments)
         inputs, options = arguments[: self.inputs], arguments[self.inputs :]
         if torch.is_grad_enabled() and _record(inputs):
-            return self._apply(*inputs, (self._device_forward, None, True, options))
-        return self._device_forward(*arguments)
+            return self._apply(*inputs, (self._below_autograd, None, True, options))
+        return self._below_autograd(*arguments)
 
     def _twin_forward(self, *arguments: Any) -> Any:
         self._check_forward(*arguments)
@@ -436,7 +439,7 @@ def _recorded(operator: Operator) -> type[torch.autograd.Function]:
                     arguments = operator.restore(saved, rest, needs, True)
                     return *operator.twin_backward(grad, grad_second, *arguments), None
             arguments = operator.restore(saved, rest, needs, False)
-            if portable and not _watched(grad, "cpu" if grad.is_cpu else grad.device.type):
+            if portable and not _watched(grad, _device_type(grad)):
                 found = operator.backward(grad, *arguments)
             else:
                 found = operator.gradients(grad, arguments, needs)

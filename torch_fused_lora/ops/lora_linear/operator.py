@@ -28,6 +28,7 @@ from ...torch_private import dispatch_modes
 from .. import dispatch
 from ..dispatch import (
     NAMESPACE,
+    PLAIN_TYPES,
     Flags,
     Floats,
     Ints,
@@ -81,9 +82,10 @@ def lora_linear(
         TypeError: an argument is not a tensor (scaling: a tensor or a number).
         ValueError: a shape, dtype or device that does not fit; a sparse tensor; dropout_p outside [0, 1).
     """
-    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if not PLAIN_TYPES.issuperset((type(x), type(weight), type(lora_A), type(lora_B))):
+        for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
     if not isinstance(dropout_p, (float, numbers.Real)):  # float first: to ask an abstract class is slow
