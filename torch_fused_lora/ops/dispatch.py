@@ -6,9 +6,11 @@ differentiable aten calls. `Operator` registers that for every way in which a ca
 =============  =========================================  ==================================================
 `Route`        for                                        the call is
 =============  =========================================  ==================================================
-`TORCH`        exports, traces, nested tensors            made of torch's own calls
-`DISPATCHER`   compilers, dispatch modes, autocast,       ``torch.ops.torch_fused_lora.<name>_forward``, which they
-               profilers, functorch, tensor subclasses    want to see
+`TORCH`        exports, traces, nested tensors, and       made of torch's own calls, which inductor fuses: there the
+               compilers where kernels are portable       operator would be in its way
+`DISPATCHER`   compilers on mps, dispatch modes,          ``torch.ops.torch_fused_lora.<name>_forward``, which they
+               autocast, profilers, functorch, tensor     want to see
+               subclasses
 `PORTABLE`     all else, on devices without kernels       the portable kernel, called from here
 `DEVICE`       all else, on mps                           the kernel in C++
 =============  =========================================  ==================================================
@@ -78,10 +80,11 @@ _keeping = False  # for the whole process, as torch.export's own state is
 
 @contextlib.contextmanager
 def keep_operators() -> Iterator[None]:
-    """A context in which exports keep this package's operators in their graphs.
+    """A context in which exports and compiled code keep this package's operators in their graphs.
 
     Outside it `torch.export`, and what is built on it (ONNX, AOTInductor), sees torch's own calls only, so that the
-    exported program runs where this package is not. One exported inside loads and runs where it is imported::
+    exported program runs where this package is not. One exported inside loads and runs where it is imported. So it is
+    with `torch.compile` but on mps, since inductor fuses torch's calls better::
 
         with torch_fused_lora.keep_operators():
             program = torch.export.export(model, (x,))
@@ -99,7 +102,8 @@ def keep_operators() -> Iterator[None]:
 def route(x: Tensor) -> Route:
     """The way of a call with this x, if all its other operands are plain tensors and dense."""
     if torch.compiler.is_compiling():  # or exporting
-        return BY_TORCH if x.is_nested or (is_exporting() and not _keeping) else BY_DISPATCHER
+        wanted = _keeping or (x.device.type not in PORTABLE_DEVICES and not is_exporting())
+        return BY_DISPATCHER if wanted and not x.is_nested else BY_TORCH
     if is_tracing() or x.is_nested:
         return BY_TORCH
     device_type = _device_type(x)
