@@ -67,7 +67,7 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
     )
     status, text = run_python("-c", doctor_on_bench, TORCH_FUSED_LORA_MPS=str(extension))
     reason = (
-        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 2"
+        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 3"
         if built
         else "it is not built (_mps.so is missing): on the Mac"
     )

@@ -505,7 +505,7 @@ def test_a_wrong_list_of_tensors(planned):
     if planned == 3:
         assert add_two(x, one, planned).eq(2).all()
         return
-    with pytest.raises(RuntimeError, match=f"kernel add_two: its plan has {planned} tensors, and 3 are bound"):
+    with pytest.raises(RuntimeError, match=f"kernel add_two: its plan has {planned} tensors, and bound are the buffers 0, 1, 2"):
         add_two(x, one, planned)
 
 
@@ -513,7 +513,7 @@ def test_a_wrong_list_of_tensors(planned):
 def operator_that_binds_three() -> Callable[..., torch.Tensor]:
     folder, csrc = TESTS / "wrong_binding", TESTS.parent / "csrc"
     torch.library.define("wrong_binding::add_two", "(Tensor x, Tensor one, int planned) -> Tensor")
-    sources = [folder / "wrong_binding.mm", csrc / "launch.h", csrc / "mps_kernels.h", csrc / "mps_kernels.mm"]
+    sources = [folder / "wrong_binding.mm", csrc / "plan/launch.h", csrc / "mps/kernels.h", csrc / "mps/kernels.mm"]
     torch.ops.load_library(mps_on_linux.extension(folder / "setup.py", sources))
     return torch.ops.wrong_binding.add_two
 

@@ -14,7 +14,8 @@ import torch
 from .system import System
 from .version import __version__
 
-INTERFACE = f"torch_fused_lora interface 2 version {__version__}"  # tfl_interface() in csrc/mps_kernels.mm
+INTERFACE = f"torch_fused_lora interface 3 version {__version__}"  # tfl_interface() in csrc/mps/interface.mm
+OVERRIDES = "TORCH_FUSED_LORA_PLAN"  # what overrides launch configurations, for experiments
 INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 
 
@@ -48,7 +49,8 @@ class Extension:
             torch.ops.load_library(str(path))
             library = ctypes.CDLL(str(path))
             library.tfl_interface.restype = ctypes.c_char_p
-            library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
+            library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p, ctypes.c_char_p)
+            library.tfl_configure.restype = ctypes.c_char_p
             library.tfl_compile_seconds.restype = ctypes.c_double
             library.tfl_compiled_kernels.restype = library.tfl_contiguous_copies.restype = ctypes.c_uint64
             if library.tfl_interface() != INTERFACE.encode():
@@ -56,10 +58,12 @@ class Extension:
                 return
             cores = core_count()
             versions = f"torch {torch.__version__}, macOS {platform.mac_ver()[0]}, {torch.backends.mps.get_name()}"
-            library.tfl_configure(cores, versions.encode())
+            refused = library.tfl_configure(cores, versions.encode(), os.environ.get(OVERRIDES, "").encode())
         except Exception as error:  # whatever it is, importing the package goes on
             self.reason = f"torch {torch.__version__} could not load it: {error}"
             return
+        if refused:
+            raise ValueError(refused.decode())
         self.library = library
         self.reason = "loaded" if cores else "loaded; the GPU tells no core count, launches are planned for 8"
 

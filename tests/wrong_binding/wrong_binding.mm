@@ -1,9 +1,9 @@
-// An operator on csrc/mps_kernels.mm whose plan may say another number of tensors than it binds: y = x + 2 with x, y, a
+// An operator on csrc/mps/kernels.mm whose plan may say another number of tensors than it binds: y = x + 2 with x, y, a
 // constant 1 and a word 1.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "mps_kernels.h"
+#include "kernels.h"
 
 namespace {
 
@@ -25,8 +25,9 @@ torch::stable::Tensor add_two(const torch::stable::Tensor& x, const torch::stabl
   const torch::stable::Tensor y = torch::stable::empty_like(x);
   const torch_fused_lora::Launch launch = {
       source, "add_two", {static_cast<uint32_t>(x.numel()), 1, 1}, {1, 1, 1}, static_cast<uint32_t>(planned), 1, {1}};
-  const torch_fused_lora::Batch batch = {{launch}, {x, y}, {one}};
-  torch_fused_lora::encode({&batch, 1});
+  torch_fused_lora::Dispatches dispatches;
+  dispatches.add(launch, {{0, x}, {1, y}, torch_fused_lora::Binding::constant(2, one)});
+  dispatches.encode();
   return y;
 }
 
