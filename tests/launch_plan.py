@@ -6,11 +6,12 @@ report in `runs`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import runpy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -112,6 +113,17 @@ def library() -> ctypes.CDLL:
     plan = ctypes.CDLL(str(path))
     plan.override_plans.restype = ctypes.c_char_p
     return plan
+
+
+@contextlib.contextmanager
+def overridden(text: str) -> Iterator[None]:
+    """Plans as TORCH_FUSED_LORA_PLAN=text has them."""
+    if error := library().override_plans(text.encode()):
+        raise ValueError(error.decode())
+    try:
+        yield
+    finally:
+        library().override_plans(b"")
 
 
 def operand(x: Tensor) -> Operand:

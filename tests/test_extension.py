@@ -21,7 +21,8 @@ LOADED = '#include <cstdio>\nstruct Loaded { Loaded() { puts("initialisers ran")
 TELL = 'extern "C" const char* tfl_interface() { return "%s"; }\n'
 NO_CONFIGURE = TELL % INTERFACE
 OURS = NO_CONFIGURE + (
-    'extern "C" const char* tfl_configure(unsigned cores, const char*, const char*) { printf("cores %u\\n", cores); fflush(stdout); return nullptr; }\n'
+    'extern "C" const char* tfl_configure(unsigned cores, const char*, const char* overrides) {\n'
+    '  printf("cores %u\\n", cores);\n  fflush(stdout);\n  return *overrides ? "no such kernel" : nullptr;\n}\n'
     'extern "C" double tfl_compile_seconds() { return 0; }\n'
     'extern "C" unsigned long tfl_compiled_kernels() { return 0; }\n'
     'extern "C" unsigned long tfl_contiguous_copies() { return 0; }\n'

@@ -505,7 +505,7 @@ def test_a_wrong_list_of_tensors(planned):
     if planned == 3:
         assert add_two(x, one, planned).eq(2).all()
         return
-    with pytest.raises(RuntimeError, match=f"kernel add_two: its plan has {planned} tensors, and bound are the buffers 0, 1, 2"):
+    with pytest.raises(RuntimeError, match=f"its plan has {planned} tensors, and bound are the buffers 0, 1, 2"):
         add_two(x, one, planned)
 
 

@@ -15,21 +15,23 @@ from .system import System
 from .version import __version__
 
 INTERFACE = f"torch_fused_lora interface 3 version {__version__}"  # tfl_interface() in csrc/mps/interface.mm
-OVERRIDES = "TORCH_FUSED_LORA_PLAN"  # what overrides launch configurations, for experiments
 INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 
 
 @dataclasses.dataclass
 class Extension:
-    """`library` is None until the extension is loaded; `reason` then says why it is not."""
+    """`library` is None until the extension is loaded; `reason` then says why it is not. `overrides`: of its launch
+    configurations, as the environment variable TORCH_FUSED_LORA_PLAN had them when it was loaded."""
 
     library: ctypes.CDLL | None = None
     reason: str = "this machine has no MPS"
+    overrides: str = ""
 
     def load(self, path: Path | None = None) -> None:
         """Load the extension for the "mps" device that torch has; whether it did, `library` and `reason` tell.
 
         ``path``, or the environment variable TORCH_FUSED_LORA_MPS, overrides where it is looked for: beside this file.
+        Raises ValueError for overrides that cannot be.
         """
         if self.library is not None or not torch.backends.mps.is_available():
             return
@@ -58,7 +60,8 @@ class Extension:
                 return
             cores = core_count()
             versions = f"torch {torch.__version__}, macOS {platform.mac_ver()[0]}, {torch.backends.mps.get_name()}"
-            refused = library.tfl_configure(cores, versions.encode(), os.environ.get(OVERRIDES, "").encode())
+            self.overrides = os.environ.get("TORCH_FUSED_LORA_PLAN", "")
+            refused = library.tfl_configure(cores, versions.encode(), self.overrides.encode())
         except Exception as error:  # whatever it is, importing the package goes on
             self.reason = f"torch {torch.__version__} could not load it: {error}"
             return

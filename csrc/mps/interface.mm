@@ -1,6 +1,9 @@
 #include "interface.h"
 
+#include <string>
+
 #include "../plan/configuration.h"
+#include "../plan/describe.h"
 #include "kernels.h"
 #include "tensors.h"
 
@@ -25,3 +28,21 @@ uint64_t tfl_compiled_kernels() { return torch_fused_lora::compiled_so_far().ker
 double tfl_compile_seconds() { return torch_fused_lora::compiled_so_far().seconds; }
 
 uint64_t tfl_contiguous_copies() { return torch_fused_lora::contiguous_copies(); }
+
+const char* tfl_describe(
+    const char* operation, const uint64_t* shape, int32_t dtype, int32_t adapter_dtype, uint32_t gpu_cores) {
+  using namespace torch_fused_lora;
+  thread_local std::string text;
+  const uint32_t cores = gpu_cores > 0 ? gpu_cores : torch_fused_lora::gpu_cores();
+  const auto scalar = static_cast<Scalar>(dtype);
+  const std::string name = operation;
+  try {
+    text = name == "rms_norm" ? describe_rms_norm(shape[0], shape[1], scalar, cores)
+        : name == "softmax"
+        ? describe_softmax(shape[0], shape[1], scalar, cores)
+        : describe_lora(shape[0], shape[1], shape[2], shape[3], scalar, static_cast<Scalar>(adapter_dtype), cores);
+  } catch (const std::runtime_error& refusal) {
+    text = std::string("{\"error\": \"") + refusal.what() + "\"}";
+  }
+  return text.c_str();
+}
