@@ -9,7 +9,7 @@ extern "C" {
 /// The number of the interface below and of the operators' schemas, and the package's version, as
 /// torch_fused_lora/mps.py wants them. It finds this text in the file before it loads it.
 TFL_EXPORT const char* tfl_interface();
-/// Once, before the first call: the GPU's number of cores, the versions that error messages name, and what overrides the
+/// Once, before the first call: the GPU's number of cores, the versions that error messages name, and what overrides
 /// launch configurations (see set_overrides). Returns null, or what is wrong with the last.
 TFL_EXPORT const char* tfl_configure(uint32_t gpu_cores, const char* platform, const char* overrides);
 /// How many kernels are compiled so far, in how many seconds, and how many contiguous copies of operands were made.

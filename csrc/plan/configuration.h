@@ -85,8 +85,9 @@ struct Overrides {
   }
 };
 
-/// Reads "lora_delta.splits=4,lora_decode.w_rows=2", an empty text for none; throws std::invalid_argument, naming what is
-/// wrong and what is allowed. To be called before the first plan is made.
+/// Reads "lora_delta.splits=4,lora_decode.w_rows=2", an empty text for none. A number is taken as far as a problem has
+/// room for it. Throws std::invalid_argument, naming what is wrong and what is allowed. To be called before the first
+/// plan is made.
 void set_overrides(const std::string& text);
 
 const Overrides& overrides();

@@ -30,7 +30,7 @@ void for_each_slice(const Dropout& dropout, uint64_t r, uint32_t max_ranks, cons
 }
 
 /// The threshold below which a random word drops, and the bits of 1 / (1 - p).
-inline uint64_t dropout_words(double p) {
+inline tfl::Pair dropout_words(double p) {
   const double scaled = p * 4294967296.0;
   const double rounded = static_cast<double>(static_cast<uint64_t>(scaled));
   uint64_t threshold = static_cast<uint64_t>(scaled);
@@ -39,7 +39,7 @@ inline uint64_t dropout_words(double p) {
   const float inverse_keep = static_cast<float>(1.0 / (1.0 - p));
   uint32_t bits;
   std::memcpy(&bits, &inverse_keep, sizeof bits);
-  return pack(std::min<uint64_t>(threshold, UINT32_MAX), bits);
+  return pair(std::min<uint64_t>(threshold, UINT32_MAX), bits);
 }
 
 }  // namespace torch_fused_lora

@@ -1,4 +1,4 @@
-// What a launch plan says: plain C++, no torch and no Metal in it. The extension links the plans, and the tests load the
+// What a launch plan says: plain C++, no torch and no Metal in it. The extension links the plans and the tests load the
 // same files, so that what is tested is what is launched.
 #pragma once
 
@@ -19,9 +19,9 @@ struct Operand {
 
 constexpr uint32_t kMostTensors = 8, kMostWords = 12;
 
-/// One dispatch. Buffers [0, tensors) are the kernel's tensors, the rest `words`, eight bytes each. `threads` are totals,
-/// multiples of `group`. The strings live as long as the process, and `source` is the same pointer for the same text: it
-/// can be the key of a library cache.
+/// One dispatch. Buffers [0, tensors) are the kernel's tensors, the rest `words`, eight bytes each. `threads` are
+/// totals, multiples of `group`. The strings live as long as the process, and `source` is the same pointer for the same
+/// text: it can be the key of a library cache.
 struct Launch {
   const char* source;
   const char* kernel;

@@ -50,7 +50,8 @@ bool decodes(uint64_t M, uint64_t r, bool weight_in_rows, bool drops) {
 }
 
 Plan<DecodeConfiguration> plan(const DecodeProblem& p) {
-  Plan<DecodeConfiguration> plan = {too_large({{"x", p.x}, {"weight", p.weight}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
+  Plan<DecodeConfiguration> plan = {
+      too_large({{"x", p.x}, {"weight", p.weight}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
   if (!plan.error.empty()) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(p);
@@ -63,18 +64,18 @@ Plan<DecodeConfiguration> plan(const DecodeProblem& p) {
       .add(c.a_vector)
       .assemble(lora_decode_source, launch);
   const uint64_t K = p.x.cols, N = p.weight.rows;
-  set_grid(launch, 32 * DECODE_SIMDGROUPS, ceil_div(N, c.rows));
+  set_grid(launch, LANES * DECODE_SIMDGROUPS, ceil_div(N, c.rows));
   const uint32_t flags = (p.has_bias ? DECODE_HAS_BIAS : 0) | (p.save_h ? DECODE_SAVE_H : 0);
   set_arguments(
       launch,
-      {{DECODE_K_N, pack(K, N)},
-       {DECODE_RANK_ROWS, pack(p.lora_A.rows, c.rows)},
+      {{DECODE_K_N, pair(K, N)},
+       {DECODE_RANK_ROWS, pair(p.lora_A.rows, c.rows)},
        {DECODE_X_LEVELS, levels(p.x)},
        {DECODE_X_STRIDES, strides(p.x)},
        {DECODE_W_STRIDES, strides(p.weight)},
        {DECODE_A_STRIDES, strides(p.lora_A)},
        {DECODE_B_STRIDES, strides(p.lora_B)},
-       {DECODE_FLAGS_BIAS_STRIDE, pack(flags, p.bias_stride)}});
+       {DECODE_FLAGS_BIAS_STRIDE, pair(flags, p.bias_stride)}});
   return plan;
 }
 

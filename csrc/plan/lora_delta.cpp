@@ -31,11 +31,11 @@ DeltaConfiguration choose(const Delta& delta) {
   c.rank_blocks = static_cast<uint32_t>(ceil_div(ranks, BLOCK));
   c.width = static_cast<uint32_t>(delta_width(static_cast<short>(c.rank_blocks)));
 
-  // Few rows: no more row blocks than they fill, and the simdgroups that are left over share K: at least so many that a
-  // thread has at most one run of a tile, and each of them has a block of it.
+  // Few rows: no more row blocks than they fill, and the simdgroups that are left over share K. The kernel wants a
+  // block of a tile for each slice, and no more runs of a tile than threads.
   c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : M <= 2 * BLOCK ? 2 : 4);
-  const uint32_t most_slices = std::min(DELTA_SIMDGROUPS / c.row_blocks, c.width / BLOCK);
-  c.k_slices = static_cast<uint32_t>(within(unless(forced.k_slices, most_slices), ceil_div(c.width, 32), most_slices));
+  const uint32_t most = std::min(DELTA_SIMDGROUPS / c.row_blocks, c.width / BLOCK);
+  c.k_slices = static_cast<uint32_t>(within(unless(forced.k_slices, most), ceil_div(c.width, LANES), most));
 
   // Columns are split until there is a group a core, as long as the loads (x and A again for every split) stay under
   // twice the least possible. With many rows the rows alone fill the GPU.
@@ -80,19 +80,19 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Launch& launch) {
           !drops ? "tfl::Mask::none" : is_forward ? "tfl::Mask::input" : "tfl::Mask::output",
           !drops ? "plain" : is_forward ? "drop_input" : "drop_output")
       .assemble(lora_delta_source, launch);
-  set_grid(launch, 32 * c.row_blocks * c.k_slices, c.splits, ceil_div(M, BLOCK * c.row_blocks));
+  set_grid(launch, LANES * c.row_blocks * c.k_slices, c.splits, ceil_div(M, BLOCK * c.row_blocks));
   set_arguments(
       launch,
-      {{DELTA_M_K, pack(M, p.in.cols)},
-       {DELTA_N_COLUMNS, pack(N, c.columns)},
-       {DELTA_RANKS, pack(slice.begin, slice.end)},
+      {{DELTA_M_K, pair(M, p.in.cols)},
+       {DELTA_N_COLUMNS, pair(N, c.columns)},
+       {DELTA_RANKS, pair(slice.begin, slice.end)},
        {DELTA_X_LEVELS, levels(p.in)},
        {DELTA_X_STRIDES, strides(p.in)},
        {DELTA_A_STRIDES, strides(down)},
        {DELTA_B_STRIDES, strides(up)},
-       {DELTA_Y_STRIDE_FLAGS, pack(N, flags)},
+       {DELTA_Y_STRIDE_FLAGS, pair(N, flags)},
        {DELTA_DROPOUT_WORDS, dropout_words(slice.p)},
-       {DELTA_STREAM_H_STRIDE, pack(slice.stream, delta.down.rows)}});
+       {DELTA_STREAM_H_STRIDE, pair(slice.stream, delta.down.rows)}});
 }
 
 }  // namespace

@@ -40,7 +40,8 @@ GradConfiguration choose(const GradProblem& p) {
   const Tiles tiles(p, c);
   uint64_t splits =
       std::min(ceil_div(2 * p.gpu_cores, std::max<uint64_t>(tiles.A + tiles.B, 1)), M / kLeastSplitRows);
-  splits = std::max<uint64_t>(std::min(splits, M * bytes(p.dtype) / (32 * p.r)), 1);
+  const uint64_t partial = 2 * sizeof(float) * p.r;  // bytes a column, beside M elements of x or dy
+  splits = std::max<uint64_t>(std::min(splits, M * bytes(p.dtype) / (4 * partial)), 1);
   splits = std::min<uint64_t>(unless(overrides().lora_grad.splits, splits), UINT32_MAX);
   const uint64_t rows = std::max<uint64_t>(ceil_div(ceil_div(M, splits), GRAD_DEPTH) * GRAD_DEPTH, GRAD_DEPTH);
   c.split_rows = static_cast<uint32_t>(rows);
@@ -61,19 +62,19 @@ void assemble(const GradProblem& p, const Slice& slice, const GradConfiguration&
       .add(slice.p > 0 ? "true" : "false", slice.p > 0 ? "drop" : "plain")
       .assemble(lora_grad_source, launch);
   set_grid(
-      launch, 32 * GRAD_SIMDGROUPS, tiles.A + tiles.B, c.splits, ceil_div(slice.end - slice.begin, MAX_RANKS));
+      launch, LANES * GRAD_SIMDGROUPS, tiles.A + tiles.B, c.splits, ceil_div(slice.end - slice.begin, MAX_RANKS));
   set_arguments(
       launch,
-      {{GRAD_ROWS, pack(p.dy.rows, c.split_rows)},
-       {GRAD_K_N, pack(p.x.cols, p.dy.cols)},
-       {GRAD_RANKS, pack(slice.begin, slice.end)},
+      {{GRAD_ROWS, pair(p.dy.rows, c.split_rows)},
+       {GRAD_K_N, pair(p.x.cols, p.dy.cols)},
+       {GRAD_RANKS, pair(slice.begin, slice.end)},
        {GRAD_X_LEVELS, levels(p.x)},
        {GRAD_X_STRIDES, strides(p.x)},
        {GRAD_DY_LEVELS, levels(p.dy)},
        {GRAD_DY_STRIDES, strides(p.dy)},
-       {GRAD_FLAGS_STREAM, pack(flags, slice.stream)},
+       {GRAD_FLAGS_STREAM, pair(flags, slice.stream)},
        {GRAD_DROPOUT_WORDS, dropout_words(slice.p)},
-       {GRAD_R_TILES, pack(p.r, tiles.A)}});
+       {GRAD_R_TILES, pair(p.r, tiles.A)}});
 }
 
 }  // namespace

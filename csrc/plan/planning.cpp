@@ -21,9 +21,9 @@ const char* msl(Scalar dtype) {
   }
 }
 
-uint64_t levels(const Operand& m) { return pack(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
+Pair levels(const Operand& m) { return pair(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
 
-uint64_t strides(const Operand& m) { return pack(m.row_stride, m.col_stride); }
+Pair strides(const Operand& m) { return pair(m.row_stride, m.col_stride); }
 
 bool aligned(const Operand& m, Scalar dtype) {
   const uint64_t quantum = wide_elements(dtype);
@@ -71,7 +71,7 @@ void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y, uint64_t z
 void set_arguments(Launch& launch, std::initializer_list<Word> words) {
   launch.tensors = words.begin()->buffer;
   launch.word_count = static_cast<uint32_t>(words.size());
-  for (const Word& word : words) launch.words[word.buffer - launch.tensors] = word.value;
+  for (const Word& word : words) std::memcpy(&launch.words[word.buffer - launch.tensors], &word.value, sizeof(Pair));
 }
 
 PartialSums plan_sums(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits) {
@@ -81,7 +81,7 @@ PartialSums plan_sums(Scalar dtype, uint64_t first_elements, uint64_t second_ele
   sums.elements = first_elements + second_elements;
   Variant("sum_splits").add(msl(dtype)).assemble(sum_splits_source, sums.launch);
   set_grid(sums.launch, SUM_THREADS, ceil_div(sums.elements, SUM_THREADS));
-  set_arguments(sums.launch, {{SUM_ELEMENTS, pack(first_elements, second_elements)}, {SUM_SPLITS, pack(splits, 0)}});
+  set_arguments(sums.launch, {{SUM_ELEMENTS, pair(first_elements, second_elements)}, {SUM_SPLITS, pair(splits, 0)}});
   return sums;
 }
 

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "../../metal/sizes.h"
 #include "configuration.h"
 #include "launch.h"
 
@@ -22,12 +23,11 @@ inline uint32_t bytes(Scalar dtype) { return dtype == Scalar::float32 ? 4 : 2; }
 /// The type's name in a Metal source.
 const char* msl(Scalar dtype);
 
-/// Two 32-bit numbers as one argument, a `constant uint2&` of the kernel.
-inline uint64_t pack(uint64_t low, uint64_t high) { return low | high << 32; }
+inline tfl::Pair pair(uint64_t x, uint64_t y) { return {static_cast<uint32_t>(x), static_cast<uint32_t>(y)}; }
 
 /// The `levels` and `strides` of a kernel's Matrix.
-uint64_t levels(const Operand& m);
-uint64_t strides(const Operand& m);
+tfl::Pair levels(const Operand& m);
+tfl::Pair strides(const Operand& m);
 
 Operand transposed(const Operand& m);
 
@@ -76,7 +76,7 @@ void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64
 /// What a buffer index of the kernel's gets.
 struct Word {
   uint32_t buffer;
-  uint64_t value;
+  tfl::Pair value;
 };
 
 /// All words of a launch, the first of which follows the kernel's tensors.

@@ -38,7 +38,8 @@ RowConfiguration layout(const RowConfiguration& forced, const Operand& x) {
   return c;
 }
 
-uint32_t groups(const RowConfiguration& forced, const RowConfiguration& c, const Operand& x, uint64_t chosen, uint64_t least = 1) {
+uint32_t groups(
+    const RowConfiguration& forced, const RowConfiguration& c, const Operand& x, uint64_t chosen, uint64_t least = 1) {
   return static_cast<uint32_t>(within(unless(forced.groups, chosen), least, std::min(blocks(x, c), kMostGroups)));
 }
 
@@ -80,7 +81,7 @@ void assemble(Variant variant, const char* text, const RowConfiguration& c, Laun
       .add(c.rows)
       .add(c.held ? "true" : "false", c.held ? "held" : "looped")
       .assemble(text, launch);
-  set_grid(launch, 32 * c.row_simdgroups * c.rows, c.groups);
+  set_grid(launch, LANES * c.row_simdgroups * c.rows, c.groups);
 }
 
 bool is_empty(const Operand& x) { return x.rows == 0 || x.cols == 0; }
@@ -125,11 +126,11 @@ Plan<RowConfiguration> plan(const RmsNormProblem& p) {
   std::memcpy(&eps_bits, &eps, sizeof eps_bits);
   set_arguments(
       launch,
-      {{NORM_M_H, pack(p.x.rows, p.x.cols)},
-       {NORM_BLOCKS_FLAGS, pack(blocks(p.x, c), norm_flags(p.x, p.dtype, p.weight))},
+      {{NORM_M_H, pair(p.x.rows, p.x.cols)},
+       {NORM_BLOCKS_FLAGS, pair(blocks(p.x, c), norm_flags(p.x, p.dtype, p.weight))},
        {NORM_X_LEVELS, levels(p.x)},
        {NORM_X_STRIDES, strides(p.x)},
-       {NORM_WEIGHT_STRIDE_EPS, pack(p.weight.stride, eps_bits)}});
+       {NORM_WEIGHT_STRIDE_EPS, pair(p.weight.stride, eps_bits)}});
   return plan;
 }
 
@@ -148,13 +149,13 @@ Plan<RowConfiguration> plan(const RmsNormBackwardProblem& p) {
       (p.need_x ? NORM_NEED_X : 0) | (p.need_weight ? NORM_NEED_WEIGHT : 0);
   set_arguments(
       launch,
-      {{NORM_BACKWARD_M_H, pack(p.x.rows, p.x.cols)},
-       {NORM_BACKWARD_BLOCKS_FLAGS, pack(blocks(p.x, c), flags)},
+      {{NORM_BACKWARD_M_H, pair(p.x.rows, p.x.cols)},
+       {NORM_BACKWARD_BLOCKS_FLAGS, pair(blocks(p.x, c), flags)},
        {NORM_BACKWARD_GRAD_LEVELS, levels(p.grad)},
        {NORM_BACKWARD_GRAD_STRIDES, strides(p.grad)},
        {NORM_BACKWARD_X_LEVELS, levels(p.x)},
        {NORM_BACKWARD_X_STRIDES, strides(p.x)},
-       {NORM_BACKWARD_WEIGHT_STRIDE, pack(p.weight.stride, 0)}});
+       {NORM_BACKWARD_WEIGHT_STRIDE, pair(p.weight.stride, 0)}});
   return plan;
 }
 
@@ -170,8 +171,8 @@ Plan<RowConfiguration> plan(const SoftmaxProblem& p) {
       (wide(p.x, p.dtype) ? SOFTMAX_WIDE_X : 0) | (p.x.cols % wide_elements(p.dtype) == 0 ? SOFTMAX_WIDE_OUT : 0);
   set_arguments(
       launch,
-      {{SOFTMAX_M_H, pack(p.x.rows, p.x.cols)},
-       {SOFTMAX_BLOCKS_FLAGS, pack(blocks(p.x, c), flags)},
+      {{SOFTMAX_M_H, pair(p.x.rows, p.x.cols)},
+       {SOFTMAX_BLOCKS_FLAGS, pair(blocks(p.x, c), flags)},
        {SOFTMAX_X_LEVELS, levels(p.x)},
        {SOFTMAX_X_STRIDES, strides(p.x)}});
   return plan;
@@ -187,8 +188,8 @@ Plan<RowConfiguration> plan(const SoftmaxBackwardProblem& p) {
       (p.y.cols % wide_elements(p.dtype) == 0 ? SOFTMAX_WIDE_OUT : 0);
   set_arguments(
       launch,
-      {{SOFTMAX_BACKWARD_M_H, pack(p.y.rows, p.y.cols)},
-       {SOFTMAX_BACKWARD_BLOCKS_FLAGS, pack(blocks(p.y, c), flags)},
+      {{SOFTMAX_BACKWARD_M_H, pair(p.y.rows, p.y.cols)},
+       {SOFTMAX_BACKWARD_BLOCKS_FLAGS, pair(blocks(p.y, c), flags)},
        {SOFTMAX_BACKWARD_GRAD_LEVELS, levels(p.grad)},
        {SOFTMAX_BACKWARD_GRAD_STRIDES, strides(p.grad)},
        {SOFTMAX_BACKWARD_Y_LEVELS, levels(p.y)},
