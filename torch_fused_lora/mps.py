@@ -7,6 +7,7 @@ import dataclasses
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -69,6 +70,15 @@ class Extension:
             raise ValueError(refused.decode())
         self.library = library
         self.reason = "loaded" if cores else "loaded; the GPU tells no core count, launches are planned for 8"
+
+    def describe(self, operator: str, shape: Sequence[int], dtype: int, adapter_dtype: int, gpu_cores: int) -> str:
+        """How an operator is launched, in JSON: see tfl_describe. Raises RuntimeError where there is no extension."""
+        if self.library is None:
+            raise RuntimeError(f"the launch plan is part of the Metal extension, which is missing: {self.reason}")
+        self.library.tfl_describe.restype = ctypes.c_char_p
+        numbers = (ctypes.c_uint64 * len(shape))(*shape)
+        scalars = ctypes.c_int32(dtype), ctypes.c_int32(adapter_dtype), ctypes.c_uint32(gpu_cores)
+        return self.library.tfl_describe(operator.encode(), numbers, *scalars).decode()
 
     @property
     def compiled_kernels(self) -> int:

@@ -3,7 +3,6 @@ bench records it."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -44,13 +43,8 @@ def plan(
 
     Raises RuntimeError where there is no extension, ValueError where a shape cannot be launched.
     """
-    if extension.library is None:
-        raise RuntimeError(f"the launch plan is part of the Metal extension, which is missing: {extension.reason}")
-    describe = extension.library.tfl_describe
-    describe.restype = ctypes.c_char_p
-    numbers = (ctypes.c_uint64 * len(shape))(*shape)
-    scalars = (ctypes.c_int32(_SCALARS[name]) for name in (dtype, adapter_dtype or dtype))
-    found = json.loads(describe(operator.encode(), numbers, *scalars, ctypes.c_uint32(gpu_cores)))
+    scalars = _SCALARS[dtype], _SCALARS[adapter_dtype or dtype]
+    found = json.loads(extension.describe(operator, shape, *scalars, gpu_cores))
     if isinstance(found, dict):
         raise ValueError(found["error"])
     return [Dispatch(**dispatch) for dispatch in found]

@@ -1,4 +1,4 @@
-// The extension's C functions, which torch_fused_lora/mps.py and plan.py call.
+// The extension's C functions, which torch_fused_lora/mps.py calls.
 #pragma once
 
 #include <cstdint>

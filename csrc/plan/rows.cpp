@@ -25,7 +25,7 @@ constexpr uint64_t kMostGroups = 1 << 20;  // keeps a grid's threads below 2**32
 /// Threadgroups that have all rows at once; fewer walk over the rows.
 uint64_t blocks(const Operand& x, const RowConfiguration& c) { return ceil_div(x.rows, c.rows); }
 
-/// How rows lie in threadgroups, of which there are as many as have all rows at once.
+/// How rows lie in threadgroups, all but the number of them.
 RowConfiguration layout(const RowConfiguration& forced, const Operand& x) {
   const auto step = [](uint32_t simdgroups) { return static_cast<uint64_t>(row_step(static_cast<short>(simdgroups))); };
   RowConfiguration c;
@@ -40,7 +40,8 @@ RowConfiguration layout(const RowConfiguration& forced, const Operand& x) {
 
 uint32_t groups(
     const RowConfiguration& forced, const RowConfiguration& c, const Operand& x, uint64_t chosen, uint64_t least = 1) {
-  return static_cast<uint32_t>(within(unless(forced.groups, chosen), least, std::min(blocks(x, c), kMostGroups)));
+  const uint64_t all = blocks(x, c), walk = UINT32_MAX - all + 1;  // past the last block, a group's walk has to end
+  return static_cast<uint32_t>(within(unless(forced.groups, chosen), least, std::min({all, kMostGroups, walk})));
 }
 
 /// Groups that fill the GPU and walk over the rows, where walking saves bytes.
