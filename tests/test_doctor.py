@@ -87,10 +87,7 @@ DELTA = """\
 def test_plan_of_many_rows(mps, capsys):
     arguments = "--plan", "512x1024x1024", "--rank", "16", "--dtype", "bfloat16", "--adapter-dtype", "float32"
     assert main(["doctor", *arguments, "--gpu-cores", "40"]) == 0
-    text = capsys.readouterr().out
-    assert (
-        text
-        == f"""\
+    expected = f"""\
 512 x 1024 x 1024, rank 16, bfloat16 + float32 adapters, 40 GPU cores
 forward, after torch's own x W^T + b:
 {DELTA}backward, after torch's own dy W:
@@ -101,7 +98,7 @@ forward, after torch's own x W^T + b:
     nothing to choose
     128 x 1 x 1 threadgroups of 256 threads, no scratch
 """
-    )
+    assert capsys.readouterr().out == expected
 
 
 def test_plan_of_a_single_row_is_for_this_gpu(mps, capsys):
