@@ -66,7 +66,7 @@ class DeltaProblem(ctypes.Structure):
         ("adapter_dtype", ctypes.c_int32),
         *((name, Operand) for name in ("input", "lora_A", "lora_B")),
         ("has_out", ctypes.c_bool),
-        ("save_h", ctypes.c_bool),
+        ("has_low_rank", ctypes.c_bool),
         ("out_offset", ctypes.c_uint64),
         ("dropout", Dropout),
         ("gpu_cores", ctypes.c_uint32),

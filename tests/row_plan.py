@@ -19,8 +19,10 @@ class NormWeight(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, weight: Tensor | None) -> NormWeight:
-        return cls() if weight is None else cls(True, DTYPES[weight.dtype], weight.storage_offset(), weight.stride(0))
+    def of(cls, weight: Tensor | None, x: Tensor) -> NormWeight:
+        if weight is None:
+            return cls(dtype=DTYPES[x.dtype])
+        return cls(True, DTYPES[weight.dtype], weight.storage_offset(), weight.stride(0))
 
 
 class RmsNormProblem(ctypes.Structure):
@@ -68,7 +70,7 @@ class RowKernels(Launcher):
         return y, rstd
 
     def plan_rms_norm(self, x, weight, eps=1e-6) -> list[Launch]:
-        return self._plan(RmsNormProblem(DTYPES[x.dtype], operand(x), NormWeight.of(weight), eps, self.gpu_cores))[0]
+        return self._plan(RmsNormProblem(DTYPES[x.dtype], operand(x), NormWeight.of(weight, x), eps, self.gpu_cores))[0]
 
     def rms_norm_backward(
         self, grad, x, weight, rstd, need_x=True, need_weight=True
@@ -88,7 +90,7 @@ class RowKernels(Launcher):
 
     def plan_rms_norm_backward(self, grad, x, weight, need_x=True, need_weight=True) -> tuple[list[Launch], int]:
         """The dispatches, and over how many partial sums the rows are split."""
-        operands = operand(grad), operand(x), NormWeight.of(weight)
+        operands = operand(grad), operand(x), NormWeight.of(weight, x)
         problem = RmsNormBackwardProblem(DTYPES[x.dtype], *operands, need_x, need_weight, self.gpu_cores)
         return self._plan(problem)
 

@@ -27,8 +27,8 @@ void check(const Expect& expect, const Tensor& x, const OptionalTensor& weight) 
       " or torch.float32");
 }
 
-NormWeight weight_of(const OptionalTensor& weight, Scalar otherwise) {
-  if (!weight.has_value()) return {false, otherwise, 0, 0};
+NormWeight weight_of(const OptionalTensor& weight, Scalar dtype) {
+  if (!weight.has_value()) return {false, dtype, 0, 0};
   const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
   return {true, scalar(weight->scalar_type()), u(weight->storage_offset()), u(weight->stride(0))};
 }

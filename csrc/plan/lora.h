@@ -39,7 +39,7 @@ struct DeltaProblem {
   Pass pass;
   Scalar dtype, adapter_dtype;
   Operand in, lora_A, lora_B;  // x or dy
-  bool has_out, save_h;        // y or dx; h or z
+  bool has_out, has_low_rank;  // results: y or dx; h or z
   uint64_t out_offset;
   Dropout dropout;
   uint32_t gpu_cores;

@@ -59,7 +59,7 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Launch& launch) {
   const Slice& slice = delta.slice;
   const uint64_t M = p.in.rows, N = delta.up.rows;
 
-  uint32_t flags = p.save_h ? DELTA_SAVE_H : 0;
+  uint32_t flags = p.has_low_rank ? DELTA_SAVE_H : 0;
   Operand down = delta.down, up = delta.up;
   down.offset += slice.begin * down.row_stride;
   up.offset += slice.begin * up.col_stride;

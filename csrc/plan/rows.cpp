@@ -101,8 +101,6 @@ std::string check(const NormWeight& weight) {
   return weight.stride > UINT32_MAX ? "weight: a stride of 2**32 elements or more" : "";
 }
 
-const char* weight_type(const NormWeight& weight, Scalar dtype) { return msl(weight.given ? weight.dtype : dtype); }
-
 /// The flags that forward and backward share.
 uint32_t norm_flags(const Operand& x, Scalar dtype, const NormWeight& weight) {
   uint32_t flags = weight.given ? NORM_HAS_WEIGHT : 0;
@@ -120,8 +118,7 @@ Plan<RowConfiguration> plan(const RmsNormProblem& p) {
   if (!plan.error.empty() || is_empty(p.x)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(p);
-  assemble(
-      Variant("rms_norm").add(msl(p.dtype)).add(weight_type(p.weight, p.dtype)), rms_norm_source, c, launch);
+  assemble(Variant("rms_norm").add(msl(p.dtype)).add(msl(p.weight.dtype)), rms_norm_source, c, launch);
   const float eps = static_cast<float>(p.eps);
   uint32_t eps_bits;
   std::memcpy(&eps_bits, &eps, sizeof eps_bits);
@@ -142,7 +139,7 @@ Plan<RowConfiguration> plan(const RmsNormBackwardProblem& p) {
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(p);
   if (p.need_weight) plan.sums = plan_sums(p.weight.dtype, p.x.cols, 0, c.groups);
-  const char* const type = weight_type(p.weight, p.dtype);
+  const char* const type = msl(p.weight.dtype);
   assemble(
       Variant("rms_norm_backward").add(msl(p.dtype)).add(type).add(plan.sums.splits > 1 ? "float" : type),
       rms_norm_source, c, launch);

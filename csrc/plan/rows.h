@@ -6,7 +6,7 @@
 
 namespace torch_fused_lora {
 
-/// H elements, or none: then all are one.
+/// H elements, or none: then all are one, of the rows' dtype.
 struct NormWeight {
   bool given;
   Scalar dtype;
