@@ -6,6 +6,7 @@ The metadata stands in pyproject.toml.
 import os
 import platform
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,9 +14,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
-CSRC = ROOT / "csrc"
-sys.path.insert(0, str(CSRC))
-from embed_metal import embed  # noqa: E402
+embed = runpy.run_path(str(ROOT / "metal" / "embed.py"))["embed"]
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the stable ABI that one binary serves every later torch with
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
@@ -46,9 +45,10 @@ def extension_build():
     os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "14.0")
     sources = ROOT / "build" / "metal_sources.cpp"
     embed(ROOT / "metal", sources)
+    csrc = [*sorted((ROOT / "csrc" / "mps").glob("*.mm")), *sorted((ROOT / "csrc" / "plan").glob("*.cpp"))]
     extension = CppExtension(
         "torch_fused_lora._mps",
-        [str(path.relative_to(ROOT)) for path in (*sorted(CSRC.glob("*.mm")), *sorted(CSRC.glob("*.cpp")), sources)],
+        [str(path.relative_to(ROOT)) for path in (*csrc, sources)],
         extra_compile_args=COMPILE,
         extra_link_args=LINK,
         py_limited_api=True,

@@ -42,9 +42,9 @@ METAL_FUNC void accumulate(
     thread Sums<ROWS, M>& sums, device const U* rows, uint row_stride, uint col_stride, short row_count,
     threadgroup const float* x, uint count, ushort lane) {
   constexpr short CHUNK = decode_chunk_columns(M);
-  const ulong step = ulong(32 * VECTOR) * col_stride;
+  const ulong step = ulong(LANES * VECTOR) * col_stride;
   device const U* source = rows + ulong(lane * VECTOR) * col_stride;
-  for (uint k = lane * VECTOR; k < count; k += 32 * VECTOR, source += step) {
+  for (uint k = lane * VECTOR; k < count; k += LANES * VECTOR, source += step) {
     TFL_UNROLL
     for (short j = 0; j < ROWS; ++j) {
       if (j < row_count) {
@@ -57,7 +57,7 @@ METAL_FUNC void accumulate(
           } else {
             threadgroup const float4* const quads = reinterpret_cast<threadgroup const float4*>(row);
             sums.of[j][m] += dot(w.low, quads[0]);
-            if (VECTOR == 8) {
+            if (VECTOR == RUN) {
               sums.of[j][m] += dot(w.high, quads[1]);
             }
           }
@@ -71,7 +71,7 @@ METAL_FUNC void accumulate(
 template <short M, typename T>
 METAL_FUNC void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint count, ushort thread_index) {
   constexpr short CHUNK = decode_chunk_columns(M);
-  constexpr uint STEP = 32 * DECODE_SIMDGROUPS;
+  constexpr uint STEP = LANES * DECODE_SIMDGROUPS;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   TFL_UNROLL
   for (short m = 0; m < M; ++m) {
@@ -85,7 +85,7 @@ METAL_FUNC void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint
 }
 
 template <typename T, typename TA, short M, short W_ROWS, short W_VECTOR, short A_VECTOR>
-[[kernel, max_total_threads_per_threadgroup(32 * DECODE_SIMDGROUPS)]]
+[[kernel, max_total_threads_per_threadgroup(LANES * DECODE_SIMDGROUPS)]]
 void lora_decode(
     device const T* x [[buffer(DECODE_X)]],
     device const T* weight [[buffer(DECODE_WEIGHT)]],
@@ -95,14 +95,14 @@ void lora_decode(
     device T* y [[buffer(DECODE_Y)]],
     device TA* h [[buffer(DECODE_H)]],
     constant float& scaling [[buffer(DECODE_SCALING)]],
-    constant uint2& k_n [[buffer(DECODE_K_N)]],
-    constant uint2& rank_rows [[buffer(DECODE_RANK_ROWS)]],  // r, and how many rows of W a threadgroup owns
-    constant uint2& x_levels [[buffer(DECODE_X_LEVELS)]],
-    constant uint2& x_strides [[buffer(DECODE_X_STRIDES)]],
-    constant uint2& W_strides [[buffer(DECODE_W_STRIDES)]],
-    constant uint2& A_strides [[buffer(DECODE_A_STRIDES)]],
-    constant uint2& B_strides [[buffer(DECODE_B_STRIDES)]],
-    constant uint2& flags_bias_stride [[buffer(DECODE_FLAGS_BIAS_STRIDE)]],
+    constant Pair& k_n [[buffer(DECODE_K_N)]],
+    constant Pair& rank_rows [[buffer(DECODE_RANK_ROWS)]],  // r, and how many rows of W a threadgroup owns
+    constant Pair& x_levels [[buffer(DECODE_X_LEVELS)]],
+    constant Pair& x_strides [[buffer(DECODE_X_STRIDES)]],
+    constant Pair& W_strides [[buffer(DECODE_W_STRIDES)]],
+    constant Pair& A_strides [[buffer(DECODE_A_STRIDES)]],
+    constant Pair& B_strides [[buffer(DECODE_B_STRIDES)]],
+    constant Pair& flags_bias_stride [[buffer(DECODE_FLAGS_BIAS_STRIDE)]],
     uint group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
@@ -135,7 +135,7 @@ void lora_decode(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if ((flags & DECODE_SAVE_H) != 0 && group == 0) {
-    for (uint i = thread_index; i < M * r; i += 32 * DECODE_SIMDGROUPS) {
+    for (uint i = thread_index; i < M * r; i += LANES * DECODE_SIMDGROUPS) {
       h[i] = static_cast<TA>(h_sums[i]);
     }
   }
@@ -157,8 +157,8 @@ void lora_decode(
     for (short j = 0; j < W_ROWS; ++j) {
       if (j < row_count) {
         device const TA* source = lora_B + ulong(n + j) * B_strides.x + ulong(lane) * B_strides.y;
-        const ulong step = ulong(32) * B_strides.y;
-        for (uint rank = lane; rank < r; rank += 32, source += step) {
+        const ulong step = ulong(LANES) * B_strides.y;
+        for (uint rank = lane; rank < r; rank += LANES, source += step) {
           const float b = scaling * float(*source);
           TFL_UNROLL
           for (short m = 0; m < M; ++m) {

@@ -20,7 +20,7 @@
 namespace tfl {
 
 template <typename T, typename TA, short RANK_BLOCKS, short ROW_BLOCKS, short K_SLICES, Mask MASK>
-[[kernel, max_total_threads_per_threadgroup(32 * ROW_BLOCKS * K_SLICES)]]
+[[kernel, max_total_threads_per_threadgroup(LANES * ROW_BLOCKS * K_SLICES)]]
 void lora_delta(
     device const T* x [[buffer(DELTA_X)]],
     device const TA* lora_A [[buffer(DELTA_LORA_A)]],
@@ -29,21 +29,21 @@ void lora_delta(
     device TA* h [[buffer(DELTA_H)]],
     constant float& scaling [[buffer(DELTA_SCALING)]],
     constant uint2& seed [[buffer(DELTA_SEED)]],
-    constant uint2& m_k [[buffer(DELTA_M_K)]],
-    constant uint2& n_columns [[buffer(DELTA_N_COLUMNS)]],  // N, and how many columns of y a threadgroup owns
-    constant uint2& ranks [[buffer(DELTA_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
-    constant uint2& x_levels [[buffer(DELTA_X_LEVELS)]],
-    constant uint2& x_strides [[buffer(DELTA_X_STRIDES)]],
-    constant uint2& A_strides [[buffer(DELTA_A_STRIDES)]],  // of a (rank, k) element
-    constant uint2& B_strides [[buffer(DELTA_B_STRIDES)]],  // of an (n, rank) element
-    constant uint2& y_stride_flags [[buffer(DELTA_Y_STRIDE_FLAGS)]],
-    constant uint2& dropout_words [[buffer(DELTA_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
-    constant uint2& stream_h_stride [[buffer(DELTA_STREAM_H_STRIDE)]],
+    constant Pair& m_k [[buffer(DELTA_M_K)]],
+    constant Pair& n_columns [[buffer(DELTA_N_COLUMNS)]],  // N, and how many columns of y a threadgroup owns
+    constant Pair& ranks [[buffer(DELTA_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
+    constant Pair& x_levels [[buffer(DELTA_X_LEVELS)]],
+    constant Pair& x_strides [[buffer(DELTA_X_STRIDES)]],
+    constant Pair& A_strides [[buffer(DELTA_A_STRIDES)]],  // of a (rank, k) element
+    constant Pair& B_strides [[buffer(DELTA_B_STRIDES)]],  // of an (n, rank) element
+    constant Pair& y_stride_flags [[buffer(DELTA_Y_STRIDE_FLAGS)]],
+    constant Pair& dropout_words [[buffer(DELTA_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
+    constant Pair& stream_h_stride [[buffer(DELTA_STREAM_H_STRIDE)]],
     uint2 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]]) {
   constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * ROW_BLOCKS, WIDTH = delta_width(RANK_BLOCKS);
-  constexpr short THREADS = 32 * ROW_BLOCKS * K_SLICES;
+  constexpr short THREADS = LANES * ROW_BLOCKS * K_SLICES;
   static_assert(K_SLICES <= WIDTH / BLOCK, "every slice has a block of a tile");
   using RowTile = Tile<ROWS, WIDTH>;
   using ATile = Tile<RANKS, WIDTH>;
@@ -59,7 +59,7 @@ void lora_delta(
   const uint M = m_k.x, K = m_k.y, N = n_columns.x, flags = y_stride_flags.y, rank_count = ranks.y - ranks.x;
   const uint row = group.y * ROWS;
   const uint column_begin = group.x * n_columns.y, column_end = min(N, column_begin + n_columns.y);
-  const short row_block = simdgroup_index / K_SLICES * 8, slice = simdgroup_index % K_SLICES;
+  const short row_block = simdgroup_index / K_SLICES * BLOCK, slice = simdgroup_index % K_SLICES;
   const Dropout dropout = {seed, stream_h_stride.x, dropout_words.x, as_type<float>(dropout_words.y)};
 
   // Stage 1: h = x A^T.
@@ -79,12 +79,12 @@ void lora_delta(
     x_loader.load(rows);
     A_loader.load(A_tile);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (short block = slice * 8; block < WIDTH; block += 8 * K_SLICES) {
+    for (short block = slice * BLOCK; block < WIDTH; block += BLOCK * K_SLICES) {
       simdgroup_float8x8 x_block, A_block;
       rows.read(x_block, row_block, block);
       TFL_UNROLL
       for (short i = 0; i < RANK_BLOCKS; ++i) {
-        A_tile.read_transposed(A_block, 8 * i, block);
+        A_tile.read_transposed(A_block, BLOCK * i, block);
         simdgroup_multiply_accumulate(h_blocks[i], x_block, A_block, h_blocks[i]);
       }
     }
@@ -93,7 +93,7 @@ void lora_delta(
   }
 
   // The slices' sums, as many rank blocks at a time as the rank tile's memory holds; every simdgroup takes them back.
-  constexpr short PART = ROWS * 8;  // floats of one slice and rank block
+  constexpr short PART = ROWS * BLOCK;  // floats of one slice and rank block
   constexpr short FITTING = RANK_TILE_SIZE / (K_SLICES * PART);
   constexpr short CHUNK = FITTING < RANK_BLOCKS ? FITTING : RANK_BLOCKS;
   static_assert(CHUNK > 0, "one rank block of every slice fits the rank tile");
@@ -104,7 +104,7 @@ void lora_delta(
     TFL_UNROLL
     for (short i = 0; i < CHUNK; ++i) {
       if (first + i < RANK_BLOCKS) {
-        simdgroup_store(h_blocks[first + i], rank_floats + (slice * CHUNK + i) * PART + row_block * 8, 8);
+        simdgroup_store(h_blocks[first + i], rank_floats + (slice * CHUNK + i) * PART + row_block * BLOCK, BLOCK);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -116,7 +116,7 @@ void lora_delta(
         sum += rank_floats[s * CHUNK * PART + i];
       }
       rank_floats[i] = sum;
-      const uint m = i % PART / 8, rank = (first + i / PART) * 8 + i % 8;
+      const uint m = i % PART / BLOCK, rank = (first + i / PART) * BLOCK + i % BLOCK;
       if ((flags & DELTA_SAVE_H) != 0 && group.x == 0 && row + m < M && rank < rank_count) {
         h_tile[m * stream_h_stride.y + rank] = static_cast<TA>(sum);
       }
@@ -125,7 +125,7 @@ void lora_delta(
     TFL_UNROLL
     for (short i = 0; i < CHUNK; ++i) {
       if (first + i < RANK_BLOCKS) {
-        simdgroup_load(h_blocks[first + i], rank_floats + i * PART + row_block * 8, 8);
+        simdgroup_load(h_blocks[first + i], rank_floats + i * PART + row_block * BLOCK, BLOCK);
       }
     }
   }
@@ -144,11 +144,11 @@ void lora_delta(
   for (uint column = column_begin; column < column_end; column += WIDTH) {
     B_loader.load(B_tile);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (short block = slice * 8; block < WIDTH; block += 8 * K_SLICES) {
+    for (short block = slice * BLOCK; block < WIDTH; block += BLOCK * K_SLICES) {
       simdgroup_float8x8 B_block, delta = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       TFL_UNROLL
       for (short i = 0; i < RANK_BLOCKS; ++i) {
-        B_tile.read_transposed(B_block, block, 8 * i);
+        B_tile.read_transposed(B_block, block, BLOCK * i);
         simdgroup_multiply_accumulate(delta, h_blocks[i], B_block, delta);
       }
       simdgroup_store(delta, rows.at(row_block, block), RowTile::stride);

@@ -24,7 +24,7 @@ METAL_FUNC void accumulate_columns(
     Matrix<T> big, Matrix<TA> small, uint row, uint column, Dropout dropout,
     ushort thread_index, ushort simdgroup_index) {
   constexpr short BLOCKS = grad_column_blocks(RANK_BLOCKS), DEPTH = grad_depth(RANK_BLOCKS);
-  constexpr short THREADS = 32 * GRAD_SIMDGROUPS;
+  constexpr short THREADS = LANES * GRAD_SIMDGROUPS;
   constexpr short COLS = grad_columns(RANK_BLOCKS), RANKS = BLOCK * RANK_BLOCKS;
   const Tile<DEPTH, COLS> big_tile = {big_floats};
   const Tile<DEPTH, RANKS> small_tile = {small_floats};
@@ -35,15 +35,15 @@ METAL_FUNC void accumulate_columns(
     big_loader.load(big_tile);
     small_loader.load(small_tile);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (short m = 0; m < DEPTH; m += 8) {
+    for (short m = 0; m < DEPTH; m += BLOCK) {
       simdgroup_float8x8 big_blocks[BLOCKS], small_block;
       TFL_UNROLL
       for (short c = 0; c < BLOCKS; ++c) {
-        big_tile.read_transposed(big_blocks[c], m, (simdgroup_index * BLOCKS + c) * 8);
+        big_tile.read_transposed(big_blocks[c], m, (simdgroup_index * BLOCKS + c) * BLOCK);
       }
       TFL_UNROLL
       for (short i = 0; i < RANK_BLOCKS; ++i) {
-        small_tile.read(small_block, m, 8 * i);
+        small_tile.read(small_block, m, BLOCK * i);
         TFL_UNROLL
         for (short c = 0; c < BLOCKS; ++c) {
           simdgroup_multiply_accumulate(sums[c][i], big_blocks[c], small_block, sums[c][i]);
@@ -57,7 +57,7 @@ METAL_FUNC void accumulate_columns(
 
 /// OUT is TA, or float for partial sums: then `dA` and `dB` have one more leading dimension, the split.
 template <typename T, typename TA, typename OUT, short RANK_BLOCKS, bool DROPPED>
-[[kernel, max_total_threads_per_threadgroup(32 * GRAD_SIMDGROUPS)]]
+[[kernel, max_total_threads_per_threadgroup(LANES * GRAD_SIMDGROUPS)]]
 void lora_grad(
     device const T* x [[buffer(GRAD_X)]],
     device const TA* z [[buffer(GRAD_Z)]],
@@ -67,16 +67,16 @@ void lora_grad(
     device OUT* dB [[buffer(GRAD_DB)]],
     constant float& scaling [[buffer(GRAD_SCALING)]],
     constant uint2& seed [[buffer(GRAD_SEED)]],
-    constant uint2& rows [[buffer(GRAD_ROWS)]],  // M, and how many rows a split has
-    constant uint2& k_n [[buffer(GRAD_K_N)]],
-    constant uint2& ranks [[buffer(GRAD_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
-    constant uint2& x_levels [[buffer(GRAD_X_LEVELS)]],
-    constant uint2& x_strides [[buffer(GRAD_X_STRIDES)]],
-    constant uint2& dy_levels [[buffer(GRAD_DY_LEVELS)]],
-    constant uint2& dy_strides [[buffer(GRAD_DY_STRIDES)]],
-    constant uint2& flags_stream [[buffer(GRAD_FLAGS_STREAM)]],
-    constant uint2& dropout_words [[buffer(GRAD_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
-    constant uint2& r_tiles [[buffer(GRAD_R_TILES)]],  // all ranks, and how many column tiles belong to dA
+    constant Pair& rows [[buffer(GRAD_ROWS)]],  // M, and how many rows a split has
+    constant Pair& k_n [[buffer(GRAD_K_N)]],
+    constant Pair& ranks [[buffer(GRAD_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
+    constant Pair& x_levels [[buffer(GRAD_X_LEVELS)]],
+    constant Pair& x_strides [[buffer(GRAD_X_STRIDES)]],
+    constant Pair& dy_levels [[buffer(GRAD_DY_LEVELS)]],
+    constant Pair& dy_strides [[buffer(GRAD_DY_STRIDES)]],
+    constant Pair& flags_stream [[buffer(GRAD_FLAGS_STREAM)]],
+    constant Pair& dropout_words [[buffer(GRAD_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
+    constant Pair& r_tiles [[buffer(GRAD_R_TILES)]],  // all ranks, and how many column tiles belong to dA
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
@@ -93,7 +93,7 @@ void lora_grad(
   const uint row = group.y * rows.y, row_end = min(rows.x, row + rows.y);
   const uint rank = ranks.x + group.z * RANKS, rank_count = min(uint(RANKS), ranks.y - rank);
   const bool wide_small = (flags_stream.x & GRAD_WIDE_SMALL) != 0;
-  const uint2 small_strides = uint2(r_tiles.x, 1);
+  const Pair small_strides = Pair(r_tiles.x, 1);
   simdgroup_float8x8 sums[BLOCKS][RANK_BLOCKS];
   TFL_UNROLL
   for (short c = 0; c < BLOCKS; ++c) {
@@ -120,12 +120,13 @@ void lora_grad(
   // Out through threadgroup memory, an 8x8 block of a simdgroup at a time, so that the edges cost nothing above.
   // Neighbouring lanes write neighbouring elements: along the columns for dA, along the ranks for dB.
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  threadgroup float* const block = big_floats + simdgroup_index * 64;
+  threadgroup float* const block = big_floats + simdgroup_index * BLOCK * BLOCK;
   const ulong column_stride = is_dA ? 1 : r_tiles.x, rank_stride = is_dA ? columns : 1;
-  const short slow = lane / 8, fast = lane % 8;  // of the lane's first element; its second is four further along `slow`
+  const short slow = lane / BLOCK, fast = lane % BLOCK;  // of the lane's first element
   const short block_column = is_dA ? fast : slow, block_rank = is_dA ? slow : fast;
-  const short column_step = is_dA ? 0 : 4, rank_step = 4 - column_step;
-  const uint first_column = column + simdgroup_index * BLOCKS * 8 + block_column, first_rank = rank + block_rank;
+  constexpr short STEP = LANES / BLOCK;  // along `slow`, to its second
+  const short column_step = is_dA ? 0 : STEP, rank_step = STEP - column_step;
+  const uint first_column = column + simdgroup_index * BLOCKS * BLOCK + block_column, first_rank = rank + block_rank;
   device OUT* const out = (is_dA ? dA : dB) + ulong(group.y) * r_tiles.x * columns + first_column * column_stride +
       first_rank * rank_stride;
   const ulong second = column_step * column_stride + rank_step * rank_stride;
@@ -133,14 +134,15 @@ void lora_grad(
   for (short c = 0; c < BLOCKS; ++c) {
     TFL_UNROLL
     for (short i = 0; i < RANK_BLOCKS; ++i) {
-      simdgroup_store(sums[c][i], block, 8);
+      simdgroup_store(sums[c][i], block, BLOCK);
       simdgroup_barrier(mem_flags::mem_threadgroup);
       TFL_UNROLL
       for (short e = 0; e < 2; ++e) {
-        const uint n = first_column + 8 * c + e * column_step, j = first_rank + 8 * i + e * rank_step;
+        const uint n = first_column + BLOCK * c + e * column_step, j = first_rank + BLOCK * i + e * rank_step;
         if (n < columns && j < ranks.y) {
-          const short element = (block_column + e * column_step) * 8 + block_rank + e * rank_step;
-          out[8 * c * column_stride + 8 * i * rank_stride + e * second] = static_cast<OUT>(scaling * block[element]);
+          const short element = (block_column + e * column_step) * BLOCK + block_rank + e * rank_step;
+          const ulong place = BLOCK * c * column_stride + BLOCK * i * rank_stride + e * second;
+          out[place] = static_cast<OUT>(scaling * block[element]);
         }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);

@@ -119,13 +119,13 @@ struct Matrix {
 };
 
 template <typename T>
-METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, uint2 levels, uint2 strides, bool wide) {
+METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, Pair levels, Pair strides, bool wide) {
   return {data, rows, cols, levels.x, levels.y, strides.x, strides.y, wide};
 }
 
 /// A matrix whose rows are one stride apart.
 template <typename T>
-METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, uint2 strides, bool wide) {
+METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, Pair strides, bool wide) {
   return {data, rows, cols, max(rows, 1u), 0, strides.x, strides.y, wide};
 }
 

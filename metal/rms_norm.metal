@@ -20,7 +20,7 @@ namespace tfl {
 template <typename TW>
 METAL_FUNC Matrix<TW> weight_matrix(device const TW* weight, uint H, uint stride, uint flags) {
   return matrix_of(
-      weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, uint2(0, stride), (flags & NORM_WIDE_WEIGHT) != 0);
+      weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, Pair(0, stride), (flags & NORM_WIDE_WEIGHT) != 0);
 }
 
 /// The weight's run at `place`, ones where there is no weight.
@@ -30,17 +30,17 @@ METAL_FUNC Run load_weight(Matrix<TW> weight, device const TW* place, uint count
 }
 
 template <typename T, typename TW, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
+[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void rms_norm(
     device const T* x [[buffer(NORM_X)]],
     device const TW* weight [[buffer(NORM_WEIGHT)]],
     device T* y [[buffer(NORM_Y)]],
     device float* rstd [[buffer(NORM_RSTD)]],
-    constant uint2& m_h [[buffer(NORM_M_H)]],
-    constant uint2& blocks_flags [[buffer(NORM_BLOCKS_FLAGS)]],
-    constant uint2& x_levels [[buffer(NORM_X_LEVELS)]],
-    constant uint2& x_strides [[buffer(NORM_X_STRIDES)]],
-    constant uint2& weight_stride_eps [[buffer(NORM_WEIGHT_STRIDE_EPS)]],  // and the bits of eps
+    constant Pair& m_h [[buffer(NORM_M_H)]],
+    constant Pair& blocks_flags [[buffer(NORM_BLOCKS_FLAGS)]],
+    constant Pair& x_levels [[buffer(NORM_X_LEVELS)]],
+    constant Pair& x_strides [[buffer(NORM_X_STRIDES)]],
+    constant Pair& weight_stride_eps [[buffer(NORM_WEIGHT_STRIDE_EPS)]],  // and the bits of eps
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
@@ -90,7 +90,7 @@ void rms_norm(
 
 /// OUT is TW, or float for partial sums: then `dweight` has one more leading dimension, the group.
 template <typename T, typename TW, typename OUT, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
+[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void rms_norm_backward(
     device const T* grad [[buffer(NORM_BACKWARD_GRAD)]],
     device const T* x [[buffer(NORM_BACKWARD_X)]],
@@ -98,12 +98,12 @@ void rms_norm_backward(
     device const float* rstd [[buffer(NORM_BACKWARD_RSTD)]],
     device T* dx [[buffer(NORM_BACKWARD_DX)]],
     device OUT* dweight [[buffer(NORM_BACKWARD_DWEIGHT)]],
-    constant uint2& m_h [[buffer(NORM_BACKWARD_M_H)]],
-    constant uint2& blocks_flags [[buffer(NORM_BACKWARD_BLOCKS_FLAGS)]],
-    constant uint2& grad_levels [[buffer(NORM_BACKWARD_GRAD_LEVELS)]],
-    constant uint2& grad_strides [[buffer(NORM_BACKWARD_GRAD_STRIDES)]],
-    constant uint2& x_levels [[buffer(NORM_BACKWARD_X_LEVELS)]],
-    constant uint2& x_strides [[buffer(NORM_BACKWARD_X_STRIDES)]],
+    constant Pair& m_h [[buffer(NORM_BACKWARD_M_H)]],
+    constant Pair& blocks_flags [[buffer(NORM_BACKWARD_BLOCKS_FLAGS)]],
+    constant Pair& grad_levels [[buffer(NORM_BACKWARD_GRAD_LEVELS)]],
+    constant Pair& grad_strides [[buffer(NORM_BACKWARD_GRAD_STRIDES)]],
+    constant Pair& x_levels [[buffer(NORM_BACKWARD_X_LEVELS)]],
+    constant Pair& x_strides [[buffer(NORM_BACKWARD_X_STRIDES)]],
     constant uint& weight_stride [[buffer(NORM_BACKWARD_WEIGHT_STRIDE)]],
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],

@@ -9,7 +9,7 @@ namespace tfl {
 /// the thread has the runs at `column()` and every STEP elements on.
 template <short SIMDGROUPS, short ROWS>
 struct Place {
-  static constant constexpr short ROW_THREADS = 32 * SIMDGROUPS;
+  static constant constexpr short ROW_THREADS = LANES * SIMDGROUPS;
   static constant constexpr uint STEP = row_step(SIMDGROUPS);
 
   ushort thread_index, simdgroup_index, lane;

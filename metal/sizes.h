@@ -5,6 +5,7 @@
 namespace tfl {
 
 enum Sizes {
+  LANES = 32,       // of a simdgroup
   RUN = 8,          // neighbouring elements that a thread reads or writes at a time
   BLOCK = 8,        // rows and columns of a simdgroup matrix
   MAX_RANKS = 256,  // of one LoRA launch: what h in registers and the tiles in 32 KiB hold
@@ -12,7 +13,16 @@ enum Sizes {
 
 /// Elements of a row that so many simdgroups have at a time, a run a lane.
 constexpr short row_step(short simdgroups) {
-  return 32 * simdgroups * RUN;
+  return LANES * simdgroups * RUN;
 }
+
+/// Two arguments of a kernel, x and y, in the eight bytes of one buffer.
+#ifdef __METAL_VERSION__
+using Pair = uint2;
+#else
+struct Pair {
+  unsigned int x, y;
+};
+#endif
 
 }  // namespace tfl

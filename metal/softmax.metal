@@ -53,14 +53,14 @@ METAL_FUNC Run exponentials(Run run, float maximum) {
 }
 
 template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
+[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void softmax(
     device const T* x [[buffer(SOFTMAX_X)]],
     device T* y [[buffer(SOFTMAX_Y)]],
-    constant uint2& m_h [[buffer(SOFTMAX_M_H)]],
-    constant uint2& blocks_flags [[buffer(SOFTMAX_BLOCKS_FLAGS)]],
-    constant uint2& x_levels [[buffer(SOFTMAX_X_LEVELS)]],
-    constant uint2& x_strides [[buffer(SOFTMAX_X_STRIDES)]],
+    constant Pair& m_h [[buffer(SOFTMAX_M_H)]],
+    constant Pair& blocks_flags [[buffer(SOFTMAX_BLOCKS_FLAGS)]],
+    constant Pair& x_levels [[buffer(SOFTMAX_X_LEVELS)]],
+    constant Pair& x_strides [[buffer(SOFTMAX_X_STRIDES)]],
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
@@ -113,17 +113,17 @@ void softmax(
 }
 
 template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS * ROWS)]]
+[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void softmax_backward(
     device const T* grad [[buffer(SOFTMAX_BACKWARD_GRAD)]],
     device const T* y [[buffer(SOFTMAX_BACKWARD_Y)]],
     device T* dx [[buffer(SOFTMAX_BACKWARD_DX)]],
-    constant uint2& m_h [[buffer(SOFTMAX_BACKWARD_M_H)]],
-    constant uint2& blocks_flags [[buffer(SOFTMAX_BACKWARD_BLOCKS_FLAGS)]],
-    constant uint2& grad_levels [[buffer(SOFTMAX_BACKWARD_GRAD_LEVELS)]],
-    constant uint2& grad_strides [[buffer(SOFTMAX_BACKWARD_GRAD_STRIDES)]],
-    constant uint2& y_levels [[buffer(SOFTMAX_BACKWARD_Y_LEVELS)]],
-    constant uint2& y_strides [[buffer(SOFTMAX_BACKWARD_Y_STRIDES)]],
+    constant Pair& m_h [[buffer(SOFTMAX_BACKWARD_M_H)]],
+    constant Pair& blocks_flags [[buffer(SOFTMAX_BACKWARD_BLOCKS_FLAGS)]],
+    constant Pair& grad_levels [[buffer(SOFTMAX_BACKWARD_GRAD_LEVELS)]],
+    constant Pair& grad_strides [[buffer(SOFTMAX_BACKWARD_GRAD_STRIDES)]],
+    constant Pair& y_levels [[buffer(SOFTMAX_BACKWARD_Y_LEVELS)]],
+    constant Pair& y_strides [[buffer(SOFTMAX_BACKWARD_Y_STRIDES)]],
     uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],

@@ -1,6 +1,8 @@
 // What sum_splits and its launch plan agree on.
 #pragma once
 
+#include "sizes.h"
+
 namespace tfl {
 
 enum SumBuffers { SUM_FIRST_PARTIAL, SUM_SECOND_PARTIAL, SUM_FIRST, SUM_SECOND, SUM_ELEMENTS, SUM_SPLITS };

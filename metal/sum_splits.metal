@@ -18,8 +18,8 @@ void sum_splits(
     device const float* second_partial [[buffer(SUM_SECOND_PARTIAL)]],
     device T* first [[buffer(SUM_FIRST)]],
     device T* second [[buffer(SUM_SECOND)]],
-    constant uint2& elements [[buffer(SUM_ELEMENTS)]],  // of the first result, of the second
-    constant uint2& splits [[buffer(SUM_SPLITS)]],
+    constant Pair& elements [[buffer(SUM_ELEMENTS)]],  // of the first result, of the second
+    constant Pair& splits [[buffer(SUM_SPLITS)]],
     uint index [[thread_position_in_grid]]) {
   const bool is_first = index < elements.x;
   const uint i = is_first ? index : index - elements.x, count = is_first ? elements.x : elements.y;

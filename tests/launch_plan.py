@@ -6,11 +6,12 @@ report in `runs`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import runpy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +20,8 @@ from torch import Tensor
 import metal_on_cpu
 
 ROOT = Path(__file__).parent.parent
-_EMBED_METAL = runpy.run_path(str(ROOT / "csrc" / "embed_metal.py"))
-assemble, embed = _EMBED_METAL["assemble"], _EMBED_METAL["embed"]
-OPERATORS = "decode", "delta", "delta_dx", "grad", "rms_norm", "rms_norm_backward", "softmax", "softmax_backward"
+_EMBED = runpy.run_path(str(ROOT / "metal" / "embed.py"))
+assemble, embed = _EMBED["assemble"], _EMBED["embed"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -32,16 +32,59 @@ class Operand(ctypes.Structure):
     ]
 
 
-class Problem(ctypes.Structure):
+class Dropout(ctypes.Structure):
+    _fields_ = [
+        ("adapters", ctypes.c_uint32),
+        ("ranks", ctypes.POINTER(ctypes.c_uint32)),
+        ("p", ctypes.POINTER(ctypes.c_double)),
+    ]
+
+    @classmethod
+    def of(cls, p: Sequence[float], ranks: Sequence[int]) -> Dropout:
+        count = len(p)
+        return cls(count, (ctypes.c_uint32 * count)(*ranks), (ctypes.c_double * count)(*p)) if p else cls()
+
+
+class DecodeProblem(ctypes.Structure):
+    plan = "plan_decode"
     _fields_ = [
         ("dtype", ctypes.c_int32),
         ("adapter_dtype", ctypes.c_int32),
-        *((name, Operand) for name in ("x", "weight", "lora_A", "lora_B", "dy")),
-        ("y_offset", ctypes.c_uint64),
+        *((name, Operand) for name in ("x", "weight", "lora_A", "lora_B")),
         ("bias_stride", ctypes.c_uint64),
-        *((name, ctypes.c_uint32) for name in ("has_bias", "save_h", "gpu_cores", "adapters")),
-        ("ranks", ctypes.POINTER(ctypes.c_uint32)),
-        ("dropout_p", ctypes.POINTER(ctypes.c_double)),
+        ("has_bias", ctypes.c_bool),
+        ("save_h", ctypes.c_bool),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
+class DeltaProblem(ctypes.Structure):
+    plan = "plan_delta"
+    _fields_ = [
+        ("is_backward", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        *((name, Operand) for name in ("input", "lora_A", "lora_B")),
+        ("has_out", ctypes.c_bool),
+        ("has_low_rank", ctypes.c_bool),
+        ("out_offset", ctypes.c_uint64),
+        ("dropout", Dropout),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
+class GradProblem(ctypes.Structure):
+    plan = "plan_grad"
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        ("x", Operand),
+        ("dy", Operand),
+        ("r", ctypes.c_uint64),
+        ("need_A", ctypes.c_bool),
+        ("need_B", ctypes.c_bool),
+        ("dropout", Dropout),
+        ("gpu_cores", ctypes.c_uint32),
     ]
 
 
@@ -59,15 +102,28 @@ class Launch(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The C++ of csrc/, with the sources of metal/ embedded as setup.py embeds them."""
+    """The C++ of csrc/plan/, with the sources of metal/ embedded as setup.py embeds them, and plan_by_index.cpp."""
     sources = ROOT / "build" / "tests" / "metal_sources.cpp"
     embed(ROOT / "metal", sources)
-    flags = ["-std=c++17", f"-I{ROOT / 'metal'}"]  # its headers count for the cache
-    path = metal_on_cpu.build_shared([*sorted((ROOT / "csrc").glob("*.cpp")), sources], "launch_plan", flags)
+    flags = ["-std=c++20", f"-I{ROOT / 'metal'}", f"-I{ROOT / 'csrc' / 'plan'}"]  # their headers count for the cache
+    adapter = Path(__file__).with_name("plan_by_index.cpp")
+    path = metal_on_cpu.build_shared(
+        [*sorted((ROOT / "csrc/plan").glob("*.cpp")), adapter, sources], "launch_plan", flags
+    )
     plan = ctypes.CDLL(str(path))
-    for operator in OPERATORS:
-        getattr(plan, f"tfl_plan_{operator}").restype = ctypes.c_char_p
+    plan.override_plans.restype = ctypes.c_char_p
     return plan
+
+
+@contextlib.contextmanager
+def overridden(text: str) -> Iterator[None]:
+    """Plans as TORCH_FUSED_LORA_PLAN=text has them."""
+    if error := library().override_plans(text.encode()):
+        raise ValueError(error.decode())
+    try:
+        yield
+    finally:
+        library().override_plans(b"")
 
 
 def operand(x: Tensor) -> Operand:
@@ -92,17 +148,20 @@ class Launcher:
     order: str = "forward"
     runs: list[tuple[str, metal_on_cpu.Report]] = dataclasses.field(default_factory=list)
 
-    def _plan(self, function, problem: ctypes.Structure, before=(), after=()) -> list[Launch]:
-        launches, count = [], ctypes.c_uint32(1)
+    @staticmethod
+    def _plan(problem: ctypes.Structure) -> tuple[list[Launch], int]:
+        """The dispatches, and over how many partial sums the last one adds up."""
+        function = getattr(library(), problem.plan)
+        function.restype = ctypes.c_char_p
+        launches, count, splits = [], ctypes.c_uint32(1), ctypes.c_uint32()
         while len(launches) < count.value:
-            launch = Launch()
-            arguments = (ctypes.c_uint32(len(launches)), ctypes.byref(launch), ctypes.byref(count))
-            error = function(ctypes.byref(problem), *before, *arguments, *after)
+            launch, index = Launch(), ctypes.c_uint32(len(launches))
+            error = function(*map(ctypes.byref, (problem,)), index, *map(ctypes.byref, (launch, count, splits)))
             if error:
                 raise ValueError(error.decode())
             if count.value > 0:
                 launches.append(launch)
-        return launches
+        return launches, splits.value
 
     def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
         assert len(tensors) == launch.tensors
@@ -126,9 +185,9 @@ class Kernels(Launcher):
         return y, h
 
     def plan_decode(self, x, weight, bias, lora_A, lora_B, save_h=False) -> list[Launch]:
-        problem = self._problem(x, weight, lora_A, lora_B, save_h=save_h)
-        problem.has_bias, problem.bias_stride = bias is not None, bias.stride(0) if bias is not None else 0
-        return self._plan(library().tfl_plan_decode, problem)
+        dtypes, operands = _dtypes(x, lora_A), map(operand, (x, weight, lora_A, lora_B))
+        stride = bias.stride(0) if bias is not None else 0
+        return self._plan(DecodeProblem(*dtypes, *operands, stride, bias is not None, save_h, self.gpu_cores))[0]
 
     def delta(self, y, x, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_h=False) -> Tensor | None:
         """Adds to y (M, N) in place; returns h."""
@@ -138,9 +197,7 @@ class Kernels(Launcher):
         return h
 
     def plan_delta(self, y, x, lora_A, lora_B, dropout_p=(), ranks=(), save_h=False) -> list[Launch]:
-        problem = self._problem(x, None, lora_A, lora_B, dropout_p=dropout_p, ranks=ranks, save_h=save_h)
-        problem.y_offset = y.storage_offset()
-        return self._plan(library().tfl_plan_delta, problem)
+        return self._plan_pass(False, y, x, lora_A, lora_B, dropout_p, ranks, save_h)
 
     def delta_dx(self, dx, dy, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_z=False) -> Tensor | None:
         """Adds to dx (M, K) in place, or computes nothing but z where dx is None; returns z."""
@@ -150,9 +207,16 @@ class Kernels(Launcher):
         return z
 
     def plan_delta_dx(self, dx, dy, lora_A, lora_B, dropout_p=(), ranks=(), save_z=False) -> list[Launch]:
-        problem = self._problem(None, None, lora_A, lora_B, dy=dy, dropout_p=dropout_p, ranks=ranks, save_h=save_z)
-        problem.y_offset = dx.storage_offset() if dx is not None else 0
-        return self._plan(library().tfl_plan_delta_dx, problem, (ctypes.c_uint32(dx is None),))
+        return self._plan_pass(True, dx, dy, lora_A, lora_B, dropout_p, ranks, save_z)
+
+    def _plan_pass(self, is_backward, out, x, lora_A, lora_B, dropout_p, ranks, save) -> list[Launch]:
+        dtypes, operands = _dtypes(x, lora_A), map(operand, (x, lora_A, lora_B))
+        offset, dropout = (
+            out.storage_offset() if out is not None else 0,
+            Dropout.of(dropout_p, ranks or lora_A.shape[:1]),
+        )
+        problem = DeltaProblem(is_backward, *dtypes, *operands, out is not None, save, offset, dropout, self.gpu_cores)
+        return self._plan(problem)[0]
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
@@ -174,36 +238,15 @@ class Kernels(Launcher):
         self, x, dy, lora_A, lora_B, dropout_p=(), ranks=(), need_A=True, need_B=True
     ) -> tuple[list[Launch], int]:
         """The dispatches, and over how many partial sums the rows are split."""
-        problem = self._problem(x, None, lora_A, lora_B, dy=dy, dropout_p=dropout_p, ranks=ranks)
-        splits = ctypes.c_uint32()
-        needs = ctypes.c_uint32(need_A), ctypes.c_uint32(need_B)
-        launches = self._plan(library().tfl_plan_grad, problem, needs, (ctypes.byref(splits),))
-        return launches, splits.value
-
-    def _problem(
-        self,
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        dy=None,
-        dropout_p: Sequence[float] = (),
-        ranks: Sequence[int] = (),
-        save_h=False,
-    ) -> Problem:
-        dtype = (x if x is not None else dy).dtype
-        problem = Problem(DTYPES[dtype], DTYPES[lora_A.dtype], gpu_cores=self.gpu_cores, save_h=save_h)
         (r, K), N = lora_A.shape, lora_B.shape[0]
-        problem.lora_A, problem.lora_B = operand(lora_A), operand(lora_B)
-        problem.weight = operand(weight) if weight is not None else Operand(N, K)
-        rows = operand(x if x is not None else dy).rows
-        problem.x = operand(x) if x is not None else Operand(rows, K)
-        problem.dy = operand(dy) if dy is not None else Operand(rows, N)
-        if dropout_p:
-            problem.adapters = len(dropout_p)
-            problem.ranks = (ctypes.c_uint32 * len(dropout_p))(*(ranks or (r,)))
-            problem.dropout_p = (ctypes.c_double * len(dropout_p))(*dropout_p)
-        return problem
+        rows = operand(dy if dy is not None else x).rows
+        operands = (operand(t) if t is not None else Operand(rows, cols) for t, cols in ((x, K), (dy, N)))
+        dtypes, dropout = _dtypes(x if x is not None else dy, lora_A), Dropout.of(dropout_p, ranks or (r,))
+        return self._plan(GradProblem(*dtypes, *operands, r, need_A, need_B, dropout, self.gpu_cores))
+
+
+def _dtypes(x: Tensor, lora_A: Tensor) -> tuple[int, int]:
+    return DTYPES[x.dtype], DTYPES[lora_A.dtype]
 
 
 def fresh(like: Tensor, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The row kernels of metal/ on torch CPU tensors, launched as csrc/row_plan.h says: see launch_plan.py."""
+"""The row kernels of metal/ on torch CPU tensors, launched as csrc/plan/rows.h says: see launch_plan.py."""
 
 from __future__ import annotations
 
@@ -7,20 +7,56 @@ import ctypes
 import torch
 from torch import Tensor
 
-from launch_plan import DTYPES, Launch, Launcher, Operand, fresh, library, operand
+from launch_plan import DTYPES, Launch, Launcher, Operand, fresh, operand
 
 
-class RowProblem(ctypes.Structure):
+class NormWeight(ctypes.Structure):
+    _fields_ = [
+        ("given", ctypes.c_bool),
+        ("dtype", ctypes.c_int32),
+        ("offset", ctypes.c_uint64),
+        ("stride", ctypes.c_uint64),
+    ]
+
+    @classmethod
+    def of(cls, weight: Tensor | None, x: Tensor) -> NormWeight:
+        if weight is None:
+            return cls(dtype=DTYPES[x.dtype])
+        return cls(True, DTYPES[weight.dtype], weight.storage_offset(), weight.stride(0))
+
+
+class RmsNormProblem(ctypes.Structure):
+    plan = "plan_rms_norm"
     _fields_ = [
         ("dtype", ctypes.c_int32),
-        ("weight_dtype", ctypes.c_int32),
         ("x", Operand),
-        ("grad", Operand),
-        ("weight_offset", ctypes.c_uint64),
-        ("weight_stride", ctypes.c_uint64),
-        ("has_weight", ctypes.c_uint32),
+        ("weight", NormWeight),
+        ("eps", ctypes.c_double),
         ("gpu_cores", ctypes.c_uint32),
     ]
+
+
+class RmsNormBackwardProblem(ctypes.Structure):
+    plan = "plan_rms_norm_backward"
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("grad", Operand),
+        ("x", Operand),
+        ("weight", NormWeight),
+        ("need_x", ctypes.c_bool),
+        ("need_weight", ctypes.c_bool),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
+class SoftmaxProblem(ctypes.Structure):
+    plan = "plan_softmax"
+    _fields_ = [("dtype", ctypes.c_int32), ("x", Operand), ("gpu_cores", ctypes.c_uint32)]
+
+
+class SoftmaxBackwardProblem(ctypes.Structure):
+    plan = "plan_softmax_backward"
+    _fields_ = [("dtype", ctypes.c_int32), ("grad", Operand), ("y", Operand), ("gpu_cores", ctypes.c_uint32)]
 
 
 class RowKernels(Launcher):
@@ -34,8 +70,7 @@ class RowKernels(Launcher):
         return y, rstd
 
     def plan_rms_norm(self, x, weight, eps=1e-6) -> list[Launch]:
-        before = (ctypes.c_double(eps),)
-        return self._plan(library().tfl_plan_rms_norm, self._problem(x, weight=weight), before)
+        return self._plan(RmsNormProblem(DTYPES[x.dtype], operand(x), NormWeight.of(weight, x), eps, self.gpu_cores))[0]
 
     def rms_norm_backward(
         self, grad, x, weight, rstd, need_x=True, need_weight=True
@@ -55,11 +90,9 @@ class RowKernels(Launcher):
 
     def plan_rms_norm_backward(self, grad, x, weight, need_x=True, need_weight=True) -> tuple[list[Launch], int]:
         """The dispatches, and over how many partial sums the rows are split."""
-        splits = ctypes.c_uint32()
-        needs = ctypes.c_uint32(need_x), ctypes.c_uint32(need_weight)
-        problem = self._problem(x, grad, weight)
-        launches = self._plan(library().tfl_plan_rms_norm_backward, problem, needs, (ctypes.byref(splits),))
-        return launches, splits.value
+        operands = operand(grad), operand(x), NormWeight.of(weight, x)
+        problem = RmsNormBackwardProblem(DTYPES[x.dtype], *operands, need_x, need_weight, self.gpu_cores)
+        return self._plan(problem)
 
     def softmax(self, x) -> Tensor:
         y = self._result(x)
@@ -68,7 +101,7 @@ class RowKernels(Launcher):
         return y
 
     def plan_softmax(self, x) -> list[Launch]:
-        return self._plan(library().tfl_plan_softmax, self._problem(x))
+        return self._plan(SoftmaxProblem(DTYPES[x.dtype], operand(x), self.gpu_cores))[0]
 
     def softmax_backward(self, grad, y) -> Tensor:
         dx = self._result(y)
@@ -77,16 +110,7 @@ class RowKernels(Launcher):
         return dx
 
     def plan_softmax_backward(self, grad, y) -> list[Launch]:
-        return self._plan(library().tfl_plan_softmax_backward, self._problem(y, grad))
-
-    def _problem(self, x, grad=None, weight=None) -> RowProblem:
-        problem = RowProblem(DTYPES[x.dtype], x=operand(x), gpu_cores=self.gpu_cores)
-        if grad is not None:
-            problem.grad = operand(grad)
-        if weight is not None:
-            problem.has_weight, problem.weight_dtype = True, DTYPES[weight.dtype]
-            problem.weight_offset, problem.weight_stride = weight.storage_offset(), weight.stride(0)
-        return problem
+        return self._plan(SoftmaxBackwardProblem(DTYPES[y.dtype], operand(grad), operand(y), self.gpu_cores))[0]
 
     @staticmethod
     def _result(x: Tensor) -> Tensor:

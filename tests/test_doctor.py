@@ -67,7 +67,7 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
     )
     status, text = run_python("-c", doctor_on_bench, TORCH_FUSED_LORA_MPS=str(extension))
     reason = (
-        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 2"
+        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 3"
         if built
         else "it is not built (_mps.so is missing): on the Mac"
     )
@@ -75,6 +75,89 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
     assert f"lora_linear  none, calls raise: the Metal extension is missing, {reason}" in text
     assert "float32      FAILED: NotImplementedError: lora_linear: device 'mps' needs this package's Metal" in text
     assert f"extension    {reason}" in text
+
+
+DELTA = """\
+  lora_delta_bfloat_float_2_4_2_plain
+    rank_blocks 2, width 64, row_blocks 4, k_slices 2, splits 1, columns 1024
+    1 x 16 x 1 threadgroups of 256 threads, no scratch
+"""
+
+
+def test_plan_of_many_rows(mps, capsys):
+    arguments = "--plan", "512x1024x1024", "--rank", "16", "--dtype", "bfloat16", "--adapter-dtype", "float32"
+    assert main(["doctor", *arguments, "--gpu-cores", "40"]) == 0
+    expected = f"""\
+512 x 1024 x 1024, rank 16, bfloat16 + float32 adapters, 40 GPU cores
+forward, after torch's own x W^T + b:
+{DELTA}backward, after torch's own dy W:
+{DELTA}  lora_grad_bfloat_float_float_2_plain
+    rank_blocks 2, columns 128, depth 32, splits 2, split_rows 256
+    16 x 2 x 1 threadgroups of 256 threads, 262144 bytes of scratch
+  sum_splits_float
+    nothing to choose
+    128 x 1 x 1 threadgroups of 256 threads, no scratch
+"""
+    assert capsys.readouterr().out == expected
+
+
+def test_plan_of_a_single_row_is_for_this_gpu(mps, capsys):
+    texts = []
+    for cores in ((), ("--gpu-cores", "32"), ("--gpu-cores", "8")):
+        assert main(["doctor", "--plan", "1x4096x4096", *cores]) == 0
+        texts.append(capsys.readouterr().out.partition("\n")[2])
+    assert texts[0] == texts[1] != texts[2]
+    assert "forward:\n  lora_decode_half_half_1_4_8_8\n    rows 128, w_rows 4, w_vector 8, a_vector 8\n" in texts[0]
+
+
+def test_plan_refuses(mps, capsys):
+    assert main(["doctor", "--plan", "64x4294967296x8"]) == 1
+    assert capsys.readouterr().out == "x: a dimension or stride of 2**32 elements or more\n"
+    for wrong in ("64x8", "64x8x8x8", "0x8x8", "64xax8"):
+        with pytest.raises(SystemExit):
+            main(["doctor", "--plan", wrong])
+        assert "expected MxKxN" in (error := capsys.readouterr().err) or "expected a whole number" in error
+
+
+@on_linux
+def test_plan_without_the_extension():
+    status, text = run_python("-m", "torch_fused_lora", "doctor", "--plan", "64x64x64")
+    assert status == 1
+    assert "the launch plan is part of the Metal extension, which is missing: this machine has no MPS" in text
+
+
+PLAN = """
+from mps_on_linux import run
+run.install()
+import torch, torch_fused_lora
+from torch_fused_lora.__main__ import main
+x = torch.ones(64, 256, device="mps")
+print(torch_fused_lora.lora_linear(x, x, None, x[:8], x[:, :8]).sum().item())
+exit(main(["doctor", "--plan", "64x256x64"]))
+"""
+
+
+@on_linux
+def test_an_override_is_told_and_obeyed(mps):
+    numbers = set()
+    for overrides, splits in (("", 1), ("lora_delta.row_blocks=1,lora_delta.splits=2", 2)):
+        status, text = run_python("-c", PLAN, TORCH_FUSED_LORA_PLAN=overrides)
+        assert status == 0, text
+        numbers.add(text.partition("\n")[0])
+        assert f"splits {splits}, " in text
+        assert ("\nas TORCH_FUSED_LORA_PLAN=lora_delta.row_blocks=1,lora_delta.splits=2 says\n" in text) == bool(
+            overrides
+        )
+        assert ("lora_delta_half_half_2_1_8_plain" in text) == bool(overrides)
+    assert len(numbers) == 1
+
+
+@on_linux
+def test_a_wrong_override_raises_at_import(mps):
+    status, text = run_python("-c", PLAN, TORCH_FUSED_LORA_PLAN="lora_delta.splits=none")
+    assert status == 1
+    wrong = "TORCH_FUSED_LORA_PLAN: lora_delta.splits=none: expected a whole number from 1 on"
+    assert text.splitlines()[-1] == f"ValueError: {wrong}"
 
 
 def test_doctor_fails_on_wrong_numbers(capsys, monkeypatch):

@@ -21,12 +21,13 @@ LOADED = '#include <cstdio>\nstruct Loaded { Loaded() { puts("initialisers ran")
 TELL = 'extern "C" const char* tfl_interface() { return "%s"; }\n'
 NO_CONFIGURE = TELL % INTERFACE
 OURS = NO_CONFIGURE + (
-    'extern "C" void tfl_configure(unsigned cores, const char*) { printf("cores %u\\n", cores); fflush(stdout); }\n'
+    'extern "C" const char* tfl_configure(unsigned cores, const char*, const char* overrides) {\n'
+    '  printf("cores %u\\n", cores);\n  fflush(stdout);\n  return *overrides ? "no such kernel" : nullptr;\n}\n'
     'extern "C" double tfl_compile_seconds() { return 0; }\n'
     'extern "C" unsigned long tfl_compiled_kernels() { return 0; }\n'
     'extern "C" unsigned long tfl_contiguous_copies() { return 0; }\n'
 )
-NOT_OURS = "is no extension of this package, or one too old to say, wanted torch_fused_lora interface 2"
+NOT_OURS = "is no extension of this package, or one too old to say, wanted torch_fused_lora interface 3"
 
 
 def compiled(path: Path, text: str) -> Path:
@@ -63,7 +64,7 @@ def test_a_file_that_is_no_library(content, tmp_path):
     ("text", "found"),
     [
         ("", "no extension of this package"),
-        (TELL % INTERFACE.replace("interface 2", "interface 1"), "torch_fused_lora interface 1 version"),
+        (TELL % INTERFACE.replace("interface 3", "interface 1"), "torch_fused_lora interface 1 version"),
         (TELL % (INTERFACE + ".post1"), INTERFACE + ".post1, wanted"),
     ],
     ids=["foreign", "interface", "version"],

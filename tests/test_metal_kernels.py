@@ -216,7 +216,7 @@ def test_layouts(M, layout):
         else:
             operands[name] = randn(*operands[name].shape, layout=layout) / 4
         if name == 1 and layout == "transposed" and M <= 8:
-            continue  # tfl_decodes sends such a weight to torch's matmul
+            continue  # decodes() sends such a weight to torch's matmul
         check_all(run_all(Kernels(), operands), operands)
 
 

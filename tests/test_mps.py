@@ -497,23 +497,23 @@ def test_what_cannot_be_launched(failure):
     assert after == "[136.0]"  # 8 + 2 * 8 * 8
 
 
-@pytest.mark.parametrize("planned", [2, 3, 4])
-def test_a_wrong_list_of_tensors(planned):
-    """A small operator on the same encoder binds three tensors, whatever its plan says."""
+@pytest.mark.parametrize(("planned", "at"), [(2, 2), (3, 2), (4, 2), (3, 1), (3, 3)])
+def test_a_wrong_list_of_tensors(planned, at):
+    """A small operator on the same encoder binds three tensors, in any order, whatever its plan says."""
     add_two = operator_that_binds_three()
     x, one = torch.zeros(5, device="mps"), torch.tensor(1.0)
-    if planned == 3:
-        assert add_two(x, one, planned).eq(2).all()
+    if (planned, at) == (3, 2):
+        assert add_two(x, one, planned, at).eq(2).all()
         return
-    with pytest.raises(RuntimeError, match=f"kernel add_two: its plan has {planned} tensors, and 3 are bound"):
-        add_two(x, one, planned)
+    with pytest.raises(RuntimeError, match=f"its plan has {planned} tensors, and bound are the buffers 1, {at}, 0"):
+        add_two(x, one, planned, at)
 
 
 @functools.cache
 def operator_that_binds_three() -> Callable[..., torch.Tensor]:
     folder, csrc = TESTS / "wrong_binding", TESTS.parent / "csrc"
-    torch.library.define("wrong_binding::add_two", "(Tensor x, Tensor one, int planned) -> Tensor")
-    sources = [folder / "wrong_binding.mm", csrc / "launch.h", csrc / "mps_kernels.h", csrc / "mps_kernels.mm"]
+    torch.library.define("wrong_binding::add_two", "(Tensor x, Tensor one, int planned, int at) -> Tensor")
+    sources = [folder / "wrong_binding.mm", csrc / "plan/launch.h", csrc / "mps/kernels.h", csrc / "mps/kernels.mm"]
     torch.ops.load_library(mps_on_linux.extension(folder / "setup.py", sources))
     return torch.ops.wrong_binding.add_two
 

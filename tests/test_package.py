@@ -15,6 +15,7 @@ import torch
 import torch_fused_lora as tfl
 from torch_fused_lora.__main__ import main
 from torch_fused_lora.bench import measure
+from torch_fused_lora.mps import extension
 
 TESTS = Path(__file__).parent
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a Mac has MPS, and the real one")
@@ -49,6 +50,7 @@ def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):
     assert document["environment"]["torch"] == torch.__version__
     assert {r["direction"] for r in document["results"]} == {"forward", "forward+backward"}
     for result in document["results"]:
+        assert result["plan"] == []
         assert result["rounds"] >= 5
         assert result["patched_tax"]["low"] <= result["patched_tax"]["median"] <= result["patched_tax"]["high"]
     assert "rms_norm, 3 x 16, bf16" in text
@@ -62,6 +64,31 @@ def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):
         assert cost["mode"] == mode
         assert cost["lora_linear_us"] > 0 < cost["ratio"]["median"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_bench_on_mps_records_how_kernels_were_launched(mps, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "SMALL", ((4, 16, 8, 2),))
+    monkeypatch.setattr(measure, "ROWS", ((3, 16),))
+    monkeypatch.setattr(measure, "host_cost", lambda *_: measure.HostCost("no_grad", 1, 1, measure.Ratio(1, 1, 1)))
+    monkeypatch.setattr(extension, "overrides", "lora_delta.splits=2")
+    arguments = "--device", "mps", "--shapes", "small", "rows", "--seconds", "0", "--out", str(tmp_path)
+    assert main(["bench", *arguments]) == 0
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert document["environment"]["plan overridden"] == "lora_delta.splits=2"
+    launched = {
+        (r["case"].get("operator"), r["direction"], *(d["kernel"].partition("_float")[0] for d in r["plan"]))
+        for r in document["results"] + document["rows"]
+        if r["case"].get("base", r["case"].get("dtype")) == "float32"
+    }
+    assert launched == {
+        (None, "forward", "lora_decode"),
+        (None, "forward+backward", "lora_decode", "lora_delta", "lora_grad"),
+        ("rms_norm", "forward", "rms_norm"),
+        ("rms_norm", "forward+backward", "rms_norm", "rms_norm_backward"),
+        ("softmax", "forward", "softmax"),
+        ("softmax", "forward+backward", "softmax", "softmax_backward"),
+    }
+    assert document["results"][0]["plan"][0]["configuration"]["w_rows"] == 1
 
 
 def test_bytes_saved_for_backward_are_counted_exactly():

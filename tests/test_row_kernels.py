@@ -1,4 +1,4 @@
-"""The row kernels of metal/, executed as csrc/row_plan.cpp says, against float64.
+"""The row kernels of metal/, executed as csrc/plan/rows.cpp says, against float64.
 
 Bounds: a sum by a tree of some depth is within depth * u of the sum of magnitudes (Higham, section 4.2), so that depth
 takes the place of the number of terms in `reference.Exact`. Here a thread adds eight elements of every 4096, then the
@@ -322,12 +322,12 @@ def test_grids_of_huge_problems_fit(shape):
         assert blocks + groups < 2**32, "a group's walk has to end"
 
 
-@pytest.mark.parametrize("operand", ["x", "grad"])
+@pytest.mark.parametrize("operand", ["y", "grad"])
 def test_too_long_strides_are_refused(operand):
-    x = {name: torch.empty(8, 8, device="meta") for name in ("x", "grad")}
+    x = {name: torch.empty(8, 8, device="meta") for name in ("y", "grad")}
     x[operand] = torch.empty(1, 1, device="meta").as_strided((8, 8), (2**32, 1))
     with pytest.raises(ValueError, match=f"{operand}: a dimension or stride"):
-        RowKernels().plan_softmax_backward(x["grad"], x["x"])
+        RowKernels().plan_softmax_backward(x["grad"], x["y"])
 
 
 def test_too_long_rows_are_refused():

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .plan import DTYPES
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_fused_lora", description=__doc__)
@@ -14,6 +16,13 @@ def main(arguments: list[str] | None = None) -> int:
         "doctor", help="what is installed, which backend each device gets, a numeric self-test"
     )
     doctor.add_argument("--json", action="store_true", help="all of it as JSON, which a bug report attaches")
+    doctor.add_argument(
+        "--plan", type=_shape, metavar="MxKxN", help="instead: how the Metal kernels of a LoRA layer are launched"
+    )
+    doctor.add_argument("--rank", type=_positive, default=16, help="of the planned layer (default: 16)")
+    doctor.add_argument("--dtype", choices=DTYPES, default="float16", help="of its input and weight (default: float16)")
+    doctor.add_argument("--adapter-dtype", choices=DTYPES, help="of lora_A and lora_B (default: as --dtype)")
+    doctor.add_argument("--gpu-cores", type=_positive, default=0, help="of the GPU (default: this one's)")
     bench = commands.add_parser("bench", help="the LoRA tax of stock PEFT and of the patched model, on this machine")
     bench.add_argument("--device", default=None, help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
     bench.add_argument(
@@ -28,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png")
     options = parser.parse_args(arguments)
+    if options.command == "doctor" and options.plan:
+        from .plan import print_plan
+
+        return print_plan(options.plan, options.rank, options.dtype, options.adapter_dtype, options.gpu_cores)
     if options.command == "doctor":
         from .doctor import doctor as run_doctor
 
@@ -39,6 +52,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     run_bench(options.device, options.shapes, options.seconds, options.threads, options.out)
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _shape(text: str) -> list[int]:
+    parts = text.split("x")
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"expected MxKxN, such as 64x2048x2048, got {text!r}")
+    return [_positive(part) for part in parts]
 
 
 if __name__ == "__main__":

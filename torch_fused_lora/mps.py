@@ -7,6 +7,7 @@ import dataclasses
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,21 +15,24 @@ import torch
 from .system import System
 from .version import __version__
 
-INTERFACE = f"torch_fused_lora interface 2 version {__version__}"  # tfl_interface() in csrc/mps_kernels.mm
+INTERFACE = f"torch_fused_lora interface 3 version {__version__}"  # tfl_interface() in csrc/mps/interface.mm
 INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 
 
 @dataclasses.dataclass
 class Extension:
-    """`library` is None until the extension is loaded; `reason` then says why it is not."""
+    """`library` is None until the extension is loaded; `reason` then says why it is not. `overrides`: of its launch
+    configurations, as the environment variable TORCH_FUSED_LORA_PLAN had them when it was loaded."""
 
     library: ctypes.CDLL | None = None
     reason: str = "this machine has no MPS"
+    overrides: str = ""
 
     def load(self, path: Path | None = None) -> None:
         """Load the extension for the "mps" device that torch has; whether it did, `library` and `reason` tell.
 
         ``path``, or the environment variable TORCH_FUSED_LORA_MPS, overrides where it is looked for: beside this file.
+        Raises ValueError for overrides that cannot be.
         """
         if self.library is not None or not torch.backends.mps.is_available():
             return
@@ -48,7 +52,8 @@ class Extension:
             torch.ops.load_library(str(path))
             library = ctypes.CDLL(str(path))
             library.tfl_interface.restype = ctypes.c_char_p
-            library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
+            library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p, ctypes.c_char_p)
+            library.tfl_configure.restype = ctypes.c_char_p
             library.tfl_compile_seconds.restype = ctypes.c_double
             library.tfl_compiled_kernels.restype = library.tfl_contiguous_copies.restype = ctypes.c_uint64
             if library.tfl_interface() != INTERFACE.encode():
@@ -56,12 +61,24 @@ class Extension:
                 return
             cores = core_count()
             versions = f"torch {torch.__version__}, macOS {platform.mac_ver()[0]}, {torch.backends.mps.get_name()}"
-            library.tfl_configure(cores, versions.encode())
+            self.overrides = os.environ.get("TORCH_FUSED_LORA_PLAN", "")
+            refused = library.tfl_configure(cores, versions.encode(), self.overrides.encode())
         except Exception as error:  # whatever it is, importing the package goes on
             self.reason = f"torch {torch.__version__} could not load it: {error}"
             return
+        if refused:
+            raise ValueError(refused.decode())
         self.library = library
         self.reason = "loaded" if cores else "loaded; the GPU tells no core count, launches are planned for 8"
+
+    def describe(self, operator: str, shape: Sequence[int], dtype: int, adapter_dtype: int, gpu_cores: int) -> str:
+        """How an operator is launched, in JSON: see tfl_describe. Raises RuntimeError where there is no extension."""
+        if self.library is None:
+            raise RuntimeError(f"the launch plan is part of the Metal extension, which is missing: {self.reason}")
+        self.library.tfl_describe.restype = ctypes.c_char_p
+        numbers = (ctypes.c_uint64 * len(shape))(*shape)
+        scalars = ctypes.c_int32(dtype), ctypes.c_int32(adapter_dtype), ctypes.c_uint32(gpu_cores)
+        return self.library.tfl_describe(operator.encode(), numbers, *scalars).decode()
 
     @property
     def compiled_kernels(self) -> int:

@@ -16,6 +16,7 @@ _VARIABLES = {
     "package promises of them (softmax of -inf, NaN that stays NaN) does not hold",
     "PYTORCH_ENABLE_MPS_FALLBACK": "operators of torch's that MPS lacks then compute on the CPU, slowly and without a "
     "word; this package's never do",
+    "TORCH_FUSED_LORA_PLAN": "the Metal kernels are launched as it says, for experiments, not as this package chooses",
 }
 
 

@@ -20,7 +20,8 @@ def install() -> None:
     import mps_on_linux
 
     mps_on_linux.install()
-    sources = [ROOT / "pyproject.toml", *sorted((ROOT / "csrc").glob("*.*")), *sorted((ROOT / "metal").glob("*.*"))]
+    folders = "csrc/mps", "csrc/plan", "metal"
+    sources = [ROOT / "pyproject.toml", *(file for folder in folders for file in sorted((ROOT / folder).glob("*.*")))]
     os.environ["TORCH_FUSED_LORA_MPS"] = str(mps_on_linux.extension(ROOT / "setup.py", sources))
 
 

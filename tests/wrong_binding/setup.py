@@ -3,14 +3,14 @@ from pathlib import Path
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc" / "mps"
 
 setup(
     name="wrong_binding",
     ext_modules=[
         CppExtension(
             "wrong_binding",
-            ["wrong_binding.mm", str(CSRC / "mps_kernels.mm")],
+            ["wrong_binding.mm", str(CSRC / "kernels.mm")],
             include_dirs=[str(CSRC)],
             extra_compile_args=["-std=c++20", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
             py_limited_api=True,

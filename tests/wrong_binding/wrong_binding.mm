@@ -1,9 +1,9 @@
-// An operator on csrc/mps_kernels.mm whose plan may say another number of tensors than it binds: y = x + 2 with x, y, a
-// constant 1 and a word 1.
+// An operator on csrc/mps/kernels.mm whose plan may say another number of tensors than it binds, and which may bind one
+// at a wrong index: y = x + 2 with x, y, a constant 1 and a word 1.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "mps_kernels.h"
+#include "kernels.h"
 
 namespace {
 
@@ -21,12 +21,14 @@ using namespace metal;
 }
 )";
 
-torch::stable::Tensor add_two(const torch::stable::Tensor& x, const torch::stable::Tensor& one, int64_t planned) {
+torch::stable::Tensor add_two(
+    const torch::stable::Tensor& x, const torch::stable::Tensor& one, int64_t planned, int64_t at) {
   const torch::stable::Tensor y = torch::stable::empty_like(x);
   const torch_fused_lora::Launch launch = {
       source, "add_two", {static_cast<uint32_t>(x.numel()), 1, 1}, {1, 1, 1}, static_cast<uint32_t>(planned), 1, {1}};
-  const torch_fused_lora::Batch batch = {{launch}, {x, y}, {one}};
-  torch_fused_lora::encode({&batch, 1});
+  torch_fused_lora::Dispatches dispatches;
+  dispatches.add(launch, {{1, y}, torch_fused_lora::Binding::constant(static_cast<uint32_t>(at), one), {0, x}});
+  dispatches.encode();
   return y;
 }
 

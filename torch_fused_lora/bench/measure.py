@@ -26,6 +26,7 @@ from torch_fused_lora.ops.lora_linear import lora_linear
 from torch_fused_lora.ops.rms_norm import rms_norm
 from torch_fused_lora.ops.softmax import softmax
 from torch_fused_lora.peft import patch_peft
+from torch_fused_lora.plan import Dispatch, plan
 from torch_fused_lora.torch_private import base_of
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -75,7 +76,8 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One case in one direction: "forward" (no_grad) or "forward+backward" (gradients of x, A and B)."""
+    """One case in one direction: "forward" (no_grad) or "forward+backward" (gradients of x, A and B). ``plan``: how the
+    patched layer's kernels were launched, on mps."""
 
     case: Case
     direction: str
@@ -85,6 +87,7 @@ class Result:
     patched_tax: Ratio
     patched_over_peft: Ratio
     saved_bytes: dict[str, int]
+    plan: list[Dispatch]
 
 
 def layers(case: Case, device: torch.device) -> dict[str, nn.Module]:
@@ -126,6 +129,7 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
         _ratio(times, "patched", "linear"),
         _ratio(times, "patched", "peft"),
         saved,
+        _planned(direction, device, "lora_linear", (case.M, case.K, case.N, case.r), case.base, case.adapters),
     )
 
 
@@ -222,6 +226,7 @@ class RowResult:
     torch_ms: float
     over_torch: Ratio
     over_module: Ratio | None
+    plan: list[Dispatch]
 
 
 def run_rows(case: RowCase, direction: str, device: torch.device, seconds: float, min_rounds: int = 5) -> RowResult:
@@ -250,7 +255,15 @@ def run_rows(case: RowCase, direction: str, device: torch.device, seconds: float
         statistics.median(times["torch"]) * 1e3,
         _ratio(times, "ours", "torch"),
         _ratio(times, "ours", "module") if "module" in times else None,
+        _planned(direction, device, case.operator, (case.M, case.H), case.dtype, case.dtype),
     )
+
+
+def _planned(
+    direction: str, device: torch.device, operator: str, shape: tuple[int, ...], dtype: str, adapter_dtype: str
+) -> list[Dispatch]:
+    dispatches = plan(operator, shape, dtype, adapter_dtype) if device.type == "mps" else []
+    return [dispatch for dispatch in dispatches if dispatch.direction in direction.split("+")]
 
 
 def saved_bytes(step: Callable[[], object]) -> int:

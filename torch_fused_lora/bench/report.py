@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..doctor import device_name, devices
+from ..mps import extension
 from . import measure
 from .measure import HostCost, Ratio, Result, RowResult
 
@@ -146,7 +147,8 @@ def _plot(results: list[Result], path: Path) -> None:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    return {
+    overridden = {"plan overridden": extension.overrides} if extension.overrides else {}
+    return overridden | {
         "device": f"{device} ({device_name(device)})",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,

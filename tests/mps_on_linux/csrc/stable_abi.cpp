@@ -28,7 +28,7 @@ constexpr int64_t long_reduction = 32767;  // from here on some read past their 
 
 at::Tensor* tensor_at(StableIValue value) { return reinterpret_cast<at::Tensor*>(value); }
 
-// The issues of pytorch/pytorch stand in csrc/products.mm.
+// The issues of pytorch/pytorch stand in csrc/mps/products.mm.
 void check(const Product& product, const StableIValue* stack) {
     const at::Tensor &left = *tensor_at(stack[product.left]), &right = *tensor_at(stack[product.left + 1]);
     const auto refuse = [&](bool wrong, const char* what) {

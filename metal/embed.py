@@ -35,7 +35,7 @@ def assemble(path: Path, seen: set[Path] | None = None) -> str:
 
 def embed(metal: Path, source: Path) -> None:
     """Write `source` with a constant a family: ``lora_delta_source`` for lora_delta.metal."""
-    lines = ["// Written by csrc/embed_metal.py from metal/; declared where they are used.", ""]
+    lines = ["// Written by metal/embed.py from metal/; declared where they are used.", ""]
     for path in sorted(metal.glob("*.metal")):
         name = f"const char {path.stem}_source[]"
         lines += [f"extern {name};", f'{name} = R"metal({assemble(path)})metal";', ""]

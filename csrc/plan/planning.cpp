@@ -5,7 +5,7 @@
 #include <map>
 #include <mutex>
 
-#include "../metal/sum_splits.h"
+#include "../../metal/sum_splits.h"
 
 extern const char sum_splits_source[];
 
@@ -21,9 +21,9 @@ const char* msl(Scalar dtype) {
   }
 }
 
-uint64_t levels(const Operand& m) { return pack(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
+Pair levels(const Operand& m) { return pair(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
 
-uint64_t strides(const Operand& m) { return pack(m.row_stride, m.col_stride); }
+Pair strides(const Operand& m) { return pair(m.row_stride, m.col_stride); }
 
 bool aligned(const Operand& m, Scalar dtype) {
   const uint64_t quantum = wide_elements(dtype);
@@ -38,11 +38,13 @@ Operand transposed(const Operand& m) {
   return {m.cols, m.rows, m.cols, 0, m.col_stride, m.row_stride, m.offset};
 }
 
-const char* check(const Operand& m, const char* error) {
-  for (uint64_t value : {m.rows, m.cols, m.outer_stride, m.row_stride, m.col_stride}) {
-    if (value > UINT32_MAX) return error;
+std::string too_large(std::initializer_list<Named> operands) {
+  for (const auto& [name, m] : operands) {
+    for (uint64_t value : {m.rows, m.cols, m.outer_stride, m.row_stride, m.col_stride}) {
+      if (value > UINT32_MAX) return std::string(name) + ": a dimension or stride of 2**32 elements or more";
+    }
   }
-  return nullptr;
+  return {};
 }
 
 void Variant::assemble(const char* text, Launch& launch) const {
@@ -69,13 +71,18 @@ void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y, uint64_t z
 void set_arguments(Launch& launch, std::initializer_list<Word> words) {
   launch.tensors = words.begin()->buffer;
   launch.word_count = static_cast<uint32_t>(words.size());
-  for (const Word& word : words) launch.words[word.buffer - launch.tensors] = word.value;
+  for (const Word& word : words) std::memcpy(&launch.words[word.buffer - launch.tensors], &word.value, sizeof(Pair));
 }
 
-void plan_sum(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits, Launch* launch) {
-  Variant("sum_splits").add(msl(dtype)).assemble(sum_splits_source, *launch);
-  set_grid(*launch, SUM_THREADS, ceil_div(first_elements + second_elements, SUM_THREADS));
-  set_arguments(*launch, {{SUM_ELEMENTS, pack(first_elements, second_elements)}, {SUM_SPLITS, pack(splits, 0)}});
+PartialSums plan_sums(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits) {
+  PartialSums sums;
+  if (splits <= 1) return sums;
+  sums.splits = static_cast<uint32_t>(splits);
+  sums.elements = first_elements + second_elements;
+  Variant("sum_splits").add(msl(dtype)).assemble(sum_splits_source, sums.launch);
+  set_grid(sums.launch, SUM_THREADS, ceil_div(sums.elements, SUM_THREADS));
+  set_arguments(sums.launch, {{SUM_ELEMENTS, pair(first_elements, second_elements)}, {SUM_SPLITS, pair(splits, 0)}});
+  return sums;
 }
 
 }  // namespace torch_fused_lora

@@ -9,14 +9,12 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
-#include "mps_kernels.h"
+#include "../plan/launch.h"
+#include "kernels.h"
 
 namespace torch_fused_lora {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 /// An operator of torch's that the stable ABI has no function for.
 template <typename Result, typename... Arguments>
@@ -52,8 +50,12 @@ Rows as_matrix(Rows rows);
 /// The tensor, or a copy; where nothing is to be done, without a call of the dispatcher.
 Tensor as_contiguous(const Tensor& tensor);
 
+/// How many contiguous copies of operands were made so far.
+uint64_t contiguous_copies();
+
 /// What set_arg_tensor binds as a constant: a 0-dim tensor whose storage starts with its value.
 Tensor constant(const Tensor& tensor);
+OptionalTensor constant(const OptionalTensor& tensor);
 
 bool has_shape(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef shape);
 

@@ -2,11 +2,15 @@
 // dimension by this package's kernels, along another one by torch's own.
 #include <torch/csrc/stable/library.h>
 
-#include "mps_kernels.h"
-#include "row_plan.h"
+#include "../../metal/softmax.h"
+#include "../plan/rows.h"
+#include "kernels.h"
 #include "tensors.h"
 
 namespace torch_fused_lora {
+
+using namespace tfl;  // what metal/ says
+
 namespace {
 
 /// `dim` counted from 0.
@@ -17,24 +21,16 @@ int64_t check(const Expect& expect, const char* name, const Tensor& x, int64_t d
   return dim < 0 ? dim + most : dim;
 }
 
-RowProblem problem_of(const Rows& x) {
-  RowProblem problem = {};
-  problem.dtype = problem.weight_dtype = scalar(x.tensor.scalar_type());
-  problem.x = x.operand;
-  problem.gpu_cores = gpu_cores();
-  return problem;
-}
-
 Tensor forward(const Tensor& x, int64_t dim) {
   dim = check({"softmax"}, "x", x, dim);
   if (dim != x.dim() - 1) return torch::stable::contiguous(call<Tensor>("aten::_softmax", "", x, dim, false));
   const Tensor y = empty(with_last(x, x.size(dim)), x);
   if (x.numel() == 0) return y;
   const Rows rows = rows_of(x);
-  const RowProblem problem = problem_of(rows);
-  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_softmax(&problem, i, l, n); };
-  const Batch batch = {plan_all(plan), {rows.tensor, y}, {}};
-  encode({&batch, 1});
+  const auto plan = plan_or_throw(SoftmaxProblem{scalar(x.scalar_type()), rows.operand, gpu_cores()});
+  Dispatches dispatches;
+  dispatches.add(plan, {{SOFTMAX_X, rows.tensor}, {SOFTMAX_Y, y}});
+  dispatches.encode();
   return y;
 }
 
@@ -49,11 +45,13 @@ Tensor backward(const Tensor& grad, const Tensor& y, int64_t dim) {
   const Tensor dx = empty(with_last(y, y.size(dim)), y);
   if (y.numel() == 0) return dx;
   const Rows rows = rows_of(y), grad_rows = rows_of(grad);
-  RowProblem problem = problem_of(rows);
-  problem.grad = grad_rows.operand;
-  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_softmax_backward(&problem, i, l, n); };
-  const Batch batch = {plan_all(plan), {grad_rows.tensor, rows.tensor, dx}, {}};
-  encode({&batch, 1});
+  const auto plan =
+      plan_or_throw(SoftmaxBackwardProblem{scalar(y.scalar_type()), grad_rows.operand, rows.operand, gpu_cores()});
+  Dispatches dispatches;
+  dispatches.add(
+      plan,
+      {{SOFTMAX_BACKWARD_GRAD, grad_rows.tensor}, {SOFTMAX_BACKWARD_Y, rows.tensor}, {SOFTMAX_BACKWARD_DX, dx}});
+  dispatches.encode();
   return dx;
 }
 

@@ -4,11 +4,15 @@
 #include <tuple>
 #include <vector>
 
-#include "mps_kernels.h"
-#include "row_plan.h"
+#include "../../metal/rms_norm.h"
+#include "../plan/rows.h"
+#include "kernels.h"
 #include "tensors.h"
 
 namespace torch_fused_lora {
+
+using namespace tfl;  // what metal/ says
+
 namespace {
 
 void check(const Expect& expect, const Tensor& x, const OptionalTensor& weight) {
@@ -23,18 +27,10 @@ void check(const Expect& expect, const Tensor& x, const OptionalTensor& weight) 
       " or torch.float32");
 }
 
-RowProblem problem_of(const Rows& x, const OptionalTensor& weight) {
-  RowProblem problem = {};
-  problem.dtype = problem.weight_dtype = scalar(x.tensor.scalar_type());
-  problem.x = x.operand;
-  problem.gpu_cores = gpu_cores();
-  if (weight.has_value()) {
-    problem.has_weight = 1;
-    problem.weight_dtype = scalar(weight->scalar_type());
-    problem.weight_offset = static_cast<uint64_t>(weight->storage_offset());
-    problem.weight_stride = static_cast<uint64_t>(weight->stride(0));
-  }
-  return problem;
+NormWeight weight_of(const OptionalTensor& weight, Scalar dtype) {
+  if (!weight.has_value()) return {false, dtype, 0, 0};
+  const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
+  return {true, scalar(weight->scalar_type()), u(weight->storage_offset()), u(weight->stride(0))};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, double eps) {
@@ -42,10 +38,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   const Tensor y = empty(with_last(x, x.size(x.dim() - 1)), x), rstd = empty_float(with_last(x, 1), x);
   if (x.numel() == 0) return {y, rstd};
   const Rows rows = rows_of(x);
-  const RowProblem problem = problem_of(rows, weight);
-  const auto plan = [&](uint32_t i, Launch* l, uint32_t* n) { return tfl_plan_rms_norm(&problem, eps, i, l, n); };
-  const Batch batch = {plan_all(plan), {rows.tensor, weight, y, rstd}, {}};
-  encode({&batch, 1});
+  const Scalar dtype = scalar(x.scalar_type());
+  const auto plan = plan_or_throw(RmsNormProblem{dtype, rows.operand, weight_of(weight, dtype), eps, gpu_cores()});
+  Dispatches dispatches;
+  dispatches.add(plan, {{NORM_X, rows.tensor}, {NORM_WEIGHT, weight}, {NORM_Y, y}, {NORM_RSTD, rstd}});
+  dispatches.encode();
   return {y, rstd};
 }
 
@@ -64,27 +61,27 @@ std::vector<Tensor> backward(
       !rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float && has_shape(rstd, with_last(x, 1));
   expect(rstd_fits, "rstd", rstd, "a torch.float32 a row of x, on mps");
 
-  Binding dx, dweight, partial;
+  OptionalTensor dx, dweight;
   if (need_x) dx = empty(with_last(x, H), x);
   if (need_weight) dweight = x.numel() == 0 ? torch::stable::new_zeros(*weight, weight->sizes()) : empty({H}, *weight);
   if (x.numel() > 0 && (need_x || need_weight)) {
     const Rows rows = rows_of(x), grad_rows = rows_of(grad);
-    RowProblem problem = problem_of(rows, weight);
-    problem.grad = grad_rows.operand;
-    uint32_t splits = 1;
-    std::vector<Launch> launches = plan_all([&](uint32_t i, Launch* l, uint32_t* n) {
-      return tfl_plan_rms_norm_backward(&problem, need_x, need_weight, i, l, n, &splits);
-    });
-    std::vector<Batch> batches(1);
-    partial = dweight;
-    if (need_weight && splits > 1) {
-      partial = empty_float({splits, H}, x);
-      batches.push_back({{launches.back()}, {partial, partial, dweight, dweight}, {}});
-      launches.pop_back();
-    }
-    batches[0] = {
-        launches, {grad_rows.tensor, rows.tensor, weight, torch::stable::contiguous(rstd), dx, partial}, {}};
-    encode(batches);
+    const Scalar dtype = scalar(x.scalar_type());
+    const auto plan = plan_or_throw(RmsNormBackwardProblem{
+        dtype, grad_rows.operand, rows.operand, weight_of(weight, dtype), need_x, need_weight, gpu_cores()});
+    const OptionalTensor none, sums = plan.sums.splits > 1 ? empty_float({plan.sums.splits, H}, x) : dweight;
+    const Tensor rstd_rows = torch::stable::contiguous(rstd);
+    Dispatches dispatches;
+    dispatches.add(
+        plan,
+        {{NORM_BACKWARD_GRAD, grad_rows.tensor},
+         {NORM_BACKWARD_X, rows.tensor},
+         {NORM_BACKWARD_WEIGHT, weight},
+         {NORM_BACKWARD_RSTD, rstd_rows},
+         {NORM_BACKWARD_DX, dx},
+         {NORM_BACKWARD_DWEIGHT, sums}});
+    dispatches.add(plan.sums, sums, none, dweight, none);
+    dispatches.encode();
   }
   std::vector<Tensor> found;
   if (need_x) found.push_back(*dx);

@@ -6,7 +6,7 @@
 namespace torch_fused_lora {
 namespace {
 
-std::atomic<uint64_t> contiguous_copies{0};
+std::atomic<uint64_t> copies{0};
 
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
@@ -39,7 +39,7 @@ Tensor reinterpreted(const Tensor& tensor, const std::vector<int64_t>& shape, co
 }
 
 Tensor contiguous_copy(const Tensor& tensor) {
-  ++contiguous_copies;
+  ++copies;
   return torch::stable::contiguous(tensor);
 }
 
@@ -129,8 +129,14 @@ Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+uint64_t contiguous_copies() { return copies; }
+
 Tensor constant(const Tensor& tensor) {
   return tensor.is_cpu() && tensor.storage_offset() != 0 ? torch::stable::clone(tensor) : tensor;
+}
+
+OptionalTensor constant(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(constant(*tensor)) : std::nullopt;
 }
 
 const char* name_of(ScalarType dtype) {
@@ -153,5 +159,3 @@ std::string describe(const Tensor& tensor) {
 }
 
 }  // namespace torch_fused_lora
-
-uint64_t tfl_contiguous_copies() { return torch_fused_lora::contiguous_copies; }

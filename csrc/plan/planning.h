@@ -1,26 +1,33 @@
 // What every launch plan is made with.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
 
+#include "../../metal/sizes.h"
+#include "configuration.h"
 #include "launch.h"
 
 namespace torch_fused_lora {
 
 inline uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
+/// The number between `least` and `most` (`least` where that is less) that is nearest to `value`.
+inline uint64_t within(uint64_t value, uint64_t least, uint64_t most) {
+  return std::max(std::min(value, most), least);
+}
+
 inline uint32_t bytes(Scalar dtype) { return dtype == Scalar::float32 ? 4 : 2; }
 
 /// The type's name in a Metal source.
 const char* msl(Scalar dtype);
 
-/// Two 32-bit numbers as one argument, a `constant uint2&` of the kernel.
-inline uint64_t pack(uint64_t low, uint64_t high) { return low | high << 32; }
+inline tfl::Pair pair(uint64_t x, uint64_t y) { return {static_cast<uint32_t>(x), static_cast<uint32_t>(y)}; }
 
 /// The `levels` and `strides` of a kernel's Matrix.
-uint64_t levels(const Operand& m);
-uint64_t strides(const Operand& m);
+tfl::Pair levels(const Operand& m);
+tfl::Pair strides(const Operand& m);
 
 Operand transposed(const Operand& m);
 
@@ -31,8 +38,13 @@ inline uint32_t wide_elements(Scalar dtype) { return 16 / bytes(dtype); }
 /// multiple of `wide_elements`.
 bool aligned(const Operand& m, Scalar dtype);
 
-/// Null if every extent and stride fits the kernels' 32-bit arguments, else `error`.
-const char* check(const Operand& m, const char* error);
+struct Named {
+  const char* name;
+  const Operand& operand;
+};
+
+/// Empty if all extents and strides fit the kernels' 32-bit arguments, else a text that names the first that does not.
+std::string too_large(std::initializer_list<Named> operands);
 
 /// One instantiation of a kernel family: its template arguments as they stand in the source, and a name made of them,
 /// such as lora_delta_half_float_2_4_2_plain.
@@ -64,14 +76,13 @@ void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64
 /// What a buffer index of the kernel's gets.
 struct Word {
   uint32_t buffer;
-  uint64_t value;
+  tfl::Pair value;
 };
 
 /// All words of a launch, the first of which follows the kernel's tensors.
 void set_arguments(Launch& launch, std::initializer_list<Word> words);
 
-/// sum_splits: two results of so many elements (none: 0) from `splits` float32 partial sums each. Tensors: the partial
-/// sums of the first and of the second, the first, the second.
-void plan_sum(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits, Launch* launch);
+/// sum_splits: two results of so many elements (none: 0) from `splits` partial sums each; nothing where there is one.
+PartialSums plan_sums(Scalar dtype, uint64_t first_elements, uint64_t second_elements, uint64_t splits);
 
 }  // namespace torch_fused_lora

@@ -1,0 +1,100 @@
+// Launch configurations: the numbers that a plan chooses for a kernel, as a struct a kernel. A field is one member and
+// one line of `fields`; the plan's chooser gives it a value, and printing and overriding then know it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace torch_fused_lora {
+
+template <typename Configuration>
+struct Field {
+  const char* name;
+  uint32_t Configuration::*member;
+  uint32_t allowed[5] = {};  // what an override may say; none: any number from 1 on
+  bool follows = false;      // from the problem or from other fields: cannot be overridden
+};
+
+struct DecodeConfiguration {
+  uint32_t rows;                // of W that a threadgroup owns
+  uint32_t w_rows;              // of W that a simdgroup reads at once
+  uint32_t w_vector, a_vector;  // neighbouring elements of W and of A that a lane reads at once
+
+  static constexpr Field<DecodeConfiguration> fields[] = {
+      {"rows", &DecodeConfiguration::rows},
+      {"w_rows", &DecodeConfiguration::w_rows, {1, 2, 4}},
+      {"w_vector", &DecodeConfiguration::w_vector, {1, 4, 8}},
+      {"a_vector", &DecodeConfiguration::a_vector, {1, 4, 8}}};
+};
+
+struct DeltaConfiguration {
+  uint32_t rank_blocks, width;  // of the tiles: ranks / BLOCK, columns
+  uint32_t row_blocks;          // of a threadgroup, a simdgroup and slice each
+  uint32_t k_slices;            // simdgroups that share the columns of a tile
+  uint32_t splits, columns;     // threadgroups that share the columns of y, and how many each has
+
+  static constexpr Field<DeltaConfiguration> fields[] = {
+      {"rank_blocks", &DeltaConfiguration::rank_blocks, {}, true},
+      {"width", &DeltaConfiguration::width, {}, true},
+      {"row_blocks", &DeltaConfiguration::row_blocks, {1, 2, 4}},
+      {"k_slices", &DeltaConfiguration::k_slices, {1, 2, 4, 8}},
+      {"splits", &DeltaConfiguration::splits},
+      {"columns", &DeltaConfiguration::columns, {}, true}};
+};
+
+struct GradConfiguration {
+  uint32_t rank_blocks, columns, depth;  // of a threadgroup's tiles
+  uint32_t splits, split_rows;           // threadgroups that share the rows, and how many each has
+
+  static constexpr Field<GradConfiguration> fields[] = {
+      {"rank_blocks", &GradConfiguration::rank_blocks, {}, true},
+      {"columns", &GradConfiguration::columns, {}, true},
+      {"depth", &GradConfiguration::depth, {}, true},
+      {"splits", &GradConfiguration::splits},
+      {"split_rows", &GradConfiguration::split_rows, {}, true}};
+};
+
+/// Of rms_norm, softmax and their backwards.
+struct RowConfiguration {
+  uint32_t row_simdgroups;  // that share a row
+  uint32_t rows;            // that a threadgroup has at once
+  uint32_t held;            // 1: a row is kept in registers, 0: looped over
+  uint32_t groups;          // threadgroups, which walk over the rows
+
+  static constexpr Field<RowConfiguration> fields[] = {
+      {"row_simdgroups", &RowConfiguration::row_simdgroups, {1, 2, 4, 8, 16}},
+      {"rows", &RowConfiguration::rows, {1, 2, 4, 8, 16}},
+      {"held", &RowConfiguration::held, {}, true},
+      {"groups", &RowConfiguration::groups}};
+};
+
+/// What overrides the choosers, zero where nothing does.
+struct Overrides {
+  DecodeConfiguration lora_decode;
+  DeltaConfiguration lora_delta;
+  GradConfiguration lora_grad;
+  RowConfiguration rms_norm, rms_norm_backward, softmax, softmax_backward;
+
+  /// The kernels by their names: `visit(name, member)` until it returns true.
+  template <typename Visit>
+  static bool any(const Visit& visit) {
+    return visit("lora_decode", &Overrides::lora_decode) || visit("lora_delta", &Overrides::lora_delta) ||
+        visit("lora_grad", &Overrides::lora_grad) || visit("rms_norm", &Overrides::rms_norm) ||
+        visit("rms_norm_backward", &Overrides::rms_norm_backward) || visit("softmax", &Overrides::softmax) ||
+        visit("softmax_backward", &Overrides::softmax_backward);
+  }
+};
+
+/// Reads "lora_delta.splits=4,lora_decode.w_rows=2", an empty text for none. A number is taken as far as a problem has
+/// room for it. Throws std::invalid_argument, naming what is wrong and what is allowed. To be called before the first
+/// plan is made.
+void set_overrides(const std::string& text);
+
+const Overrides& overrides();
+
+/// A chooser's number, unless it is overridden.
+inline uint32_t unless(uint32_t overridden, uint64_t chosen) {
+  return overridden > 0 ? overridden : static_cast<uint32_t>(chosen);
+}
+
+}  // namespace torch_fused_lora

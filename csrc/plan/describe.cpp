@@ -1,0 +1,87 @@
+#include "describe.h"
+
+#include <stdexcept>
+
+#include "lora.h"
+#include "rows.h"
+
+namespace torch_fused_lora {
+namespace {
+
+Operand contiguous(uint64_t rows, uint64_t cols) { return {rows, cols, rows, 0, cols, 1, 0}; }
+
+template <typename Configuration>
+std::string json(const Configuration& configuration) {
+  std::string text;
+  for (const auto& field : Configuration::fields) {
+    text += (text.empty() ? "\"" : ", \"") + std::string(field.name) +
+        "\": " + std::to_string(configuration.*field.member);
+  }
+  return "{" + text + "}";
+}
+
+class Description {
+ public:
+  template <typename Problem>
+  Description& add(const char* direction, const Problem& problem) {
+    const auto planned = plan(problem);
+    if (!planned.error.empty()) throw std::runtime_error(planned.error);
+    const PartialSums& sums = planned.sums;
+    const uint64_t scratch = sums.splits > 1 ? sizeof(float) * sums.splits * sums.elements : 0;
+    for (const auto& step : planned.steps) add(direction, step.launch, json(step.configuration), scratch);
+    if (sums.splits > 1) add(direction, sums.launch, "{}", 0);
+    return *this;
+  }
+
+  std::string text() const { return "[" + text_ + "]"; }
+
+ private:
+  void add(const char* direction, const Launch& launch, const std::string& configuration, uint64_t scratch) {
+    std::string groups, threads;
+    for (int i = 0; i < 3; ++i) groups += (i ? ", " : "") + std::to_string(launch.threads[i] / launch.group[i]);
+    text_ += std::string(text_.empty() ? "" : ", ") + "{\"direction\": \"" + direction + "\", \"kernel\": \"" +
+        launch.kernel + "\", \"configuration\": " + configuration + ", \"threadgroups\": [" + groups +
+        "], \"threads\": " + std::to_string(launch.group[0]) + ", \"scratch_bytes\": " + std::to_string(scratch) + "}";
+  }
+
+  std::string text_;
+};
+
+}  // namespace
+
+std::string describe_lora(
+    uint64_t M, uint64_t K, uint64_t N, uint64_t r, Scalar dtype, Scalar adapter_dtype, uint32_t gpu_cores) {
+  const Operand x = contiguous(M, K), weight = contiguous(N, K), A = contiguous(r, K), B = contiguous(N, r),
+                dy = contiguous(M, N);
+  const auto delta = [&](DeltaProblem::Pass pass, const Operand& in) {
+    return DeltaProblem{pass, dtype, adapter_dtype, in, A, B, true, true, 0, {}, gpu_cores};
+  };
+  Description found;
+  if (decodes(M, r, true, false)) {
+    found.add("forward", DecodeProblem{dtype, adapter_dtype, x, weight, A, B, 0, false, true, gpu_cores});
+  } else {
+    found.add("forward", delta(DeltaProblem::Pass::forward, x));
+  }
+  return found.add("backward", delta(DeltaProblem::Pass::backward, dy))
+      .add("backward", GradProblem{dtype, adapter_dtype, x, dy, r, true, true, {}, gpu_cores})
+      .text();
+}
+
+std::string describe_rms_norm(uint64_t M, uint64_t H, Scalar dtype, uint32_t gpu_cores) {
+  const Operand x = contiguous(M, H);
+  const NormWeight weight = {true, dtype, 0, 1};
+  return Description()
+      .add("forward", RmsNormProblem{dtype, x, weight, 0, gpu_cores})
+      .add("backward", RmsNormBackwardProblem{dtype, x, x, weight, true, true, gpu_cores})
+      .text();
+}
+
+std::string describe_softmax(uint64_t M, uint64_t H, Scalar dtype, uint32_t gpu_cores) {
+  const Operand x = contiguous(M, H);
+  return Description()
+      .add("forward", SoftmaxProblem{dtype, x, gpu_cores})
+      .add("backward", SoftmaxBackwardProblem{dtype, x, x, gpu_cores})
+      .text();
+}
+
+}  // namespace torch_fused_lora
