@@ -6,6 +6,7 @@ The metadata stands in pyproject.toml.
 import os
 import platform
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
-sys.path.insert(0, str(CSRC))
-from embed_metal import embed  # noqa: E402
+embed = runpy.run_path(str(CSRC / "embed_metal.py"))["embed"]
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the stable ABI that one binary serves every later torch with
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
