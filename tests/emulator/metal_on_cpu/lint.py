@@ -11,15 +11,17 @@ The rules are those of MSL 3.1, a C++14: the oldest language version that PyTorc
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 
 from .rewrite import LIMIT
 from .syntax_tree import INCLUDE, Node, Tree, preprocessed
 from .token_stream import Token, tokenize
+from .toolchain import HERE, cached, shim_text
 
 
 @dataclass(frozen=True, order=True)
@@ -82,7 +84,22 @@ FUNCTION_POINTER = re.compile(r"\((?:\w+::|__generic )?[*&][\w ]*\)\(")
 
 
 def lint(source: str) -> list[Diagnostic]:
-    """Every rule broken by ``source``, in the order of its lines."""
+    """Every rule broken by ``source``, in the order of its lines; from the cache if it was linted before."""
+
+    def build(path: Path) -> None:
+        path.write_text(json.dumps([astuple(found) for found in diagnostics(source)]))
+
+    path = cached("lint", [source, tool_text(), shim_text()], ".json", build)
+    return [Diagnostic(*found) for found in json.loads(path.read_text())]
+
+
+@cache
+def tool_text() -> str:
+    """All that a source's diagnostics depend on, but for the compiler and the shim."""
+    return "\0".join(file.read_text() for file in [*sorted(HERE.glob("*.py")), METAL_NAMES])
+
+
+def diagnostics(source: str) -> list[Diagnostic]:
     text = preprocessed(source)
     tokens = [token for token in tokenize(text) if token.kind not in ("space", "marker")]
     tree = Tree(THREADGROUP_ARGUMENT.sub(r"device\1", text))  # the executor does not read such a parameter
