@@ -25,6 +25,7 @@ LINE_MARKER = re.compile(r'#(?:line)? (\d+)(?: "(.*?)")?')
 VALUES = dict(re.findall(r"^#define ([A-Z]\w*) (.*)$", (HERE / "shim" / "macros.h").read_text(), re.MULTILINE))
 VALUES = {name: value for name, value in VALUES.items() if not name.startswith("METAL_")}
 LAUNCHER = "metal_kernel_"
+OFFSET = re.compile(r'"offset": (\d+)')
 FUNCTIONS = {"FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl", "CXXDestructorDecl", "CXXConversionDecl"}
 
 
@@ -104,12 +105,20 @@ class Tree:
         self.nodes: list[Node] = []
         self.previous: dict[str, str] = {}
         self.starts, self.places = places(text)
-        self.visit(json.loads(tree), None, ("", 0))
+        unit = Node({"kind": "TranslationUnitDecl"}, 0, None)
+        for declaration in declarations(tree):
+            offset = OFFSET.search(declaration)
+            if offset and self.place(int(offset[1]))[0] == SOURCE:
+                self.visit(json.loads(declaration), unit, ("", 0))
+
+    def place(self, offset: int) -> tuple[str, int]:
+        """The file and line of a place in the text."""
+        return self.places[bisect_right(self.starts, offset) - 1]
 
     def visit(self, fields: dict[str, Any], parent: Node | None, place: tuple[str, int]) -> None:
         """Take in a node, which stands at ``place`` (file, line) if it does not say where itself."""
         if (offset := offset_of(fields)) is not None:
-            place = self.places[bisect_right(self.starts, offset) - 1]
+            place = self.place(offset)
         node = Node(fields, place[1], parent)
         if node.name.startswith(LAUNCHER):
             return
@@ -150,6 +159,13 @@ def clang(*arguments: str | Path, text: str) -> tuple[str, str]:
     command = [sys.executable, "-m", "ziglang", "clang", *TARGET, *METAL_LANGUAGE, *map(str, arguments), "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     return done.stdout, done.stderr
+
+
+def declarations(tree: str) -> list[str]:
+    """The declarations of a translation unit, a JSON text each: nearly all are the shim's and need no reading."""
+    _, _, inner = tree.partition('\n  "inner": [\n    ')
+    inner, _, _ = inner.rpartition("\n  ]")
+    return ["{" + text for text in inner.removeprefix("{").split(",\n    {")]
 
 
 def offset_of(fields: dict[str, Any]) -> int | None:
