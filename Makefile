@@ -12,8 +12,8 @@ tiny:  ## the whole product in ten seconds
 	pytest tests/test_tiny.py
 
 kernels:  ## what optimisers make of every Metal kernel, and the bytes each moves
-	python tests/kernel_code.py
-	python tests/traffic.py
+	python -m tests.kernels.kernel_code
+	python -m tests.kernels.traffic
 
 lint:  ## ruff and mypy, as pre-commit runs them
 	ruff check .
@@ -23,17 +23,17 @@ lint:  ## ruff and mypy, as pre-commit runs them
 examples:  ## the examples, one of them on the emulated Apple GPU
 	python examples/finetune_encoder.py
 	python examples/without_peft.py
-	python tests/mps_on_linux/run.py examples/finetune_mps.py --steps 2 --batch-size 4 --held-out 4
+	python -m tests.emulator.mps_on_linux examples/finetune_mps.py --steps 2 --batch-size 4 --held-out 4
 
 conformance:  ## PEFT's own tests over patched layers, on the CPU and the emulated mps (needs the extra of that name)
-	python tests/conformance/run.py -n $(JOBS)
-	python tests/conformance/run.py -n $(JOBS) --device mps
+	python -m tests.conformance -n $(JOBS)
+	python -m tests.conformance -n $(JOBS) --device mps
 
 bench:  ## the LoRA tax on this machine
 	python -m torch_fused_lora bench
 
 wheel:  ## the wheel for a Mac, cross-built and linked against PyTorch's own (needs ld64.lld-19)
-	python tests/macos_wheel/run.py
+	python -m tests.emulator.macos_wheel
 
 mutations:  ## break every kernel in one place at a time: do the tests notice?
-	python tests/mutation/run.py -j $(JOBS)
+	python -m tests.mutation -j $(JOBS)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-import mps_on_linux
-from mps_on_linux import run
+from tests.emulator import mps_on_linux
 
 # Shared, noisy machines: no deadline; the same examples on every run, so that a failure is everybody's.
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
-# A search of its own: pytest tests/test_lora_linear.py --hypothesis-profile=long --hypothesis-seed=1
+# A search of its own: pytest tests/operators/test_lora_linear.py --hypothesis-profile=long --hypothesis-seed=1
 settings.register_profile("long", settings.get_profile("default"), max_examples=5000, derandomize=False)
 settings.load_profile("default")
 
@@ -24,7 +23,7 @@ def _install_mps() -> str | None:
         return None if torch.backends.mps.is_available() else "this Mac has no MPS"
     if reason := mps_on_linux.why_unavailable():
         return reason
-    run.install()
+    mps_on_linux.install_with_extension()
     return None
 
 
@@ -33,7 +32,7 @@ _why_no_mps = _install_mps()
 
 @pytest.fixture
 def mps() -> torch.device:
-    """Device "mps" with the extension: the bench on Linux, the real one on a Mac."""
+    """Device "mps" with the extension: the emulator's on Linux, the real one on a Mac."""
     if _why_no_mps:
         pytest.skip(_why_no_mps)
     return torch.device("mps")

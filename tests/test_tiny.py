@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import torch_fused_lora as tfl
-from reference import Layer
+from tests.reference import Layer
 
 # Two float32 results, each of sums of up to 32 products that together stay below 2**8.
 close = functools.partial(torch.testing.assert_close, rtol=0, atol=2 * 32 * 2.0**-24 * 2.0**8)

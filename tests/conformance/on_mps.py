@@ -1,10 +1,19 @@
-"""Pytest plugin: device "mps", on Linux that of the bench. It comes first, and PEFT then picks the device by itself."""
+"""Pytest plugin: device "mps", on Linux the emulator's. It comes first, and PEFT then picks the device by itself."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import torch
 
-if not torch.backends.mps.is_built():  # a Mac has its own
-    from mps_on_linux import run
+EMULATOR = Path(__file__).resolve().parents[1] / "emulator" / "__init__.py"
 
-    run.install()
+if not torch.backends.mps.is_built():  # a Mac has its own
+    # Not as tests.emulator: in this process `tests` is PEFT's.
+    spec = importlib.util.spec_from_file_location("emulator", EMULATOR)
+    sys.modules["emulator"] = importlib.util.module_from_spec(spec)
+    from emulator import mps_on_linux
+
+    mps_on_linux.install_with_extension()

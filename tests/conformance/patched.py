@@ -1,5 +1,5 @@
 """Pytest plugin: patch every LoRA Linear from the moment it is built, and write ``--calls FILE``: the forward calls
-of LoRA Linears, each with its kind, whether the operator ran in it, and its test; and on the mps bench, the Metal
+of LoRA Linears, each with its kind, whether the operator ran in it, and its test; and on the emulator, the Metal
 kernels that were dispatched."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch_fused_lora import originals
 
 calls: Counter[tuple[str, bool, str]] = Counter()  # (kind, operator ran, test)
 operator_calls = 0
-bench = sys.modules.get("mps_on_linux")  # on_mps.py imports it where it is needed
+emulator = sys.modules.get("emulator.mps_on_linux")  # on_mps.py imports it where it is needed
 dispatches: Counter[str] = Counter()  # by kernel
 
 
@@ -38,8 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if bench:
-        dispatches.update(bench.counters().dispatches)
+    if emulator:
+        dispatches.update(emulator.counters().dispatches)
     counts = {"calls": list(calls.items()), "dispatches": dict(dispatches)}
     if hasattr(session.config, "workeroutput"):  # a process of xdist hands its counts to the controller
         session.config.workeroutput["counts"] = counts
@@ -81,8 +81,8 @@ def _count_operator_calls() -> None:
 
 
 def _operator_runs() -> int:
-    """How often the operator ran so far. On the bench, what counts is a kernel on its way to the device."""
-    return sum(bench.counters().dispatches.values()) if bench else operator_calls
+    """How often the operator ran so far. On the emulator, what counts is a kernel on its way to the device."""
+    return sum(emulator.counters().dispatches.values()) if emulator else operator_calls
 
 
 def _count_calls(cls: type[lora.Linear], device: str) -> None:

@@ -1,0 +1,1 @@
+"""Metal, device mps and macOS on Linux, each with its tests beside it."""

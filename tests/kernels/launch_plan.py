@@ -1,0 +1,262 @@
+"""The launch plan of csrc/ by ctypes, and the kernels of metal/ on torch CPU tensors, launched as it says.
+
+Every function returns what the extension would have computed with the same launches, and records each dispatch's
+report in `runs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import runpy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests import ROOT
+from tests.emulator import metal_on_cpu
+
+_EMBED = runpy.run_path(str(ROOT / "metal" / "embed.py"))
+assemble, embed = _EMBED["assemble"], _EMBED["embed"]
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Operand(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("rows", "cols", "inner", "outer_stride", "row_stride", "col_stride", "offset")
+    ]
+
+
+class Dropout(ctypes.Structure):
+    _fields_ = [
+        ("adapters", ctypes.c_uint32),
+        ("ranks", ctypes.POINTER(ctypes.c_uint32)),
+        ("p", ctypes.POINTER(ctypes.c_double)),
+    ]
+
+    @classmethod
+    def of(cls, p: Sequence[float], ranks: Sequence[int]) -> Dropout:
+        count = len(p)
+        return cls(count, (ctypes.c_uint32 * count)(*ranks), (ctypes.c_double * count)(*p)) if p else cls()
+
+
+class DecodeProblem(ctypes.Structure):
+    plan = "plan_decode"
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        *((name, Operand) for name in ("x", "weight", "lora_A", "lora_B")),
+        ("bias_stride", ctypes.c_uint64),
+        ("has_bias", ctypes.c_bool),
+        ("save_h", ctypes.c_bool),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
+class DeltaProblem(ctypes.Structure):
+    plan = "plan_delta"
+    _fields_ = [
+        ("is_backward", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        *((name, Operand) for name in ("input", "lora_A", "lora_B")),
+        ("has_out", ctypes.c_bool),
+        ("has_low_rank", ctypes.c_bool),
+        ("out_offset", ctypes.c_uint64),
+        ("dropout", Dropout),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
+class GradProblem(ctypes.Structure):
+    plan = "plan_grad"
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        ("x", Operand),
+        ("dy", Operand),
+        ("r", ctypes.c_uint64),
+        ("need_A", ctypes.c_bool),
+        ("need_B", ctypes.c_bool),
+        ("dropout", Dropout),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
+class Launch(ctypes.Structure):
+    _fields_ = [
+        ("source", ctypes.c_char_p),
+        ("kernel", ctypes.c_char_p),
+        ("threads", ctypes.c_uint32 * 3),
+        ("group", ctypes.c_uint32 * 3),
+        ("tensors", ctypes.c_uint32),
+        ("word_count", ctypes.c_uint32),
+        ("words", ctypes.c_uint64 * 12),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The C++ of csrc/plan/, with the sources of metal/ embedded as setup.py embeds them, and plan_by_index.cpp."""
+    sources = ROOT / "build" / "tests" / "metal_sources.cpp"
+    embed(ROOT / "metal", sources)
+    flags = ["-std=c++20", f"-I{ROOT / 'metal'}", f"-I{ROOT / 'csrc' / 'plan'}"]  # their headers count for the cache
+    adapter = Path(__file__).with_name("plan_by_index.cpp")
+    path = metal_on_cpu.build_shared(
+        [*sorted((ROOT / "csrc/plan").glob("*.cpp")), adapter, sources], "launch_plan", flags
+    )
+    plan = ctypes.CDLL(str(path))
+    plan.override_plans.restype = ctypes.c_char_p
+    return plan
+
+
+@contextlib.contextmanager
+def overridden(text: str) -> Iterator[None]:
+    """Plans as TORCH_FUSED_LORA_PLAN=text has them."""
+    if error := library().override_plans(text.encode()):
+        raise ValueError(error.decode())
+    try:
+        yield
+    finally:
+        library().override_plans(b"")
+
+
+def operand(x: Tensor) -> Operand:
+    """A tensor of one to three dimensions as the kernels see it: its leading dimensions are rows."""
+    strides, sizes = list(x.stride()), list(x.shape)
+    while len(sizes) < 3:
+        sizes.insert(0, 1)
+        strides.insert(0, 0)
+    outer, inner, cols = sizes
+    col_stride = strides[2] if cols > 1 else 1
+    if outer == 1 or strides[0] == inner * strides[1]:
+        return Operand(outer * inner, cols, outer * inner, 0, strides[1], col_stride, x.storage_offset())
+    return Operand(outer * inner, cols, inner, strides[0], strides[1], col_stride, x.storage_offset())
+
+
+@dataclasses.dataclass
+class Launcher:
+    """Kernels of metal/ for one GPU, executed in one mode."""
+
+    gpu_cores: int = 10
+    trace: bool = False
+    order: str = "forward"
+    runs: list[tuple[str, metal_on_cpu.Report]] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def _plan(problem: ctypes.Structure) -> tuple[list[Launch], int]:
+        """The dispatches, and over how many partial sums the last one adds up."""
+        function = getattr(library(), problem.plan)
+        function.restype = ctypes.c_char_p
+        launches, count, splits = [], ctypes.c_uint32(1), ctypes.c_uint32()
+        while len(launches) < count.value:
+            launch, index = Launch(), ctypes.c_uint32(len(launches))
+            error = function(*map(ctypes.byref, (problem,)), index, *map(ctypes.byref, (launch, count, splits)))
+            if error:
+                raise ValueError(error.decode())
+            if count.value > 0:
+                launches.append(launch)
+        return launches, splits.value
+
+    def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
+        assert len(tensors) == launch.tensors
+        kernel = metal_on_cpu.compile(launch.source.decode())[launch.kernel.decode()]
+        words = [launch.words[i].to_bytes(8, "little") for i in range(launch.word_count)]
+        report = kernel.dispatch(
+            threads=launch.threads, group=launch.group, arguments=[*tensors, *words], trace=self.trace, order=self.order
+        )
+        self.runs.append((launch.kernel.decode(), report))
+
+
+class Kernels(Launcher):
+    """The kernels of a LoRA layer."""
+
+    def decode(self, x, weight, bias, lora_A, lora_B, scaling, save_h=False) -> tuple[Tensor, Tensor | None]:
+        """y (M, N) and h."""
+        M, N = operand(x).rows, weight.shape[0]
+        y, h = fresh(x, M, N), fresh(lora_A, M, lora_A.shape[0]) if save_h else None
+        for launch in self.plan_decode(x, weight, bias, lora_A, lora_B, save_h):
+            self._dispatch(launch, (x, weight, bias, lora_A, lora_B, y, h, scalar(scaling)))
+        return y, h
+
+    def plan_decode(self, x, weight, bias, lora_A, lora_B, save_h=False) -> list[Launch]:
+        dtypes, operands = _dtypes(x, lora_A), map(operand, (x, weight, lora_A, lora_B))
+        stride = bias.stride(0) if bias is not None else 0
+        return self._plan(DecodeProblem(*dtypes, *operands, stride, bias is not None, save_h, self.gpu_cores))[0]
+
+    def delta(self, y, x, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_h=False) -> Tensor | None:
+        """Adds to y (M, N) in place; returns h."""
+        h = fresh(lora_A, operand(x).rows, lora_A.shape[0]) if save_h else None
+        for launch in self.plan_delta(y, x, lora_A, lora_B, dropout_p, ranks, save_h):
+            self._dispatch(launch, (x, lora_A, lora_B, y, h, scalar(scaling), seed_tensor(seed)))
+        return h
+
+    def plan_delta(self, y, x, lora_A, lora_B, dropout_p=(), ranks=(), save_h=False) -> list[Launch]:
+        return self._plan_pass(False, y, x, lora_A, lora_B, dropout_p, ranks, save_h)
+
+    def delta_dx(self, dx, dy, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_z=False) -> Tensor | None:
+        """Adds to dx (M, K) in place, or computes nothing but z where dx is None; returns z."""
+        z = fresh(lora_A, operand(dy).rows, lora_A.shape[0]) if save_z else None
+        for launch in self.plan_delta_dx(dx, dy, lora_A, lora_B, dropout_p, ranks, save_z):
+            self._dispatch(launch, (dy, lora_B, lora_A, dx, z, scalar(scaling), seed_tensor(seed)))
+        return z
+
+    def plan_delta_dx(self, dx, dy, lora_A, lora_B, dropout_p=(), ranks=(), save_z=False) -> list[Launch]:
+        return self._plan_pass(True, dx, dy, lora_A, lora_B, dropout_p, ranks, save_z)
+
+    def _plan_pass(self, is_backward, out, x, lora_A, lora_B, dropout_p, ranks, save) -> list[Launch]:
+        dtypes, operands = _dtypes(x, lora_A), map(operand, (x, lora_A, lora_B))
+        offset, dropout = (
+            out.storage_offset() if out is not None else 0,
+            Dropout.of(dropout_p, ranks or lora_A.shape[:1]),
+        )
+        problem = DeltaProblem(is_backward, *dtypes, *operands, out is not None, save, offset, dropout, self.gpu_cores)
+        return self._plan(problem)[0]
+
+    def grad(
+        self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dA (r, K) and dB (N, r), those asked for."""
+        launches, splits = self.plan_grad(x, dy, lora_A, lora_B, dropout_p, ranks, need_A, need_B)
+        dA, dB = (fresh(t, *t.shape) if need else None for t, need in ((lora_A, need_A), (lora_B, need_B)))
+        out = partial = (dA, dB)
+        if splits > 1:
+            partial = tuple(fresh(torch.empty(0), splits, *t.shape) if t is not None else None for t in out)
+        for launch in launches:
+            if launch.kernel.startswith(b"sum_splits"):
+                self._dispatch(launch, (*partial, *out))
+            else:
+                self._dispatch(launch, (x, z, dy, h, *partial, scalar(scaling), seed_tensor(seed)))
+        return dA, dB
+
+    def plan_grad(
+        self, x, dy, lora_A, lora_B, dropout_p=(), ranks=(), need_A=True, need_B=True
+    ) -> tuple[list[Launch], int]:
+        """The dispatches, and over how many partial sums the rows are split."""
+        (r, K), N = lora_A.shape, lora_B.shape[0]
+        rows = operand(dy if dy is not None else x).rows
+        operands = (operand(t) if t is not None else Operand(rows, cols) for t, cols in ((x, K), (dy, N)))
+        dtypes, dropout = _dtypes(x if x is not None else dy, lora_A), Dropout.of(dropout_p, ranks or (r,))
+        return self._plan(GradProblem(*dtypes, *operands, r, need_A, need_B, dropout, self.gpu_cores))
+
+
+def _dtypes(x: Tensor, lora_A: Tensor) -> tuple[int, int]:
+    return DTYPES[x.dtype], DTYPES[lora_A.dtype]
+
+
+def fresh(like: Tensor, *shape: int) -> Tensor:
+    """What a kernel has to write whole: NaN until then."""
+    return torch.full(shape, torch.nan, dtype=like.dtype)
+
+
+def scalar(value: float) -> bytes:
+    return torch.tensor(value, dtype=torch.float32).numpy().tobytes()
+
+
+def seed_tensor(seed: int) -> bytes:
+    return seed.to_bytes(8, "little")

@@ -1,0 +1,148 @@
+"""Bytes, dispatches and scratch, counted by the executor, and the formulas of the roofline held to the counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.kernels import traffic
+from tests.kernels.launch_plan import Kernels
+from tests.kernels.traffic import ROW_OPERATORS, Case, RowCase
+
+F32, F16 = torch.float32, torch.float16
+CASES = [
+    Case(1024, 96, 160, 16),
+    Case(1024, 130, 70, 9, F32, F32),
+    Case(64, 512, 512, 16),
+    Case(17, 96, 300, 72, adapter_dtype=F32),
+    Case(9, 1024, 1024, 8, F32, F32, gpu_cores=8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_formulas_are_what_the_executor_counts(case):
+    assert traffic.count_delta(case) == traffic.model_delta(case)
+    assert traffic.count_grad(case) == traffic.model_grad(case)
+
+
+@pytest.mark.parametrize("case", [Case(1, 1024, 1000, 16), Case(3, 3000, 130, 5, F32, F32, 8)], ids=str)
+def test_decode_formula(case):
+    assert traffic.count_decode(case) == traffic.model_decode(case)
+
+
+def test_decode_touches_weight_and_y_once_and_fills_40_cores():
+    case = Case(1, 4096, 4096, 16)
+    x, weight, bias, A, B, _ = traffic.operands(case)
+    (launch,) = Kernels(40).plan_decode(x, weight, bias, A, B)
+    assert launch.threads[0] // launch.group[0] >= 40
+    moved = traffic.count_decode(case)
+    W = case.bytes("weight")
+    assert moved["weight"] == (W, 0)
+    assert moved["y"] == (0, case.bytes("y"))
+    assert moved["lora_B"] == (case.bytes("lora_B"), 0)
+    assert moved["bias"] == (case.bytes("bias"), 0)
+    again = moved["x"][0] + moved["lora_A"][0] - case.bytes("x") - case.bytes("lora_A")
+    assert again < 0.3 * W
+
+
+@pytest.mark.parametrize("case", [Case(1024, 256, 384, 16), Case(1030, 64, 64, 64, F32, F32)], ids=str)
+def test_delta_reads_x_once_and_a_and_b_once_a_tile_of_32_rows(case):
+    moved = traffic.count_delta(case)
+    tiles = -(-case.M // 32)
+    assert moved["x"] == (case.bytes("x"), 0)
+    assert moved["y"] == (case.bytes("y"), case.bytes("y"))
+    assert moved["lora_A"] == (tiles * case.bytes("lora_A"), 0)
+    assert moved["lora_B"] == (tiles * case.bytes("lora_B"), 0)
+
+
+@pytest.mark.parametrize("M", [9, 16, 33, 64, 200, 500, 1000])
+@pytest.mark.parametrize(("K", "N", "r"), [(4096, 4096, 16), (1024, 4096, 8), (4096, 1024, 64)])
+@pytest.mark.parametrize("gpu_cores", [8, 40])
+def test_few_rows_split_the_columns_under_twice_the_least_loads(M, K, N, r, gpu_cores):
+    case = Case(M, K, N, r, gpu_cores=gpu_cores)
+    moved = traffic.model_delta(case)
+    loads = sum(loaded for loaded, _ in moved.values())
+    least = sum(case.bytes(name) for name in moved)
+    rows = 8 if M <= 8 else 16 if M <= 16 else 32
+    unsplit = least + (-(-M // rows) - 1) * (case.bytes("lora_A") + case.bytes("lora_B"))
+    assert loads < 2 * least or loads == unsplit
+    x, _, _, A, B, y = traffic.operands_meta(case)
+    (launch,) = Kernels(gpu_cores).plan_delta(y, x, A, B)
+    groups = launch.threads[0] // launch.group[0] * launch.threads[1]
+    one_more = moved["x"][0] + case.bytes("x") + moved["lora_A"][0] + -(-M // rows) * case.bytes("lora_A")
+    full = groups >= gpu_cores or one_more + moved["lora_B"][0] + moved["y"][0] >= 2 * least
+    assert full, "more splits would fill the GPU and stay under the bound"
+
+
+def test_dispatches_and_scratch():
+    case = Case(2048, 512, 512, 16)
+    x, weight, bias, A, B, y = traffic.operands_meta(case)
+    kernels = Kernels(40)
+    assert len(kernels.plan_decode(x[:1], weight, bias, A, B)) == 1
+    assert len(kernels.plan_delta(y, x, A, B)) == 1
+    assert len(kernels.plan_delta(y, x, A, B, dropout_p=(0.1,))) == 1
+    launches, splits = kernels.plan_grad(x, y, A, B)
+    assert len(launches) == 2
+    partial = splits * (case.K + case.N) * case.r * 4
+    assert partial <= (case.bytes("x") + case.bytes("dy")) / 4
+    # With z from a dispatch of its own (no dx wanted) that makes three, the most that a backward takes.
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        RowCase(70, 100, gpu_cores=1),
+        RowCase(40, 700, torch.bfloat16, F32, 1),
+        RowCase(12, 2048, F32, F32),
+        RowCase(36, 4096, gpu_cores=1),
+        RowCase(33, 4104, gpu_cores=1),
+        RowCase(5, 10000, F32, F32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_row_formulas_are_what_the_executor_counts(operator, case):
+    assert traffic.count_rows(operator, case) == traffic.model_rows(operator, case)
+
+
+@pytest.mark.parametrize("H", [128, 1024, 4096])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(F16, F32), (F16, F16), (F32, F32)], ids=str)
+@pytest.mark.parametrize("gpu_cores", [8, 40])
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_rows_that_fit_move_at_most_5_percent_more_than_the_least(operator, H, dtype, weight_dtype, gpu_cores):
+    """From 60 rows on for each that a core has at once: 4800 rows of 4096 on 40 cores."""
+    case = RowCase(60 * gpu_cores * min(8192 // H, 32), H, dtype, weight_dtype, gpu_cores)
+    moved = traffic.model_rows(operator, case)
+    assert traffic.total(case, moved) <= 1.05 * traffic.least(case, moved)
+
+
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_the_5_percent_executed(operator):
+    case = RowCase(2048, 1024, gpu_cores=8)
+    moved = traffic.count_rows(operator, case)
+    assert traffic.total(case, moved) <= 1.05 * traffic.least(case, moved)
+
+
+@pytest.mark.parametrize("operator", ROW_OPERATORS)
+def test_longer_rows_are_read_twice_and_written_once(operator):
+    case = RowCase(20, 5000)
+    for name, (loaded, stored) in traffic.count_rows(operator, case).items():
+        if name in ("x", "grad", "y", "dx"):
+            assert loaded in (0, 2 * case.bytes(name))
+            assert stored in (0, case.bytes(name))
+
+
+def test_roofline_orders_what_it_must():
+    for case in traffic.MODELLED:
+        for _, times in traffic.predictions(case):
+            assert times["plain linear"] < times["ours"] < times["PEFT"]
+            assert times["ours"] < times["MLX"]
+
+
+def test_more_bytes_are_never_cheaper():
+    case = Case(4096, 4096, 4096, 16)
+    wider = dataclasses.replace(case, dtype=F32, adapter_dtype=F32)
+    for (_, half), (_, single) in zip(traffic.predictions(case), traffic.predictions(wider), strict=True):
+        assert all(half[who] <= single[who] for who in half)

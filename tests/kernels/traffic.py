@@ -1,0 +1,380 @@
+"""What the kernels move, and what that would cost: ``python -m tests.kernels.traffic``.
+
+Counted: bytes that the executor saw a dispatch request, by operand, beside the least possible (each operand once).
+Modelled: a roofline over the same formulas, for shapes too large to execute here. test_traffic.py holds the formulas
+to the counts, byte for byte. Nothing here was measured on Apple hardware.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tests import ROOT
+from tests.kernels.launch_plan import Kernels, Launcher
+from tests.kernels.row_plan import RowKernels
+
+SIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+DECODE_X_FLOATS = int(re.findall(r"DECODE_X_FLOATS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: torch.dtype = torch.float16
+    adapter_dtype: torch.dtype = torch.float16
+    gpu_cores: int = 40
+
+    def __str__(self) -> str:
+        adapters = "" if self.adapter_dtype == self.dtype else f" + {_short(self.adapter_dtype)}"
+        return f"{self.M} x {self.K} x {self.N}, r {self.r}, {_short(self.dtype)}{adapters}"
+
+    def bytes(self, operand: str) -> int:
+        """Of one operand, read or written once."""
+        size, adapter = SIZE[self.dtype], SIZE[self.adapter_dtype]
+        M, K, N, r = self.M, self.K, self.N, self.r
+        return {
+            "x": M * K * size,
+            "weight": N * K * size,
+            "bias": N * size,
+            "lora_A": r * K * adapter,
+            "lora_B": N * r * adapter,
+            "y": M * N * size,
+            "dy": M * N * size,
+            "h": M * r * adapter,
+            "z": M * r * adapter,
+            "dA": r * K * adapter,
+            "dB": N * r * adapter,
+        }[operand]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+Moved = dict[str, tuple[int, int]]  # operand -> bytes (loaded, stored)
+
+
+def operands(case: Case):
+    def randn(*shape, dtype):
+        return torch.randn(shape).to(dtype)
+
+    M, K, N, r = case.M, case.K, case.N, case.r
+    return (
+        randn(M, K, dtype=case.dtype),
+        randn(N, K, dtype=case.dtype),
+        randn(N, dtype=case.dtype),
+        randn(r, K, dtype=case.adapter_dtype),
+        randn(N, r, dtype=case.adapter_dtype),
+        randn(M, N, dtype=case.dtype),
+    )
+
+
+def count_decode(case: Case) -> Moved:
+    x, weight, bias, A, B, _ = operands(case)
+    kernels = Kernels(case.gpu_cores, trace=True)
+    kernels.decode(x, weight, bias, A, B, 1.0)
+    return _counted(kernels, ("x", "weight", "bias", "lora_A", "lora_B", "y"))
+
+
+def count_delta(case: Case) -> Moved:
+    x, _, _, A, B, y = operands(case)
+    kernels = Kernels(case.gpu_cores, trace=True)
+    kernels.delta(y, x, A, B, 1.0)
+    return _counted(kernels, ("x", "lora_A", "lora_B", "y"))
+
+
+def count_grad(case: Case) -> Moved:
+    """The first dispatch; where the rows are split, dA and dB are partial sums."""
+    x, _, _, A, B, dy = operands(case)
+    z, h = (torch.randn(case.M, case.r).to(case.adapter_dtype) for _ in range(2))
+    kernels = Kernels(case.gpu_cores, trace=True)
+    kernels.grad(x, z, dy, h, A, B, 1.0)
+    return _counted(kernels, ("x", "z", "dy", "h", "dA", "dB"))
+
+
+def _counted(kernels: Launcher, names: tuple[str, ...]) -> Moved:
+    counters = kernels.runs[0][1].counters
+    return {name: (counters.loaded[i], counters.stored[i]) for i, name in enumerate(names)}
+
+
+# ------------------------------------------------------------------------------- the same from the launches alone
+
+
+def model_decode(case: Case) -> Moved:
+    x, weight, bias, A, B, _ = operands_meta(case)
+    (launch,) = Kernels(case.gpu_cores).plan_decode(x, weight, bias, A, B)
+    groups, chunk = launch.threads[0] // launch.group[0], DECODE_X_FLOATS // case.M // 256 * 256
+    rows, simdgroups = launch.words[1] >> 32, launch.group[0] // 32
+    w_rows = int(launch.kernel.decode().split("_")[5])
+    moved = {name: (case.bytes(name), 0) for name in ("weight", "bias", "lora_B")}
+    # x is staged once for h, and where it does not fit one chunk once more for every pass over rows of W.
+    passes = 0
+    if chunk < case.K:
+        for group in range(groups):
+            passes += -(-min(rows, case.N - group * rows) // (simdgroups * w_rows))
+    moved["x"] = ((groups + passes) * case.bytes("x"), 0)
+    moved["lora_A"] = (groups * case.bytes("lora_A"), 0)
+    moved["y"] = (0, case.bytes("y"))
+    return moved
+
+
+def model_delta(case: Case) -> Moved:
+    x, _, _, A, B, y = operands_meta(case)
+    (launch,) = Kernels(case.gpu_cores).plan_delta(y, x, A, B)
+    splits, row_tiles = launch.threads[0] // launch.group[0], launch.threads[1]
+    return {
+        "x": (splits * case.bytes("x"), 0),
+        "lora_A": (splits * row_tiles * case.bytes("lora_A"), 0),
+        "lora_B": (row_tiles * case.bytes("lora_B"), 0),
+        "y": (case.bytes("y"), case.bytes("y")),
+    }
+
+
+def model_grad(case: Case) -> Moved:
+    x, _, _, A, B, dy = operands_meta(case)
+    launches, splits = Kernels(case.gpu_cores).plan_grad(x, dy, A, B)
+    tiles, A_tiles = launches[0].threads[0] // launches[0].group[0], launches[0].words[9] >> 32
+    wide = 4 // SIZE[case.adapter_dtype] if splits > 1 else 1
+    return {
+        "x": (case.bytes("x"), 0),
+        "z": (A_tiles * case.bytes("z"), 0),
+        "dy": (case.bytes("dy"), 0),
+        "h": ((tiles - A_tiles) * case.bytes("h"), 0),
+        "dA": (0, splits * wide * case.bytes("dA")),
+        "dB": (0, splits * wide * case.bytes("dB")),
+    }
+
+
+def operands_meta(case: Case):
+    """Shapes without memory: what planning needs."""
+    with torch.device("meta"):
+        M, K, N, r = case.M, case.K, case.N, case.r
+        shapes = ((M, K), (N, K), (N,), (r, K), (N, r), (M, N))
+        dtypes = (case.dtype,) * 3 + (case.adapter_dtype,) * 2 + (case.dtype,)
+        return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
+def total(case: Case | RowCase, moved: Moved) -> int:
+    """Bytes requested."""
+    return sum(loaded + stored for loaded, stored in moved.values())
+
+
+def least(case: Case | RowCase, moved: Moved) -> int:
+    """Bytes if every operand were loaded and stored once."""
+    return sum(case.bytes(name) * ((loaded > 0) + (stored > 0)) for name, (loaded, stored) in moved.items())
+
+
+# ------------------------------------------------------------------------------------------------------- roofline
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """fp32 TFLOP/s, GB/s and cores, from public tables (docs: facts the project started from); not measured here."""
+
+    name: str
+    tflops: float
+    bandwidth: float
+    cores: int
+
+
+CHIPS = (
+    Chip("M1", 2.6, 68, 8),
+    Chip("M1 Max", 10.6, 410, 32),
+    Chip("M2", 3.6, 102, 10),
+    Chip("M2 Max", 13.6, 410, 38),
+    Chip("M4", 3.6, 120, 10),
+    Chip("M4 Max", 13.7, 546, 40),
+)
+LAUNCH_US = 3.0  # GPU time of a serial dispatch: 2 to 5 us in the sources
+MATRIX_SHARE = 0.8  # of peak that 8x8 simdgroup multiplies reach, in the sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One dispatch: bytes moved and FLOPs."""
+
+    bytes: float
+    flops: float = 0.0
+
+    def microseconds(self, chip: Chip) -> float:
+        memory = self.bytes / chip.bandwidth / 1e3
+        compute = self.flops / (chip.tflops * MATRIX_SHARE) / 1e6
+        return LAUNCH_US + max(memory, compute)
+
+
+def forward_steps(case: Case) -> dict[str, list[Step]]:
+    """The dispatches of one adapted layer's forward, without dropout, by who computes it.
+
+    What a dispatch reads again is small (A, B, few rows of x) and charged nothing, as if the cache held it; "uncached"
+    charges every request to memory. What lies between two dispatches is always charged.
+    """
+    M, K, N, r = case.M, case.K, case.N, case.r
+    x, y, W, A, B = (case.bytes(name) for name in ("x", "y", "weight", "lora_A", "lora_B"))
+    low_rank = 2 * M * r * (K + N)
+    base = Step(x + W + y, 2 * M * K * N)
+    moved = model_decode(case) if M <= 8 else model_delta(case)
+    before, flops = ([], base.flops + low_rank) if M <= 8 else ([base], low_rank)
+    ours, uncached = ([*before, Step(count(case, moved), flops)] for count in (least, total))
+    wide = SIZE[case.adapter_dtype] // SIZE[case.dtype]  # PEFT converts x up and the result down again
+    x_wide, y_wide, h = x * wide, y * wide, case.bytes("h")
+    peft = [base] + ([Step(x + x_wide)] if wide > 1 else [])
+    peft += [Step(x_wide + A + h, 2 * M * r * K), Step(h + B + y_wide, 2 * M * r * N)]
+    peft += [Step(2 * y_wide), Step(y + 2 * y_wide)] + ([Step(y_wide + y)] if wide > 1 else [])
+    mlx = [base, Step(x + A + h, 2 * M * r * K), Step(h + B + y, 2 * M * r * N), Step(3 * y)]
+    return {"plain linear": [base], "ours": ours, "ours, uncached": uncached, "PEFT": peft, "MLX": mlx}
+
+
+def predictions(case: Case) -> Iterator[tuple[Chip, dict[str, float]]]:
+    """Modelled microseconds of a forward."""
+    for chip in CHIPS:
+        steps = forward_steps(dataclasses.replace(case, gpu_cores=chip.cores))
+        yield chip, {who: sum(step.microseconds(chip) for step in found) for who, found in steps.items()}
+
+
+# ------------------------------------------------------------------------------------------------- kernels on rows
+
+
+ROW_OPERATORS = "rms_norm", "rms_norm_backward", "softmax", "softmax_backward"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCase:
+    M: int
+    H: int
+    dtype: torch.dtype = torch.float16
+    weight_dtype: torch.dtype = torch.float16
+    gpu_cores: int = 40
+
+    def __str__(self) -> str:
+        weight = "" if self.weight_dtype == self.dtype else f" + {_short(self.weight_dtype)}"
+        return f"{self.M} x {self.H}, {_short(self.dtype)}{weight}, {self.gpu_cores} cores"
+
+    def bytes(self, operand: str) -> int:
+        """Of one operand, read or written once; partial sums need not be."""
+        weight = self.H * SIZE[self.weight_dtype]
+        return {"partial": 0, "rstd": 4 * self.M, "weight": weight, "dweight": weight}.get(
+            operand, self.M * self.H * SIZE[self.dtype]
+        )
+
+
+def count_rows(operator: str, case: RowCase) -> Moved:
+    """Every dispatch of ``rms_norm`` or ``softmax``, or of their ``_backward``."""
+    x, grad = (torch.randn(case.M, case.H).to(case.dtype) for _ in range(2))
+    weight = torch.randn(case.H).to(case.weight_dtype)
+    kernels = RowKernels(case.gpu_cores, trace=True)
+    if operator == "rms_norm":
+        kernels.rms_norm(x, weight)
+        return _counted(kernels, ("x", "weight", "y", "rstd"))
+    if operator == "softmax":
+        kernels.softmax(x)
+        return _counted(kernels, ("x", "y"))
+    if operator == "softmax_backward":
+        kernels.softmax_backward(grad, x)
+        return _counted(kernels, ("grad", "y", "dx"))
+    kernels.rms_norm_backward(grad, x, weight, torch.ones(case.M))
+    moved = _counted(kernels, ("grad", "x", "weight", "rstd", "dx", "dweight"))
+    if len(kernels.runs) == 2:
+        loaded, stored = moved["dweight"]
+        counters = kernels.runs[1][1].counters
+        moved |= {"partial": (loaded + counters.loaded[0], stored), "dweight": (0, counters.stored[2])}
+    return moved
+
+
+def model_rows(operator: str, case: RowCase) -> Moved:
+    """The same from the launches alone."""
+    M, H = case.M, case.H
+    x = torch.empty(M, H, dtype=case.dtype, device="meta")
+    weight = torch.empty(H, dtype=case.weight_dtype, device="meta")
+    kernels, splits = RowKernels(case.gpu_cores), 1
+    if operator == "rms_norm_backward":
+        launches, splits = kernels.plan_rms_norm_backward(x, x, weight)
+    else:
+        launches = {
+            "rms_norm": lambda: kernels.plan_rms_norm(x, weight),
+            "softmax": lambda: kernels.plan_softmax(x),
+            "softmax_backward": lambda: kernels.plan_softmax_backward(x, x),
+        }[operator]()
+    groups, simdgroups = launches[0].threads[0] // launches[0].group[0], launches[0].group[0] // 32
+    *_, row_simdgroups, _, how = launches[0].kernel.decode().split("_")
+    slots, held = groups * simdgroups // int(row_simdgroups), how == "held"
+    read = {name: ((1 if held else 2) * case.bytes(name), 0) for name in ("x", "grad", "y")}
+    written = {name: (0, case.bytes(name)) for name in ("y", "dx")}
+    if operator == "softmax":
+        return {"x": read["x"], "y": written["y"]}
+    if operator == "softmax_backward":
+        return {"grad": read["grad"], "y": read["y"], "dx": written["dx"]}
+    loads = slots if held else M  # of the weight, in one loop over the row
+    if operator == "rms_norm":
+        rstd = (0, case.bytes("rstd"))
+        return {"x": read["x"], "weight": (loads * case.bytes("weight"), 0), "y": written["y"], "rstd": rstd}
+    sums = (0, groups) if held else (M - groups, M)  # rows of sums that the first dispatch reads and writes
+    size = 4 if splits > 1 else SIZE[case.weight_dtype]
+    moved = {
+        "grad": read["grad"],
+        "x": read["x"],
+        "weight": ((1 if held else 2) * loads * case.bytes("weight"), 0),
+        "rstd": (int(row_simdgroups) * case.bytes("rstd"), 0),
+        "dx": written["dx"],
+        "dweight": (sums[0] * H * size, sums[1] * H * size),
+    }
+    if splits > 1:
+        partial = ((sums[0] + splits) * H * size, sums[1] * H * size)
+        moved |= {"partial": partial, "dweight": (0, case.bytes("dweight"))}
+    return moved
+
+
+# --------------------------------------------------------------------------------------------------------- report
+
+COUNTED = {
+    "lora_decode": (count_decode, [Case(1, 4096, 4096, 16), Case(4, 2048, 2048, 16), Case(1, 512, 512, 8)]),
+    "lora_delta": (count_delta, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16), Case(16, 1024, 1024, 64)]),
+    "lora_grad": (count_grad, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16)]),
+}
+COUNTED_ROWS = [
+    RowCase(2048, 1024, gpu_cores=8),
+    RowCase(512, 4096, torch.bfloat16, torch.float32, 4),
+    RowCase(32, 8192),
+]
+MODELLED = (
+    Case(1, 4096, 4096, 16),
+    Case(1, 4096, 4096, 16, adapter_dtype=torch.float32),
+    Case(512, 1024, 1024, 16, torch.float32, torch.float32),
+    Case(4096, 4096, 4096, 16, adapter_dtype=torch.float32),
+    Case(8192, 4096, 4096, 64),
+)
+
+
+def main() -> None:
+    console = Console()
+    table = Table(title="Counted by the executor: bytes requested over the least possible; LoRA on 40 cores")
+    table.add_column("kernel")
+    table.add_column("case")
+    table.add_column("by operand, in units of the operand (loaded + stored)")
+    table.add_column("total / least", justify="right")
+    counts = [(kernel, case, count(case)) for kernel, (count, cases) in COUNTED.items() for case in cases]
+    counts += [(operator, case, count_rows(operator, case)) for operator in ROW_OPERATORS for case in COUNTED_ROWS]
+    for kernel, case, moved in counts:
+        units = {name: case.bytes(name) or case.bytes("dweight") for name in moved}
+        parts = [f"{name} {(loaded + stored) / units[name]:.4g}" for name, (loaded, stored) in moved.items()]
+        table.add_row(kernel, str(case), ", ".join(parts), f"{total(case, moved) / least(case, moved):.3f}")
+    console.print(table)
+    for case in MODELLED:
+        table = Table(title=f"Modelled, not measured: microseconds of a forward, {case}")
+        for column in ("chip", "plain linear", "ours", "ours, uncached", "PEFT", "MLX"):
+            table.add_column(column, justify="left" if column == "chip" else "right")
+        for chip, times in predictions(case):
+            table.add_row(chip.name, *(f"{value:.0f}" for value in times.values()))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What patches or builds whole models: PEFT, norms, LoRALinear."""

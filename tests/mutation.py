@@ -1,0 +1,340 @@
+"""Do the tests notice? Breaks the kernels of metal/ in one small place at a time: ``python -m tests.mutation``.
+
+Each edit is made on the way into the compiler, in a process of its own, and the kernel tests run there until the first
+failure. An edit that no test notices is a survivor; it fails the run unless it stands in EQUIVALENT with the proof that
+it changes nothing. So does an edit that no longer applies or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import multiprocessing
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import track
+
+from tests import ROOT
+from tests.emulator import metal_on_cpu
+
+METAL = ROOT / "metal"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+DELTA, DECODE, GRAD, SUM = "lora_delta.metal", "lora_decode.metal", "lora_grad.metal", "sum_splits.metal"
+ROWS, NORM, SOFTMAX = "rows.h", "rms_norm.metal", "softmax.metal"
+# What tests a kernel, for pytest. Trace mode first: it finds most in the fewest compilations.
+Stages = tuple[tuple[str, ...], ...]
+LORA_TESTS: Stages = (
+    ("test_metal_kernels.py", "-k", "trace"),
+    ("test_metal_kernels.py", "-k", "not trace"),
+    ("test_traffic.py",),
+)
+ROW_TESTS: Stages = (
+    ("test_row_kernels.py", "-k", "trace"),
+    ("test_row_kernels.py", "-k", "not trace"),
+    ("test_traffic.py", "-k", "row"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """The nth occurrence of ``before`` in metal/``file`` becomes ``after``."""
+
+    file: str
+    before: str
+    after: str
+    nth: int = 0
+
+    @property
+    def tests(self) -> Stages:
+        return ROW_TESTS if self.file in (ROWS, NORM, SOFTMAX) else LORA_TESTS
+
+    def apply(self, source: str) -> str:
+        """The edit in an assembled source; what does not contain the file comes back as it is."""
+        text = (METAL / self.file).read_text()
+        text = text[text.index("\n\n", text.rindex("#include")) :]  # as it stands in assembled sources
+        parts = text.split(self.before)
+        if len(parts) < self.nth + 2:
+            raise ValueError(f"{self}: does not apply")
+        edited = self.before.join(parts[: self.nth + 1]) + self.after + self.before.join(parts[self.nth + 1 :])
+        return source.replace(text, edited)
+
+    def __str__(self) -> str:
+        occurrence = f" ({self.nth + 1})" if self.nth else ""
+        return f"{self.file}{occurrence}: {self.before.strip()!r} -> {self.after.strip()!r}"
+
+
+EDITS = [
+    # operands.h: bounds, strides, casts
+    Edit("operands.h", "ulong(row / inner) * outer_stride", "ulong(row / inner) * row_stride"),
+    Edit("operands.h", "ulong(row % inner) * row_stride", "ulong(row % inner) * col_stride"),
+    Edit("operands.h", "data + level + ulong(col) * col_stride", "data + level + col"),
+    Edit("operands.h", "ulong(row / inner)", "(row / inner)"),
+    Edit("operands.h", "ulong(row % inner)", "(row % inner)"),
+    Edit("operands.h", "ulong(col) * col_stride", "col * col_stride"),
+    Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)"),
+    Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)", 1),
+    Edit("operands.h", "uint(i) < count", "uint(i) <= count"),
+    Edit("operands.h", "uint(i) < count", "uint(i) <= count", 1),
+    Edit("operands.h", "uint(i) < count", "uint(i) <= count", 2),
+    Edit("operands.h", "as_type<vec<T, 4>>(raw.zw)", "as_type<vec<T, 4>>(raw.xy)"),
+    Edit("operands.h", "uint4(low, high)", "uint4(low, low)"),
+    Edit("operands.h", "matrix.inner >= matrix.rows", "matrix.inner <= matrix.rows"),
+    Edit("operands.h", "begin < end ? end - begin : 0", "end - begin"),
+    Edit("operands.h", "level_row += rows;", ""),
+    Edit("operands.h", "data += next_level;", ""),
+    # dropout.h
+    Edit("dropout.h", "round < 10", "round < 9"),
+    Edit("dropout.h", "high.y ^ counter.y ^ key.x", "high.x ^ counter.y ^ key.x"),
+    Edit("dropout.h", "uint(counter >> 32)", "0u"),
+    Edit("dropout.h", "rotate(words[i], 16u) >=", "words[i] >="),
+    Edit("dropout.h", "words[i] >= threshold", "words[i] > threshold"),
+    Edit("dropout.h", "first / RUN + 1", "first / RUN"),
+    Edit("dropout.h", ">> shift;", ">> (shift + 1);"),
+    Edit("dropout.h", "value * inverse_keep", "value"),
+    Edit("dropout.h", "run.get(i) * inverse_keep", "run.get(i)"),
+    # tiles.h
+    Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"),
+    Edit("tiles.h", "stride, ulong2(0), true", "stride, ulong2(0), false"),
+    Edit("tiles.h", "row + r < source.rows ?", "row + r <= source.rows ?"),
+    Edit("tiles.h", "col + c < source.cols ?", "col + c <= source.cols ?"),
+    Edit("tiles.h", "* matrix.cols + first_col + inside.y", "* matrix.cols + inside.y"),
+    Edit("tiles.h", "thread_index + turn * THREADS;", "thread_index + 2 * turn * THREADS;"),
+    Edit("tiles.h", "*tile.at(r + j, c) =", "*tile.at(r, c + j) ="),
+    Edit("tiles.h", "col += COLS;", ""),
+    Edit("tiles.h", "row += ROWS;", ""),
+    Edit("tiles.h", "elements[turn] += COLS;", ""),
+    Edit("tiles.h", "elements[turn] += ulong(ROWS) * source.cols;", ""),
+    # lora_delta.metal
+    Edit(DELTA, BARRIER, ""),
+    Edit(DELTA, BARRIER, "", 1),
+    Edit(DELTA, BARRIER, "", 2),
+    Edit(DELTA, BARRIER, "", 3),
+    Edit(DELTA, BARRIER, "", 4),
+    Edit(DELTA, BARRIER, "", 5),
+    Edit(DELTA, BARRIER, "", 6),
+    Edit(DELTA, BARRIER, "", 7),
+    Edit(DELTA, "simdgroup_index / K_SLICES * BLOCK", "simdgroup_index % ROW_BLOCKS * BLOCK"),
+    Edit(DELTA, "block += BLOCK * K_SLICES", "block += BLOCK"),
+    Edit(DELTA, "k < K; k += WIDTH", "k + WIDTH <= K; k += WIDTH"),
+    Edit(DELTA, "sum += rank_floats[s", "sum = rank_floats[s"),
+    Edit(DELTA, "s < K_SLICES", "s < K_SLICES - 1"),
+    Edit(DELTA, "m < M && rank < rank_count", "m < M"),
+    Edit(DELTA, "m < M && rank < rank_count", "rank < rank_count"),
+    Edit(DELTA, "&& group.x == 0", ""),
+    Edit(DELTA, "(first + i / PART) * BLOCK", "(i / PART) * BLOCK"),
+    Edit(DELTA, "float4(scaling)", "float4(1.0f)"),
+    Edit(DELTA, "float4(scaling)", "float4(1.0f)", 1),
+    Edit(DELTA, "fma(delta.low, float4(scaling), sum.low)", "delta.low * scaling"),
+    Edit(DELTA, "ulong(m) * N + column_begin + c", "ulong(m) * N + c"),
+    Edit(DELTA, "thread_index < RUNS && m < M", "thread_index < RUNS && m <= M"),
+    Edit(DELTA, "count = N - n", "count = RUN"),
+    Edit(DELTA, "min(N, column_begin + n_columns.y)", "column_begin + n_columns.y"),
+    Edit(DELTA, "lora_B + ulong(ranks.x) * B_strides.y", "lora_B"),
+    Edit(DELTA, "lora_A + ulong(ranks.x) * A_strides.x", "lora_A"),
+    Edit(DELTA, "* stream_h_stride.y + ranks.x", "* stream_h_stride.y"),
+    # lora_decode.metal
+    Edit(DECODE, BARRIER, ""),
+    Edit(DECODE, BARRIER, "", 1),
+    Edit(DECODE, BARRIER, "", 2),
+    Edit(DECODE, "if (j < row_count)", "if (true)"),
+    Edit(DECODE, "k += LANES * VECTOR", "k += LANES / 2 * VECTOR"),
+    Edit(DECODE, "uint k = lane * VECTOR", "uint k = lane"),
+    Edit(DECODE, "first == 0 ? sum : total + sum", "sum"),
+    Edit(DECODE, "&& group == 0", ""),
+    Edit(DECODE, "uint rank = lane", "uint rank = 0"),
+    Edit(DECODE, "scaling * float(*source)", "float(*source)"),
+    Edit(DECODE, "!= 0 && lane == 0", "!= 0"),
+    Edit(DECODE, "if (K > CHUNK)", "if (false)"),
+    Edit(DECODE, "ulong(n) * W_strides.x + ulong(first) * W_strides.y", "ulong(n) * W_strides.x"),
+    Edit(DECODE, "ulong(n + j) * flags_bias_stride.y", "(n + j)"),
+    Edit(DECODE, "x.at(m, first + thread_index)", "x.at(m, thread_index)"),
+    # lora_grad.metal
+    Edit(GRAD, BARRIER, ""),
+    Edit(GRAD, BARRIER, "", 1),
+    Edit(GRAD, BARRIER, "", 2),
+    Edit(GRAD, "simdgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    Edit(GRAD, "simdgroup_barrier(mem_flags::mem_threadgroup);", "", 1),
+    Edit(GRAD, "row < big.rows; row += DEPTH", "row + DEPTH <= big.rows; row += DEPTH"),
+    Edit(GRAD, "min(rows.x, row + rows.y)", "rows.x"),
+    Edit(GRAD, "scaling * block", "block"),
+    Edit(GRAD, "matrix_of(h + rank", "matrix_of(h"),
+    Edit(GRAD, "matrix_of(z + rank", "matrix_of(z"),
+    Edit(GRAD, "n < columns && j < ranks.y", "j < ranks.y"),
+    Edit(GRAD, "n < columns && j < ranks.y", "n < columns"),
+    Edit(GRAD, "ulong(group.y) * r_tiles.x * columns", "0"),
+    Edit(GRAD, "(simdgroup_index * BLOCKS + c) * BLOCK", "(simdgroup_index + c) * BLOCK"),
+    # sum_splits.metal
+    Edit(SUM, "sum += *source", "sum = *source"),
+    Edit(SUM, "split < splits.x", "split + 1 < splits.x"),
+    Edit(SUM, "index - elements.x", "index"),
+    Edit(SUM, "if (i < count)", "if (true)"),
+    # rows.h
+    Edit(ROWS, BARRIER, ""),
+    Edit(ROWS, "block * ROWS + simdgroup_index / SIMDGROUPS", "block * ROWS"),
+    Edit(ROWS, "thread_index % ROW_THREADS * RUN", "thread_index * RUN"),
+    Edit(ROWS, "if (lane == 0)", "if (true)"),
+    Edit(ROWS, "lane < SIMDGROUPS ? shared[first + lane] : 0.0f", "shared[first + lane]"),
+    Edit(ROWS, "shared[first + lane]", "shared[lane]"),
+    Edit(NORM, "left(column, H)) : filled(1.0f)", "RUN) : filled(1.0f)"),
+    Edit(ROWS, "(sums.z + sums.w)", "sums.z"),
+    # rms_norm.metal
+    Edit(NORM, "turn ^= 1", "turn = 0"),
+    Edit(NORM, "turn ^= 1", "turn = 0", 1),
+    Edit(NORM, "block += groups", "block += 2 * groups"),
+    Edit(NORM, "block += groups", "block += 2 * groups", 1),
+    Edit(NORM, "row < M ? H : 0", "H"),
+    Edit(NORM, "row < M ? H : 0", "H", 1),
+    Edit(NORM, "+ as_type<float>(weight_stride_eps.y)", ""),
+    Edit(NORM, "/ H;", ";"),
+    Edit(NORM, "/ H;", ";", 1),
+    Edit(NORM, "column == 0 && row < M", "row < M"),
+    Edit(NORM, "column == 0 && row < M", "column == 0"),
+    Edit(NORM, "x_run * scale * weight_run", "x_run * scale"),
+    Edit(NORM, "weight.rows == 0 ?", "false ?"),
+    Edit(NORM, "Pair(0, stride)", "Pair(0, 1)"),
+    Edit(NORM, "weight_run = load_weight(weights, weight_place, H - c);", ""),
+    Edit(NORM, "weight_run = load_weight(weights, weight_place, H - c);", "", 1),
+    Edit(NORM, "weight_run = load_weight(weights, weight_place, H - c);", "", 2),
+    Edit(NORM, "lane == 0 && row < M ?", "row < M ?"),
+    Edit(NORM, "lane == 0 && row < M ?", "lane == 0 ?"),
+    Edit(NORM, "grad_run * weight_run * normal", "grad_run * normal"),
+    Edit(NORM, "- normal * mean", ""),
+    Edit(NORM, "need_weight && block != group ?", "need_weight ?"),
+    Edit(NORM, "need_weight && block != group ?", "false ?"),
+    Edit(NORM, "need_weight && block != group ?", "block != group ?"),
+    Edit(NORM, "if (need_x)", "if (true)"),
+    Edit(NORM, "if (!HELD && need_weight)", "if (!HELD)"),
+    Edit(NORM, "if (HELD && need_weight)", "if (HELD)"),
+    Edit(NORM, "sum = sum + grad_run * normal", "sum = grad_run * normal"),
+    Edit(NORM, "dweight + ulong(group) * H", "dweight"),
+    Edit(NORM, BARRIER, ""),
+    Edit(NORM, "other < ROWS * ROW_THREADS", "other < ROW_THREADS"),
+    Edit(NORM, "if (thread_index < ROW_THREADS)", "if (true)"),
+    Edit(NORM, "sum, left(column, H)", "sum, RUN"),
+    # softmax.metal
+    Edit(SOFTMAX, "turn ^= 1", "turn = 0"),
+    Edit(SOFTMAX, "turn ^= 1", "turn = 0", 1),
+    Edit(SOFTMAX, "block += groups", "block += 2 * groups"),
+    Edit(SOFTMAX, "block += groups", "block += 2 * groups", 1),
+    Edit(SOFTMAX, "row < M ? H : 0", "H"),
+    Edit(SOFTMAX, "row < M ? H : 0", "H", 1),
+    Edit(SOFTMAX, "LOWEST = -FLT_MAX", "LOWEST = -INFINITY"),
+    Edit(SOFTMAX, "run.set(i, -INFINITY)", "run.set(i, 0.0f)"),
+    Edit(SOFTMAX, "uint(i) >= count", "uint(i) > count"),
+    Edit(SOFTMAX, "part.sum * precise::exp(part.maximum - maximum)", "part.sum"),
+    Edit(SOFTMAX, "own.sum * precise::exp(own.maximum - maximum) + total(run)", "total(run)"),
+    Edit(SOFTMAX, "own.sum * precise::exp(own.maximum - maximum) + total(run)", "own.sum + total(run)"),
+    Edit(SOFTMAX, "max(own.maximum, largest(run))", "largest(run)"),
+    Edit(SOFTMAX, "max(max(maxima.x, maxima.y), max(maxima.z, maxima.w))", "max(maxima.x, maxima.y)"),
+    Edit(SOFTMAX, "max(run.low, run.high)", "run.low"),
+    Edit(SOFTMAX, BARRIER, ""),
+    Edit(SOFTMAX, "if (lane == 0)", "if (true)"),
+    Edit(SOFTMAX, "all = {LOWEST, 0.0f};", ""),
+    Edit(SOFTMAX, "if (lane < SIMDGROUPS)", "if (true)"),
+    Edit(SOFTMAX, "simdgroup_index / SIMDGROUPS * SIMDGROUPS + lane", "lane"),
+    Edit(SOFTMAX, "precise::exp(own.maximum - all.maximum) *", ""),
+    Edit(
+        SOFTMAX, "load_logits(x_rows, x_place, H - c), own.maximum", "load_logits(x_rows, x_place, H - c), all.maximum"
+    ),
+    Edit(SOFTMAX, "grad_run - filled(sum)", "grad_run"),
+]
+EQUIVALENT = {
+    Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"): "EQUIVALENT: every access to a tile goes through its "
+    "stride; the padding serves the memory banks alone",
+    Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)", 1): "EQUIVALENT: a wide row of y has a multiple "
+    "of four elements (launch plan) and a run starts at a multiple of eight: the count is four, or eight and more",
+}
+
+
+class Failures:
+    """A pytest plugin: the first test that failed."""
+
+    first: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and self.first is None:
+            self.first = report.nodeid.split("::")[-1]
+
+
+def first_failure(tests: Stages, edit: Edit | None) -> str | None:
+    """The first test that fails with the edit made (None: without one), or None where all pass."""
+    compile_source, failures = metal_on_cpu.compile, Failures()
+    refusals = []
+
+    def compile_edited(source: str, *arguments, **options):
+        try:
+            return compile_source(edit.apply(source) if edit else source, *arguments, **options)
+        except (metal_on_cpu.CompileError, ValueError) as error:
+            refusals.append(f"{edit}: {error}")
+            raise
+
+    metal_on_cpu.compile = compile_edited
+    for file, *selection in tests:
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            code = pytest.main([str(ROOT / "tests" / "kernels" / file), *selection, *options], [failures])
+        if refusals or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise RuntimeError(refusals[0] if refusals else f"{edit}: pytest could not run\n{output.getvalue()}")
+        if failures.first:
+            break
+    return failures.first
+
+
+def run(edits: list[Edit], jobs: int, console: Console) -> list[Edit]:
+    """The edits that no test notices."""
+    survivors = []
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        for tests in {edit.tests for edit in edits}:
+            if failed := pool.apply(first_failure, (tests, None)):
+                raise SystemExit(f"{failed} fails without any edit")
+        results = [pool.apply_async(first_failure, (edit.tests, edit)) for edit in edits]
+        for edit, result in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
+            test = result.get()
+            verdict = f"caught by {test}" if test else EQUIVALENT.get(edit, "SURVIVED")
+            console.print(f"{edit}\n    {verdict}", markup=False, highlight=False, soft_wrap=True)
+            if test is None:
+                survivors.append(edit)
+    return survivors
+
+
+def changed_files() -> set[str]:
+    """The files of metal/ that differ from the commit before; none where git cannot tell."""
+    command = ["git", "diff", "--name-only", "HEAD~1", "--", "metal"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return {Path(line).name for line in listed.stdout.splitlines()} if listed.returncode == 0 else set()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="edits whose description contains this")
+    parser.add_argument(
+        "--changed", action="store_true", help="edits of the files of metal/ that the last commit changed"
+    )
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="N of them, drawn by the commit; of all if none is left"
+    )
+    parser.add_argument("-j", "--jobs", type=int, default=2)
+    options = parser.parse_args()
+    edits = [edit for edit in EDITS if options.only in str(edit)]
+    if options.changed:
+        changed = changed_files()
+        edits = [edit for edit in edits if edit.file in changed] or edits
+    if options.sample and len(edits) > options.sample:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+        edits = random.Random(head).sample(edits, options.sample)
+    console = Console()
+    survivors = run(edits, options.jobs, console)
+    proven = [edit for edit in survivors if edit in EQUIVALENT]
+    console.print(f"{len(edits) - len(survivors)} of {len(edits)} caught, {len(proven)} proven equivalent")
+    return int(len(survivors) > len(proven))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The operators: numbers, derivatives, transformations, devices and errors."""

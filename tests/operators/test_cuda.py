@@ -1,0 +1,150 @@
+"""The portable kernels on an NVIDIA GPU: same bounds, same masks as on the CPU. CI has no GPU and skips this."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import torch_fused_lora as tfl
+from tests.operators.test_lora_linear import DTYPES, seeded_masks
+from tests.operators.test_rms_norm import DTYPES as ROW_DTYPES
+from tests.operators.test_rms_norm import EPS
+from tests.operators.test_rms_norm import exact as exact_rms_norm
+from tests.reference import HALF, Layer
+from torch_fused_lora.doctor import self_test
+from torch_fused_lora.ops.dropout import keep_mask
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _context_of_the_autograd_thread():
+    """Torch warns once when the first cuBLAS call of a process is made in backward; warnings are errors here."""
+    x = torch.randn(2, 2, device=CUDA, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x.mm(x).sum().backward()
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [1, 77, 1500])  # 1500: lora_triton.py
+def test_against_float64(dtype, adapter_dtype, dropout_p, rows):
+    K, N, r = 130, 96, 5
+    x, W, b = ((torch.randn(s) * K**-0.25).to(dtype) for s in ((rows, K), (N, K), (N,)))
+    A, B = ((torch.randn(s) * K**-0.25).to(adapter_dtype) for s in ((r, K), (N, r)))
+    layer = Layer(x, W, b, A, B, 0.5, seeded_masks(3, x, [r], [dropout_p]))
+    leaves = [t.to(CUDA).requires_grad_() for t in (x, W, b, A, B)]
+    y = tfl.lora_linear(*leaves, 0.5, dropout_p, training=True)
+    grad = torch.randn(rows, N).to(dtype)
+    found = {"y": y.detach()} | dict(
+        zip(("x", "weight", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, leaves, grad.to(CUDA)), strict=True)
+    )
+    for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
+        if name in found:
+            if rows > 1024 and dropout_p == 0 and dtype in HALF and adapter_dtype == torch.float32:
+                # `lora_triton._dot`: h or z, then what is made of it
+                exact.terms += (2 + 3) * 2**8  # 2**-16 is 2**8 units of float32
+            if dtype in HALF and name == "y":  # of a single row, torch's own product is rounded before the bias
+                exact.rounded = exact.rounded + (x.double() @ W.double().T).abs()
+            exact.check(found[name].cpu(), name)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1000, 129), (0, 7)])
+def test_masks_are_those_of_the_cpu(shape):
+    for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):
+        host = keep_mask(seed, stream, start, *shape, p, torch.device("cpu"))
+        assert torch.equal(keep_mask(seed, stream, start, *shape, p, CUDA).cpu(), host)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [3, 33])
+def test_doctor(dtype, rows):
+    error, allowed = self_test(CUDA, dtype, rows)
+    assert error <= allowed
+
+
+def test_scaling_on_the_device_does_not_synchronise():
+    a = [torch.randn(s, device=CUDA, requires_grad=True) for s in ((700, 8), (6, 8), (6,), (2, 8), (6, 2))]
+    expected = tfl.lora_linear(*a, 0.5)
+    scaling = torch.tensor(0.5, device=CUDA, requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = tfl.lora_linear(*a, scaling)
+        y.sum().backward()
+        tfl.lora_linear(*a, scaling, 0.5, training=True).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(y, expected)
+    assert scaling.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile(mode):
+    """Also where inductor would capture CUDA graphs: a scaling that changes must not be replayed."""
+    a = [torch.randn(s, device=CUDA) for s in ((64, 8), (6, 8), (6,), (2, 8), (6, 2))]
+    compiled = torch.compile(lambda x, s: tfl.lora_linear(x.sin(), *a[1:], s).cos(), mode=mode, fullgraph=True)
+    for i in range(6):
+        scaling = torch.tensor(float(i))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(a[0], scaling), tfl.lora_linear(a[0].sin(), *a[1:], scaling).cos())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    a = [torch.randn(s, device=CUDA, requires_grad=True) for s in ((64, 8), (6, 8), (6,), (2, 8), (6, 2))]
+    with torch.autocast("cuda", dtype):
+        y = tfl.lora_linear(*a, 0.5)
+    Layer(*[t.detach().cpu().to(dtype) for t in a], 0.5).output().check(y.detach().cpu())
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in a)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), ROW_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (33, 130), (3, 5001), (2000, 1024)])
+def test_rms_norm_against_float64(dtype, weight_dtype, shape):
+    x, grad = (torch.randn(shape).to(CUDA, dtype) for _ in range(2))
+    weight = torch.randn(shape[-1]).to(CUDA, weight_dtype).requires_grad_() if weight_dtype is not None else None
+    x.requires_grad_()
+    for rms_norm in (tfl.rms_norm, torch.ops.torch_fused_lora.rms_norm):  # the shortest way, and the operator
+        y = rms_norm(x, weight, EPS)
+        found = torch.autograd.grad(y, (x,) if weight is None else (x, weight), grad)
+        assert [t.dtype for t in (y, *found)] == [dtype, dtype, weight_dtype][: 1 + len(found)]
+        for exact, actual in zip(exact_rms_norm(x, weight, grad), (y.detach(), *found), strict=False):
+            exact.check(actual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_softmax_is_torchs(dtype, dim):
+    x = torch.randn(33, 130).to(CUDA, dtype).requires_grad_()
+    grad = torch.randn_like(x)
+    for softmax in (tfl.softmax, torch.ops.torch_fused_lora.softmax):
+        assert torch.equal(softmax(x, dim), torch.softmax(x, dim))
+        expected = torch.autograd.grad(torch.softmax(x, dim), x, grad)
+        torch.testing.assert_close(torch.autograd.grad(softmax(x, dim), x, grad), expected, rtol=0, atol=0)
+
+
+def test_a_mixed_rms_norm_is_a_few_calls():
+    """A float32 weight over bfloat16, as Gemma's: torch's kernels on the wider type, never blocks."""
+    x, weight = torch.randn(8192, 1024, device=CUDA).bfloat16(), torch.randn(1024, device=CUDA)
+    tfl.rms_norm(x, weight)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        tfl.rms_norm(x, weight)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 1 <= len(kernels) <= 4, kernels  # to float32, the norm, and back
+
+
+def test_patch_norms_leaves_what_is_one_kernel_alone():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    model = torch.nn.ModuleList([torch.nn.RMSNorm(64), llama.LlamaRMSNorm(64)]).to(CUDA, torch.bfloat16)
+    x = torch.randn(5, 64, device=CUDA, dtype=torch.bfloat16)
+    expected = model[1](x)
+    report = tfl.patch_norms(model)
+    assert report.patched == ["1"]
+    assert report.declined == {"0": "torch's own is one kernel each way on cuda already"}
+    torch.testing.assert_close(model[1](x), expected, rtol=2**-7, atol=0)

@@ -1,0 +1,56 @@
+"""The Triton kernels of `ops/lora_linear/triton.py` without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import ROOT
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+def test_triton_kernels():
+    """What an NVIDIA GPU does with many half rows and float32 adapters, executed by Triton's interpreter on the CPU
+    (test_cuda.py does it on a GPU): ragged blocks, several blocks of rank, strided operands. The interpreter
+    multiplies no bfloat16: float16, and a plain product."""
+    script = """
+import torch
+from tests.reference import Layer
+from tests.operators.test_lora_linear import laid_out
+import torch_fused_lora as tfl
+from torch_fused_lora.ops.lora_linear import ways
+from torch_fused_lora.ops.lora_linear import triton as kernels
+ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=0), 0
+tl = kernels.tl
+kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+for M, K, N, r, dtype, layout in (
+    (70, 130, 200, 5, torch.float16, "contiguous"),
+    (600, 96, 80, 70, torch.float16, "strided"),
+    (1, 7, 3, 1, torch.float16, "transposed"),
+):
+    operands = [laid_out(s, t, layout).requires_grad_() for s, t in (
+        ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), torch.float32), ((N, r), torch.float32)
+    )]
+    scaling = torch.tensor(0.5, requires_grad=M == 70)
+    layer = Layer(*operands, 0.5)
+    y = tfl.lora_linear(*operands, scaling)
+    layer.output().check(y.detach())
+    grad = torch.randn(M, N).to(dtype)
+    names = ["x", "weight", "bias", "lora_A", "lora_B", "scaling"][: 6 if scaling.requires_grad else 5]
+    exact = layer.gradients(grad)
+    for name, found in zip(names, torch.autograd.grad(y, [*operands, scaling][: len(names)], grad), strict=True):
+        if name in exact:
+            exact[name].check(found, name)
+with torch.no_grad():
+    x, W, _, A, B = operands
+    y, z = torch.zeros(M, N, dtype=dtype), torch.zeros(M, N, dtype=dtype)
+    kernels.add_delta_(y, x, A, B, 0.5)
+    kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
+    assert torch.equal(y, z) and y.any()
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)

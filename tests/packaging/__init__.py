@@ -1,0 +1,1 @@
+"""What is installed and what it promises: commands, extension, interface, documents, names of torch."""
