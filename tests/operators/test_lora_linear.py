@@ -52,7 +52,7 @@ def laid_out(shape, dtype: torch.dtype, layout: str, scale: float = 1.0, device=
 def seeded_masks(seed: int, x: torch.Tensor, ranks: list[int], dropout_p: list[float]):
     """Draw as the next call of the operator will after manual_seed(seed); returns `Layer.masks`."""
     torch.manual_seed(seed)
-    drawn = draw_seed() if any(dropout_p) else None
+    drawn = draw_seed(x) if any(dropout_p) else None
     torch.manual_seed(seed)
     masks, start = [], 0
     for stream, (rank, p) in enumerate(zip(ranks, dropout_p, strict=True)):

@@ -22,9 +22,11 @@ import torch
 from tests.reference import Layer
 from tests.operators.test_lora_linear import laid_out
 import torch_fused_lora as tfl
+from torch_fused_lora.ops.dropout.operator import draw_seed, gpu_mask
 from torch_fused_lora.ops.lora_linear import ways
+from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
 from torch_fused_lora.ops.lora_linear import triton as kernels
-ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=0), 0
+ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=True), 0
 tl = kernels.tl
 kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 for M, K, N, r, dtype, layout in (
@@ -51,6 +53,32 @@ with torch.no_grad():
     kernels.add_delta_(y, x, A, B, 0.5)
     kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
+
+# Dropout in registers: of one adapter, of several, some of which drop nothing.
+for M, K, N, ranks, dropouts, dtype, adapter_dtype in (
+    (70, 136, 200, (5,), (0.3,), torch.float16, torch.float32),
+    (600, 96, 80, (3, 2, 4), (0.6, 0.0, 0.1), torch.float16, torch.float16),
+):
+    r = sum(ranks)
+    operands = [laid_out(s, t, "strided").requires_grad_() for s, t in (
+        ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), adapter_dtype), ((N, r), adapter_dtype)
+    )]
+    torch.manual_seed(3)
+    seed = int(draw_seed(operands[0]))
+    torch.manual_seed(3)
+    masks, start = [], 0
+    for stream, (rank, p) in enumerate(zip(ranks, dropouts)):
+        keep = gpu_mask(seed, stream, 0, M * K, round(p * 2**32)).view(M, K).double() / (1 - p) if p else None
+        masks.append((slice(start, start + rank), keep))
+        start += rank
+    layer = Layer(*operands, 0.5, masks, launches=len(ranks))
+    y = lora_linear_stacked(*operands, 0.5, dropouts, ranks)
+    layer.output().check(y.detach())
+    grad = torch.randn(M, N).to(dtype)
+    exact = layer.gradients(grad)
+    for name, found in zip(("x", "weight", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, operands, grad)):
+        if name in exact:
+            exact[name].check(found, name)
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)

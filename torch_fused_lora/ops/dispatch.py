@@ -146,9 +146,9 @@ def autocast_enabled(device_type: str) -> bool:
 # ------------------------------------------------------------------------------------------------------ registration
 
 
-def define(name: str, schema: str, *tags: torch.Tag) -> None:
+def define(name: str, schema: str) -> None:
     """Define operator ``torch_fused_lora::name``."""
-    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 def implement(name: str, function: Callable, *dispatch_keys: str) -> None:
@@ -201,7 +201,6 @@ class Operator:
 
     name: str  # the public operator's
     schemas: tuple[str, str]  # of forward and backward; this returns Tensor[], or Tensor where there is one input
-    tags: tuple[torch.Tag, ...] = ()
     inputs: int  # how many of the forward's leading arguments have gradients
     patch: str = ""  # what puts the operator under a model, for errors
     instead: str  # what to do where mps has no kernels, for errors
@@ -267,7 +266,7 @@ class Operator:
     def __init__(self) -> None:
         forward, backward = f"{self.name}_forward", f"{self.name}_backward"
         for name, schema in zip((forward, backward), self.schemas, strict=True):
-            define(name, schema, *self.tags)
+            define(name, schema)
         self._forward_operator, self._backward_operator = _overload(forward), _overload(backward)
         self._on_device = torch_private.kernel_of(self._forward_operator, "MPS")
         self._apply = torch_private.apply_of(_recorded(self))

@@ -32,28 +32,27 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _BLOCK = 1 << 14  # counters at a time: 0.75 MiB of state, within a core's L2
 
 
-def draw_seed() -> torch.Tensor:
-    """A fresh seed from torch's default CPU generator, as a 0-dim int64 CPU tensor.
-
-    On every device the seed lives on the CPU: `torch.manual_seed` reaches it, checkpointing always saves and
-    restores the CPU generator, and reading it needs no device synchronisation.
-    """
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+def draw_seed(x: torch.Tensor) -> torch.Tensor:
+    """A fresh seed for x, 0-dim int64: on CUDA on x's device and of its generator, so that a captured graph draws
+    another one each time; elsewhere of torch's default CPU generator, since there the host reads it.
+    `torch.manual_seed` reaches both, and checkpointing saves and restores both."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device if x.is_cuda else "cpu")
 
 
 def keep_mask(
-    seed: int, stream: int, start: int, rows: int, columns: int, p: float, device: torch.device
+    seed: int | Tensor, stream: int, start: int, rows: int, columns: int, p: float, device: torch.device
 ) -> torch.Tensor:
     """Rows ``[start, start + rows)`` of the keep-mask, a (rows, columns) bool tensor on ``device``."""
     first, count = start * columns, rows * columns
     threshold = min(round(p * 2**32), 2**32 - 1)
     if device.type == "cpu":
-        return torch.from_numpy(_cpu_mask(seed, stream, first, count, threshold)).view(rows, columns)
+        return torch.from_numpy(_cpu_mask(int(seed), stream, first, count, threshold)).view(rows, columns)
     if device.type in ("cuda", "xpu") and (triton_mask := _triton_mask()):
-        return triton_mask(seed, stream, first, threshold, rows, columns, device)
+        on_device = torch.as_tensor(seed, dtype=torch.int64, device=device)
+        return triton_mask(on_device, stream, first, threshold, rows, columns, device)
     if device.type != "mps":  # there only torch.func and a double backward want a mask as a tensor
         _warn_host_mask(device.type)
-    return gpu_mask(seed, stream, first, count, threshold).view(rows, columns).to(device)
+    return gpu_mask(int(seed), stream, first, count, threshold).view(rows, columns).to(device)
 
 
 _CHUNK = 1 << 20  # elements that one thread draws at a time, 5 ms of work
@@ -146,12 +145,11 @@ def _warn_host_mask(device_type: str) -> None:
 define(
     "dropout_mask",
     "(Tensor seed, int stream, SymInt rows, SymInt columns, float p, Device device) -> Tensor",
-    torch.Tag.cudagraph_unsafe,  # reads the seed on the host
 )
 
 
 def _dropout_mask(seed: Tensor, stream: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
-    return keep_mask(int(seed), stream, 0, rows, columns, p, device)
+    return keep_mask(seed, stream, 0, rows, columns, p, device)
 
 
 def _dropout_mask_fake(seed: Tensor, stream: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:

@@ -43,7 +43,7 @@ from ..dispatch import (
     savable,
 )
 from ..dropout import draw_seed
-from ..rows import DTYPES, DTYPES_TEXT, HALF
+from ..rows import DTYPES, DTYPES_TEXT, HALF, wide_dtype
 from . import differentiable, portable
 
 
@@ -123,28 +123,26 @@ def lora_linear_stacked(
         way = route(x)
     seed = None
     if any(dropout_p):
-        seed = draw_seed()
+        seed = draw_seed(x)
     else:
         dropout_p = ranks = ()
     if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
-        scaling = _as_scaling(scaling, x.dtype)
+        scaling = _as_scaling(scaling, x)
     inputs = (x, weight, bias, lora_A, lora_B, scaling)
     return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
 
 
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
-
-
-def _as_scaling(scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
+def _as_scaling(scaling: float | Tensor, x: Tensor) -> Tensor:
     """`scaling` as the operator takes it: a 0-dim float32 tensor (float64 beside float64)."""
-    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    wanted = wide_dtype(x.dtype)
     if isinstance(scaling, Tensor):
         return scaling if scaling.dtype == wanted or not scaling.is_floating_point() else scaling.to(wanted)
     if not isinstance(scaling, (float, numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scaling: expected a number or a 0-dim Tensor, got {type(scaling).__name__}")
     if torch.compiler.is_compiling():
-        # A product keeps a float that changes from call to call symbolic; torch.tensor(scaling) recompiles.
-        return _ONE.to(wanted) * scaling
+        # `full` keeps a float that changes from call to call symbolic, torch.tensor(scaling) recompiles. A CPU tensor
+        # would keep CUDA graphs from being captured; the kernels of mps read one while they are encoded.
+        return torch.full((), scaling, dtype=wanted, device=x.device if x.device.type == "cuda" else "cpu")
     if dispatch_modes() > 0:  # a mode may wrap new tensors: keep them out of the cache
         return torch.tensor(scaling, dtype=wanted, device="cpu")
     return _cached_scalar(scaling, wanted)
@@ -183,8 +181,8 @@ def _check_options(
             refuse("scaling", scaling, f"a tensor on the CPU or on {name}'s device {like.device}")
     if seed is None:
         return
-    if seed.shape != () or seed.dtype != torch.int64 or not seed.is_cpu:
-        refuse("seed", seed, "a 0-dim int64 tensor on the CPU")
+    if seed.shape != () or seed.dtype != torch.int64 or not (seed.is_cpu or seed.device == like.device):
+        refuse("seed", seed, f"a 0-dim int64 tensor on the CPU or on {name}'s device {like.device}")
     if not all(0.0 <= p < 1.0 for p in dropout_p):
         refuse("dropout_p", list(dropout_p), "probabilities in [0, 1)")
     got_ranks = list(ranks) or [r]
@@ -210,9 +208,6 @@ class _LoRALinear(dispatch.Operator):
         "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? h, "
         "Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
     )
-    # Scaling and seed may be CPU tensors that a kernel reads while it is encoded: a captured graph would replay their
-    # first values.
-    tags = (torch.Tag.cudagraph_unsafe,)
     inputs = 6
     patch = "patch_peft"
     instead = "leave the model unpatched (torch_fused_lora.unpatch_peft)"
@@ -369,7 +364,7 @@ class _LoRALinear(dispatch.Operator):
 
     def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
         x, weight, lora_A, lora_B, scaling, *rest = arguments
-        return super().gradients(grad, (x, weight, lora_A, lora_B, _as_scaling(scaling, grad.dtype), *rest), needs)
+        return super().gradients(grad, (x, weight, lora_A, lora_B, _as_scaling(scaling, grad), *rest), needs)
 
 
 _operator = _LoRALinear()
@@ -377,7 +372,6 @@ define(
     "lora_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, "
     "float dropout_p=0.0, Tensor? seed=None) -> Tensor",
-    *_LoRALinear.tags,
 )
 _ops = getattr(torch.ops, NAMESPACE)
 

@@ -50,7 +50,7 @@ def forward(
         h = F.linear(rows if dtype is A.dtype else rows.float(), A)
         _add_product_(y, h, B.t(), scale)
     elif way is BY_TRITON:
-        h = triton_kernels().add_delta_(y, rows, A, B, scale)
+        h = triton_kernels().add_delta_(y, rows, A, B, scale, _dropouts(seed, dropout_p, ranks, A))
     else:
         h = _add_delta_by_blocks_(y, rows, A, B, scale, seed, dropout_p, ranks, save_h)
     return y if is_matrix else unflat(y, x), cast(h, lora_A.dtype) if save_h else None
@@ -84,8 +84,9 @@ def backward(
     grad_A: Saved = None
     grad_h: Saved = None
     way, A, B = choose(grad_rows, lora_A, lora_B, seed is not None)
+    scale = _number(scaling)
     if way is WHOLE:
-        scale, alike = _number(scaling), dtype is A.dtype
+        alike = dtype is A.dtype
         wide = grad_rows if alike else grad_rows.float()
         if need_x or need_A:
             z = wide.mm(B)
@@ -102,7 +103,8 @@ def backward(
         if h is not None and not need_scaling:
             h = _widened(h, A) * scaling
         if way is BY_TRITON:
-            grad_A, grad_h = triton_kernels().backward(grad_rows, grad_x, x_side, A, B, scaling, h)
+            dropouts = _dropouts(seed, dropout_p, ranks, A)
+            grad_A, grad_h = triton_kernels().backward(grad_rows, grad_x, x_side, A, B, scale, h, dropouts)
         else:
             grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
     return (
@@ -201,11 +203,18 @@ def adapters(
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 
 
+def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> list[Any]:
+    if seed is None:
+        return []
+    seed, groups = seed.to(A.device), adapters(seed, dropout_p, ranks, A.shape[0])
+    return [triton_kernels().Dropout(rank, p, seed, stream) for stream, (rank, p) in enumerate(groups)]
+
+
 def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:
     """Which elements of x, in rows ``start`` onwards, each adapter's dropout keeps: 1, or 0; None for all."""
 
     def mask(stream: int, p: float) -> Maybe:
-        keep = keep_mask(int(seed), stream, start, rows, A.shape[1], p, A.device)
+        keep = keep_mask(seed, stream, start, rows, A.shape[1], p, A.device)
         return keep.view(torch.uint8).to(A.dtype)  # from bool it takes six times as long on a CPU
 
     return [mask(stream, p) if p else None for stream, (_, p) in enumerate(groups)]

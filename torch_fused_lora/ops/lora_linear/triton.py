@@ -1,79 +1,146 @@
-"""The low-rank term as Triton kernels: many half rows that meet float32 adapters, on an NVIDIA GPU.
+"""The low-rank term as Triton kernels: half rows that meet adapters, with or without dropout, on an NVIDIA GPU.
 
-Plain aten calls would convert the full-width operands to float32 first. These read each of them once, as they are.
-Sums are in float32, in a fixed order; products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a
-bfloat16 rounding. Block sizes are the best of a sweep on an H100, at ranks 16 and 64.
+Plain aten calls would convert the full-width operands to float32 first, and write dropout's mask and what it leaves.
+These read each of them once, as they are, and draw masks in registers. Sums are in float32, in a fixed order;
+products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfloat16 rounding. Block sizes are the best
+of a sweep on an H100, at ranks 16 and 64.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dropout.triton import keep_tile
+from ..launcher import Launcher
 
-def add_delta_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-    """``y += scale · h Bᵀ`` in place, y (M, N) and x (M, K) half; returns h = x Aᵀ (M, r) in float32."""
-    h = _product(x, A.t())
+
+class Dropout(NamedTuple):
+    """Of one adapter: its ranks, and which elements of its side of an M x K matrix it keeps, each times 1 / (1 - p)."""
+
+    rank: slice
+    p: float
+    seed: Tensor  # on the device
+    stream: int
+
+
+def add_delta_(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, dropouts: Sequence[Dropout] = ()
+) -> Tensor:
+    """``y += scale · h Bᵀ`` in place, y (M, N) and x (M, K) half; returns h = dropout(x) Aᵀ (M, r) in float32."""
+    if not dropouts:
+        h = _product(x, A.t())
+    elif len(dropouts) == 1:
+        h = _product(x, A.t(), dropout=dropouts[0])
+    else:
+        h = torch.cat([_product(x, A[d.rank].t(), dropout=d) for d in dropouts], 1)
     if isinstance(scale, Tensor):
-        _accumulate_(y, h * scale, B.t(), 1.0)
+        _accumulate_(y, h * scale, B.t())
     else:
         _accumulate_(y, h, B.t(), scale)
     return h
 
 
 def backward(
-    grad: Tensor, grad_x: Tensor | None, x: Tensor | None, A: Tensor, B: Tensor, scaling: Tensor, h: Tensor | None
+    grad: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float | Tensor,
+    h: Tensor | None,
+    dropouts: Sequence[Dropout],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``grad_x += z A`` in place with z = s dY B; returns zᵀ x and dYᵀ h. None where a tensor is not given."""
+    """``grad_x += dropout(z A)`` in place with z = s dY B; returns zᵀ dropout(x) and dYᵀ h. None where a tensor is not
+    given."""
     grad_A = grad_h = None
     if grad_x is not None or x is not None:
-        z = _product(grad, B).mul_(scaling)
+        z = _product(grad, B).mul_(scaling) if isinstance(scaling, Tensor) else _product(grad, B, scaling)
+        every = slice(0, z.shape[1])
+        parts: list[tuple[slice, Dropout | None]] = [(d.rank, d) for d in dropouts] or [(every, None)]
         if grad_x is not None:
-            _accumulate_(grad_x, z, A, 1.0)
+            for rank, dropout in parts:
+                _accumulate_(grad_x, z[:, rank], A[rank], dropout=dropout)
         if x is not None:
-            grad_A = _reduce(z, x).sum(0)
+            found = [_reduce(z[:, rank], x, dropout=dropout).sum(0) for rank, dropout in parts]
+            grad_A = found[0] if len(found) == 1 else torch.cat(found)
     if h is not None:
         grad_h = _reduce(h, grad, transposed=True).sum(0)
     return grad_A, grad_h
 
 
-def _product(rows: Tensor, small: Tensor) -> Tensor:
-    """rows (M, K) times small (K, C), C of the order of the rank, in float32."""
+_NO_DROPOUT = (None, 0, 0)
+
+
+def _words(dropout: Dropout | None) -> tuple[object, int, int]:
+    """Seed, stream and threshold of the kernels."""
+    if dropout is None or dropout.p == 0.0:
+        return _NO_DROPOUT
+    threshold = min(round(dropout.p * 2**32), 2**32 - 1)
+    return dropout.seed, dropout.stream, threshold - 2**32 if threshold >= 2**31 else threshold  # 32 bits, with a sign
+
+
+def _inverse_keep(dropout: Dropout | None) -> float:
+    return 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
+
+
+def _kind(*tensors: Tensor) -> tuple[object, ...]:
+    """What Triton specialises its code for: dtypes, alignments, shapes and strides. A leading dimension of rows counts
+    as far as it is 1 or a multiple of 16."""
+    found: list[object] = []
+    for t in tensors:
+        rows = t.shape[0]
+        found += (t.dtype, t.data_ptr() % 16 == 0, rows == 1, rows % 16 == 0, t.shape[1], t.stride())
+    return tuple(found)
+
+
+def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout | None = None) -> Tensor:
+    """``scale · dropout(rows) small``: rows (M, K), small (K, C) with C of the order of the rank, in float32."""
     (M, K), C = rows.shape, small.shape[1]
     out = torch.empty(M, C, dtype=torch.float32, device=rows.device)
-    block_M, block_K, block_C = 64, 128, _rank_block(C)
-    with torch.cuda.device_of(rows):
-        _product_kernel[triton.cdiv(M, block_M), triton.cdiv(C, block_C)](
-            out, rows, small, M, K, C, *rows.stride(), *small.stride(), block_M, block_K, block_C
-        )
+    seed, stream, threshold = _words(dropout)
+    _launch_product(
+        (triton.cdiv(M, 64), triton.cdiv(C, _rank_block(C)), 1),
+        (_kind(rows, small), seed is None),
+        out, rows, small, scale * _inverse_keep(dropout), seed, stream, threshold, M, K, C,
+        *rows.stride(), *small.stride(), 64, 128, _rank_block(C),
+    )  # fmt: skip
     return out
 
 
-def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``out += scale · a b`` for half out (M, C), float32 a (M, r) and b (r, C); one rounding."""
+def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout: Dropout | None = None) -> None:
+    """``out += dropout(scale · a b)`` for half out (M, C), float32 a (M, r) and b (r, C); one rounding."""
     (M, C), r = out.shape, a.shape[1]
-    block_M, block_C, block_r = 64, 128, 16
-    with torch.cuda.device_of(out):
-        _accumulate_kernel[triton.cdiv(M, block_M), triton.cdiv(C, block_C)](
-            out, a, b, scale, M, C, r, *out.stride(), *a.stride(), *b.stride(), block_M, block_C, block_r, num_stages=2
-        )
+    seed, stream, threshold = _words(dropout)
+    _launch_accumulate(
+        (triton.cdiv(M, 64), triton.cdiv(C, 128), 1),
+        (_kind(out, a, b), seed is None),
+        out, a, b, scale * _inverse_keep(dropout), seed, stream, threshold, M, C, r,
+        *out.stride(), *a.stride(), *b.stride(), 64, 128, 16,
+    )  # fmt: skip
 
 
-def _reduce(small: Tensor, rows: Tensor, transposed: bool = False) -> Tensor:
-    """The transpose of small (M, r) times half rows (M, C), in float32, in up to 8 parts of the sum over M: (parts, r,
-    C), or (parts, C, r) if ``transposed``."""
+def _reduce(small: Tensor, rows: Tensor, transposed: bool = False, dropout: Dropout | None = None) -> Tensor:
+    """The transpose of small (M, r) times half rows (M, C) after dropout, in float32, in up to 8 parts of the sum over
+    M: (parts, r, C), or (parts, C, r) if ``transposed``."""
     (M, r), C = small.shape, rows.shape[1]
     block_M, block_C, block_r = 64, 128, _rank_block(r)
     part = triton.cdiv(triton.cdiv(M, 8), block_M) * block_M
     parts = triton.cdiv(M, part)
     out = torch.empty((parts, C, r) if transposed else (parts, r, C), dtype=torch.float32, device=rows.device)
     out_r, out_c = (1, r) if transposed else (C, 1)
-    with torch.cuda.device_of(rows):
-        _reduce_kernel[triton.cdiv(C, block_C), triton.cdiv(r, block_r), parts](
-            out, small, rows, M, r, C, out_r, out_c, *small.stride(), *rows.stride(), part, block_M, block_r, block_C
-        )
+    seed, stream, threshold = _words(dropout)
+    _launch_reduce(
+        (triton.cdiv(C, block_C), triton.cdiv(r, block_r), parts),
+        (_kind(small, rows), transposed, seed is None),
+        out, small, rows, _inverse_keep(dropout), seed, stream, threshold, M, r, C,
+        out_r, out_c, *small.stride(), *rows.stride(), part, block_M, block_r, block_C,
+    )  # fmt: skip
     return out
 
 
@@ -94,53 +161,67 @@ def _dot(a, b, total):  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream", "threshold", "M"])
 def _product_kernel(  # type: ignore[no-untyped-def]
-    out, rows, small, M, K, C, rows_m, rows_k, small_k, small_c,
+    out, rows, small, scale, seed, stream, threshold, M, K, C, rows_m, rows_k, small_k, small_c,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = row.to(tl.int64)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(rows + m * rows_m + k[None, :] * rows_k, mask=(m < M) & (k[None, :] < K), other=0.0)
+        if seed is not None:
+            a = a * keep_tile(tl.load(seed), stream, threshold, row, start, K, BLOCK_K).to(a.dtype)
         b = tl.load(small + k[:, None] * small_k + c * small_c, mask=(k[:, None] < K) & (c < C), other=0.0)
         total = _dot(a, b, total)
-    tl.store(out + m * C + c, total, mask=(m < M) & (c < C))
+    tl.store(out + m * C + c, scale * total, mask=(m < M) & (c < C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream", "threshold", "M"])
 def _accumulate_kernel(  # type: ignore[no-untyped-def]
-    out, a, b, scale, M, C, R, out_m, out_c, a_m, a_r, b_r, b_c,
+    out, a, b, scale, seed, stream, threshold, M, C, R, out_m, out_c, a_m, a_r, b_r, b_c,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    row, first = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_C
+    m, c = row.to(tl.int64)[:, None], first + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         a_block = tl.load(a + m * a_m + r[None, :] * a_r, mask=(m < M) & (r[None, :] < R), other=0.0)
         b_block = tl.load(b + r[:, None] * b_r + c * b_c, mask=(r[:, None] < R) & (c < C), other=0.0)
         total = _dot(a_block, b_block, total)
+    if seed is not None:
+        total = total * keep_tile(tl.load(seed), stream, threshold, row, first, C, BLOCK_C).to(tl.float32)
     inside = (m < M) & (c < C)
     where = out + m * out_m + c * out_c
     total = tl.load(where, mask=inside, other=0.0).to(tl.float32) + scale * total
     tl.store(where, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream", "threshold", "M", "part"])
 def _reduce_kernel(  # type: ignore[no-untyped-def]
-    out, small, rows, M, R, C, out_r, out_c, small_m, small_r, rows_m, rows_c, part,
+    out, small, rows, scale, seed, stream, threshold, M, R, C, out_r, out_c, small_m, small_r, rows_m, rows_c, part,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    first_c = tl.program_id(0) * BLOCK_C
+    c = first_c + tl.arange(0, BLOCK_C)[None, :]
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    first = tl.program_id(2).to(tl.int64) * part
+    first = tl.program_id(2) * part
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(0, part, BLOCK_M):
-        m = first + start + tl.arange(0, BLOCK_M)
+        row = first + start + tl.arange(0, BLOCK_M)
+        m = row.to(tl.int64)
         a = tl.load(small + m[None, :] * small_m + r * small_r, mask=(m[None, :] < M) & (r < R), other=0.0)
         b = tl.load(rows + m[:, None] * rows_m + c * rows_c, mask=(m[:, None] < M) & (c < C), other=0.0)
+        if seed is not None:
+            b = b * keep_tile(tl.load(seed), stream, threshold, row, first_c, C, BLOCK_C).to(b.dtype)
         total = _dot(a, b, total)
-    tl.store(out + tl.program_id(2) * R * C + r * out_r + c * out_c, total, mask=(r < R) & (c < C))
+    tl.store(out + tl.program_id(2) * R * C + r * out_r + c * out_c, scale * total, mask=(r < R) & (c < C))
+
+
+_launch_product = Launcher(_product_kernel)
+_launch_accumulate = Launcher(_accumulate_kernel, num_stages=2)
+_launch_reduce = Launcher(_reduce_kernel)

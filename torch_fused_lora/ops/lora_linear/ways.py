@@ -28,20 +28,20 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: rows up to which
-    half rows and float32 adapters are left to aten calls."""
+    """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
+    meet adapters in Triton kernels, where there are float32 adapters and more than `FEW` rows, or dropout."""
 
     block: int
-    triton: int | None = None
+    triton: bool = False
 
     def __str__(self) -> str:
         text = f"converts {self.block} elements at a time, or {FEW} rows"
-        return text if self.triton is None else f"{text}; by Triton where there are more than {self.triton} rows"
+        return f"{text}; half rows by Triton" if self.triton else text
 
 
 # 8 MiB of float32 on a CPU: smaller blocks would stay in L2, and are no faster on a quiet CPU; on a busy one each
 # parallel aten call may wait a scheduler's time slice for its threads, so that few large blocks win by far.
-TABLE = {"cpu": Limits(block=1 << 21), "cuda": Limits(block=1 << 24, triton=1024), "xpu": Limits(block=1 << 24)}
+TABLE = {"cpu": Limits(block=1 << 21), "cuda": Limits(block=1 << 24, triton=True), "xpu": Limits(block=1 << 24)}
 
 
 def limits_of(device_type: str) -> Limits:
@@ -56,19 +56,22 @@ def block_rows(A: Tensor, B: Tensor) -> int:
 
 def choose(rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool) -> tuple[Way, Tensor, Tensor]:
     """The way for these rows, and the adapters in the dtype in which rows meet them: their own, but float32 for half
-    adapters under dropout, whose factor 1 / (1 - p) is no half, and on a CPU, which is faster there where the processor
-    multiplies no halves."""
+    adapters where aten calls drop, and on a CPU, which is faster there where the processor multiplies no halves."""
     dtype = lora_A.dtype
-    if dtype in HALF and (drops or lora_A.is_cpu):
+    if dtype is rows.dtype and not drops and not lora_A.is_cpu:
+        return WHOLE, lora_A, lora_B
+    if rows.dtype in HALF:
+        limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
+        # Dropout's tiles begin at whole counters of 8 elements.
+        fits = lora_A.shape[1] % 8 == 0 if drops else rows.shape[0] > FEW
+        if limits.triton and fits and triton_kernels():
+            return BY_TRITON, lora_A, lora_B
+    if dtype in HALF:
         lora_A, lora_B, dtype = lora_A.float(), lora_B.float(), torch.float32
     if drops:
         return BLOCKS, lora_A, lora_B
-    if rows.dtype is dtype or (count := rows.shape[0]) <= FEW:
-        return WHOLE, lora_A, lora_B
-    limits = limits_of(rows.device.type)
-    if limits.triton is not None and count > limits.triton and triton_kernels():
-        return BY_TRITON, lora_A, lora_B
-    return WHOLE if count <= block_rows(lora_A, lora_B) else BLOCKS, lora_A, lora_B
+    few = rows.dtype is dtype or (count := rows.shape[0]) <= FEW
+    return WHOLE if few or count <= block_rows(lora_A, lora_B) else BLOCKS, lora_A, lora_B
 
 
 @functools.cache

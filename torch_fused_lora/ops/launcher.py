@@ -1,0 +1,37 @@
+"""Triton kernels, launched without the search for the compiled one that ``kernel[grid](...)`` makes on every call."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from triton import JITFunction, knobs
+from triton.runtime import driver
+
+
+def _hooked() -> bool:
+    """Whether a profiler of Triton's wants to hear of launches."""
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)  # newer ones are chains of calls
+
+
+class Launcher:
+    """A Triton kernel, which is compiled once for a key of what Triton specialises its code for, and for a device."""
+
+    def __init__(self, kernel: Any, **options: Any):
+        self._kernel, self._options = kernel, options
+        self._compiled: dict[Hashable, Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], key: Hashable, *arguments: Any) -> None:
+        """Launch on the current stream of the current device. ``key`` says all that decides the machine code: dtypes,
+        alignments, and every integer, unless the kernel does not specialise it."""
+        if not isinstance(self._kernel, JITFunction):  # interpreted
+            self._kernel[grid](*arguments, **self._options)
+            return
+        device = driver.active.get_current_device()
+        compiled = self._compiled.get((device, key))
+        if compiled is None or _hooked():
+            self._compiled[device, key] = self._kernel[grid](*arguments, **self._options)
+            return
+        stream = driver.active.get_current_stream(device)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
