@@ -153,7 +153,9 @@ def test_reduce_overhead(keep, dropout_p):
         expected = tfl.lora_linear(*a, 0.5)
         for y, grad in found:
             torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
-            torch.testing.assert_close(grad, torch.autograd.grad(expected.float().sum(), a[3], retain_graph=True)[0])
+            own = torch.autograd.grad(expected.float().sum(), a[3], retain_graph=True)[0]
+            # products of ours are within 3 * 2**-16 of their magnitude, here of 48 * 64 terms that are below 1
+            torch.testing.assert_close(grad, own, rtol=0, atol=3 * 2**-16 * 48 * 64 / 16)
     else:
         assert not torch.equal(found[-1][0], found[-2][0])
 

@@ -67,10 +67,10 @@ def backward(
             for rank, dropout in parts:
                 _accumulate_(grad_x, z[:, rank], A[rank], dropout=dropout)
         if x is not None:
-            found = [_reduce(z[:, rank], x, dropout=dropout).sum(0) for rank, dropout in parts]
+            found = [_reduce(z[:, rank], x, dropout=dropout) for rank, dropout in parts]
             grad_A = found[0] if len(found) == 1 else torch.cat(found)
     if h is not None:
-        grad_h = _reduce(h, grad, transposed=True).sum(0)
+        grad_h = _reduce(h, grad, transposed=True)
     return grad_A, grad_h
 
 
@@ -89,26 +89,27 @@ def _inverse_keep(dropout: Dropout | None) -> float:
     return 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
 
 
-def _kind(*tensors: Tensor) -> tuple[object, ...]:
-    """What Triton specialises its code for: dtypes, alignments, shapes and strides. A leading dimension of rows counts
-    as far as it is 1 or a multiple of 16."""
-    found: list[object] = []
-    for t in tensors:
-        rows = t.shape[0]
-        found += (t.dtype, t.data_ptr() % 16 == 0, rows == 1, rows % 16 == 0, t.shape[1], t.stride())
-    return tuple(found)
+# Not triton.cdiv and triton.next_power_of_2, which take six microseconds a call.
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _rank_block(r: int) -> int:
+    return min(max(1 << (r - 1).bit_length(), 16), 64)  # 16 is the least that the matrix units take
 
 
 def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout | None = None) -> Tensor:
     """``scale · dropout(rows) small``: rows (M, K), small (K, C) with C of the order of the rank, in float32."""
     (M, K), C = rows.shape, small.shape[1]
-    out = torch.empty(M, C, dtype=torch.float32, device=rows.device)
+    out = rows.new_empty((M, C), dtype=torch.float32)
     seed, stream, threshold = _words(dropout)
+    rows_stride, small_stride, block_C = rows.stride(), small.stride(), _rank_block(C)
+    alignments = rows.data_ptr() & 15, small.data_ptr() & 15
     _launch_product(
-        (triton.cdiv(M, 64), triton.cdiv(C, _rank_block(C)), 1),
-        (_kind(rows, small), seed is None),
+        (_blocks(M, 64), _blocks(C, block_C), 1),
+        (K, C, rows.dtype, small.dtype, rows_stride, small_stride, alignments, seed is None),
         out, rows, small, scale * _inverse_keep(dropout), seed, stream, threshold, M, K, C,
-        *rows.stride(), *small.stride(), 64, 128, _rank_block(C),
+        *rows_stride, *small_stride, 64, 128, block_C,
     )  # fmt: skip
     return out
 
@@ -117,35 +118,35 @@ def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout:
     """``out += dropout(scale · a b)`` for half out (M, C), float32 a (M, r) and b (r, C); one rounding."""
     (M, C), r = out.shape, a.shape[1]
     seed, stream, threshold = _words(dropout)
+    out_stride, a_stride, b_stride = out.stride(), a.stride(), b.stride()
+    alignments = out.data_ptr() & 15, a.data_ptr() & 15, b.data_ptr() & 15
     _launch_accumulate(
-        (triton.cdiv(M, 64), triton.cdiv(C, 128), 1),
-        (_kind(out, a, b), seed is None),
+        (_blocks(M, 64), _blocks(C, 128), 1),
+        (C, r, out.dtype, b.dtype, out_stride, a_stride, b_stride, alignments, seed is None),
         out, a, b, scale * _inverse_keep(dropout), seed, stream, threshold, M, C, r,
-        *out.stride(), *a.stride(), *b.stride(), 64, 128, 16,
+        *out_stride, *a_stride, *b_stride, 64, 128, 16,
     )  # fmt: skip
 
 
 def _reduce(small: Tensor, rows: Tensor, transposed: bool = False, dropout: Dropout | None = None) -> Tensor:
-    """The transpose of small (M, r) times half rows (M, C) after dropout, in float32, in up to 8 parts of the sum over
-    M: (parts, r, C), or (parts, C, r) if ``transposed``."""
+    """The transpose of small (M, r) times half rows (M, C) after dropout, in float32: (r, C), or (C, r) if
+    ``transposed``. Many rows are summed in up to 8 parts, one after the other added up."""
     (M, r), C = small.shape, rows.shape[1]
     block_M, block_C, block_r = 64, 128, _rank_block(r)
-    part = triton.cdiv(triton.cdiv(M, 8), block_M) * block_M
-    parts = triton.cdiv(M, part)
-    out = torch.empty((parts, C, r) if transposed else (parts, r, C), dtype=torch.float32, device=rows.device)
+    part = _blocks(_blocks(M, 8 if M > 512 else 1), block_M) * block_M
+    parts = _blocks(M, part)
+    out = rows.new_empty((parts, C, r) if transposed else (parts, r, C), dtype=torch.float32)
     out_r, out_c = (1, r) if transposed else (C, 1)
     seed, stream, threshold = _words(dropout)
+    small_stride, rows_stride = small.stride(), rows.stride()
+    alignments = small.data_ptr() & 15, rows.data_ptr() & 15
     _launch_reduce(
-        (triton.cdiv(C, block_C), triton.cdiv(r, block_r), parts),
-        (_kind(small, rows), transposed, seed is None),
+        (_blocks(C, block_C), _blocks(r, block_r), parts),
+        (r, C, small.dtype, rows.dtype, small_stride, rows_stride, alignments, transposed, seed is None),
         out, small, rows, _inverse_keep(dropout), seed, stream, threshold, M, r, C,
-        out_r, out_c, *small.stride(), *rows.stride(), part, block_M, block_r, block_C,
+        out_r, out_c, *small_stride, *rows_stride, part, block_M, block_r, block_C,
     )  # fmt: skip
-    return out
-
-
-def _rank_block(r: int) -> int:
-    return min(max(triton.next_power_of_2(r), 16), 64)  # 16 is the least that the matrix units take
+    return out.sum(0) if parts > 1 else out[0]
 
 
 @triton.jit
