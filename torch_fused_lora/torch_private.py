@@ -76,7 +76,7 @@ is_legacy_batched: Callable[[Tensor], bool] = _private("_C._functorch.is_legacy_
 
 # ------------------------------------------------------------------------------------------------------------ autocast
 
-# Whether autocast is on for any device type.
+# Whether autocast is on for any of the device types that torch counts, not mps.
 any_autocast: Callable[[], bool] = _private("_C._is_any_autocast_enabled", _always)
 _ExcludeGuard = _private("_C._ExcludeDispatchKeyGuard", None)
 _KeySet = _private("_C.DispatchKeySet", None)

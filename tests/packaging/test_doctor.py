@@ -126,8 +126,8 @@ def test_plan_without_the_extension():
 
 
 PLAN = """
-from mps_on_linux import run
-run.install()
+from tests.emulator import mps_on_linux
+mps_on_linux.install_with_extension()
 import torch, torch_fused_lora
 from torch_fused_lora.__main__ import main
 x = torch.ones(64, 256, device="mps")

@@ -109,7 +109,7 @@ def route(x: Tensor) -> Route:
     device_type = _device_type(x)
     if _watched(x, device_type):
         return BY_DISPATCHER
-    return BY_PORTABLE if device_type in PORTABLE_DEVICES else BY_DEVICE
+    return BY_PORTABLE if device_type in PORTABLE_DEVICES else BY_DEVICE if device_type == "mps" else BY_DISPATCHER
 
 
 def _device_type(x: Tensor) -> str:
@@ -126,7 +126,7 @@ def _watched(x: Tensor, device_type: str) -> bool:
         or dispatch_modes() > 0
         or profiling()
         or transformed()
-        or (any_autocast() and autocast_enabled(device_type))
+        or ((device_type not in ("cpu", "cuda") or any_autocast()) and autocast_enabled(device_type))
     )
 
 

@@ -94,6 +94,8 @@ def lora_linear(
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     way = route(x)
     if way is dispatch.BY_TORCH:
+        if not (x.is_nested or torch.jit.is_tracing()):  # whose shapes are no numbers
+            _LoRALinear.check(x, weight, bias, lora_A, lora_B, 1.0, None, (), (), False)
         return differentiable.by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0)
     if not are_plain(weight, bias, lora_A, lora_B):
         way = dispatch.BY_DISPATCHER
