@@ -219,7 +219,7 @@ def backend_of(operator: str, device_type: str) -> tuple[str, str]:
 
 def _dropout_backend(device_type: str) -> str:
     if device_type == "cpu":
-        return "Philox 4x32-10 in NumPy"
+        return "NumPy's Philox 4x64-10"
     if device_type == "mps":
         return "Philox 4x32-10 inside the Metal kernels"
     if device_type in ("cuda", "xpu") and _version("triton") != "not installed":

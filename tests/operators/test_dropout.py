@@ -13,7 +13,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import torch_fused_lora as tfl
-from torch_fused_lora.ops.dropout.operator import keep_mask, philox
+from torch_fused_lora.ops.dropout import operator
+from torch_fused_lora.ops.dropout.operator import draw_seed, gpu_mask, keep_mask, philox
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,41 @@ def test_the_mask_is_as_documented():
         word = philox4x32_10([i // 8, 0, stream, 0], key)[i % 8 // 2]
         rotated = (word << 16 | word >> 16) & 0xFFFFFFFF if i % 2 else word
         expected.append(rotated >= round(p * 2**32))
+    assert gpu_mask(seed, stream, 0, rows * columns, round(p * 2**32)).tolist() == expected
+
+
+def test_the_mask_of_a_cpu_is_as_documented(monkeypatch):
+    """Element i: half i % 16 of counter i // 16 of NumPy's Philox, the other half of its word below it; however many
+    threads draw it."""
+    seed, stream, p, rows, columns = 0x123456789ABCDEF, 2, 0.3, 50, 7
+    words = np.random.Philox(key=np.array((seed, stream), np.uint64)).random_raw(4 * 22)
+    halves = [int(word) >> shift & 0xFFFF for word in words for shift in (0, 16, 32, 48)]
+    expected = [halves[i] << 16 | halves[i ^ 1] for i in range(rows * columns)]
+    expected = [word >= round(p * 2**32) for word in expected]
     assert keep_mask(seed, stream, 0, rows, columns, p, CPU).flatten().tolist() == expected
+    monkeypatch.setattr(operator, "_CHUNK", 32)
+    assert keep_mask(seed, stream, 0, rows, columns, p, CPU).flatten().tolist() == expected
+    # where the high half decides nothing, the low one does
+    exact = sorted(halves[i] << 16 | halves[i ^ 1] for i in range(100))[40]
+    mask = operator._cpu_mask(seed, stream, 0, 100, exact)
+    assert mask.tolist() == [halves[i] << 16 | halves[i ^ 1] >= exact for i in range(100)]
+
+
+def test_masks_are_drawn_after_a_fork():
+    """The threads that draw them do not survive one."""
+    keep_mask(1, 0, 0, 3, operator._CHUNK, 0.5, CPU)
+    script = """
+import os, torch
+from torch_fused_lora.ops.dropout import keep_mask, operator
+if torch.get_num_threads() == 1:
+    torch.set_num_threads(2)
+draw = lambda: keep_mask(1, 0, 0, 3, operator._CHUNK, 0.5, torch.device("cpu"))
+whole = draw()
+if os.fork() == 0:
+    os._exit(0 if torch.equal(draw(), whole) else 1)
+assert os.wait()[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_elements_that_share_a_word_are_independent():
@@ -111,21 +146,18 @@ def test_manual_seed_reproduces_and_advances(device):
     assert not torch.equal(first, second)
 
 
-def test_the_same_seed_drops_the_same_on_every_device(mps):
-    """Forward and backward, rows enough for several tiles: where x was dropped, y and dx say so."""
-    x, W = torch.ones(70, 33), torch.zeros(33, 33)
-    A, B = torch.eye(33), torch.eye(33)
-    on_device = []
-    for device in (torch.device("cpu"), mps):
-        own = x.to(device).requires_grad_()
-        torch.manual_seed(9)
-        weights = W.to(device), None, A.to(device), B.to(device)
-        y = tfl.lora_linear(own, *weights, 1.0, 0.4, training=True)
-        (grad,) = torch.autograd.grad(y.sum(), own)
-        on_device.append((y.detach().cpu(), grad.cpu()))
-    for a, b in zip(*on_device, strict=True):
-        assert torch.equal(a != 0, b != 0)
-        torch.testing.assert_close(a, b)
+def test_forward_and_backward_drop_what_the_seed_says(device):
+    """Rows enough for several tiles: where x was dropped, y and dx say so."""
+    x, W, A, B = torch.ones(70, 33), torch.zeros(33, 33), torch.eye(33), torch.eye(33)
+    x, W, A, B = (t.to(device) for t in (x, W, A, B))
+    torch.manual_seed(9)
+    seed = int(draw_seed())
+    torch.manual_seed(9)
+    y = tfl.lora_linear(x.requires_grad_(), W, None, A, B, 1.0, 0.4, training=True)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    expected = keep_mask(seed, 0, 0, 70, 33, 0.4, device).cpu() / 0.6
+    torch.testing.assert_close(y.detach().cpu(), expected)
+    torch.testing.assert_close(grad.cpu(), expected)
 
 
 def test_eval_and_zero_probability_draw_nothing(device):
@@ -213,13 +245,14 @@ def test_the_triton_kernel_draws_the_same_mask():
     pytest.importorskip("triton", reason="triton is not installed")
     script = """
 import contextlib, types, torch
-from torch_fused_lora.ops import dropout
 from torch_fused_lora.ops.dropout import triton as kernels
+from torch_fused_lora.ops.dropout.operator import gpu_mask
 torch.get_device_module = lambda device: types.SimpleNamespace(device=lambda d: contextlib.nullcontext())
 cpu = torch.device("cpu")
 for shape in ((1, 1), (3, 5), (1000, 129), (0, 7)):
     for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):
-        ours = kernels.mask(seed, stream, start * shape[1], round(p * 2**32), *shape, cpu)
-        assert torch.equal(ours, dropout.keep_mask(seed, stream, start, *shape, p, cpu)), (shape, start)
+        first, threshold = start * shape[1], round(p * 2**32)
+        ours = kernels.mask(seed, stream, first, threshold, *shape, cpu)
+        assert torch.equal(ours.flatten(), gpu_mask(seed, stream, first, ours.numel(), threshold)), (shape, start)
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})

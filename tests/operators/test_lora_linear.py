@@ -59,8 +59,8 @@ def seeded_masks(seed: int, x: torch.Tensor, ranks: list[int], dropout_p: list[f
         mask = None
         if p:
             rows, columns = x[..., 0].numel(), x.shape[-1]
-            keep = torch.ops.torch_fused_lora.dropout_mask(drawn, stream, rows, columns, p, torch.device("cpu"))
-            mask = keep.double() / (1 - p)
+            keep = torch.ops.torch_fused_lora.dropout_mask(drawn, stream, rows, columns, p, x.device)
+            mask = keep.cpu().double() / (1 - p)
         masks.append((slice(start, start + rank), mask))
         start += rank
     return masks

@@ -284,17 +284,17 @@ class Operator:
     def call(
         self, route: Route, caller: str | None, inputs: tuple[Any, ...], *options: Any, checked: bool = False
     ) -> Tensor:
-        """The output, by a route that is not torch's, of the inputs that have gradients and the other arguments. Errors
-        of backward name ``caller``, the module that calls. ``checked``: dtypes and layouts are known to fit; shapes
+        """The output of the inputs that have gradients and the other arguments, by the operator in any case. Errors of
+        backward name ``caller``, the module that calls. ``checked``: dtypes and layouts are known to fit; shapes
         that do not, aten's own calls refuse."""
-        if route is BY_DISPATCHER:
-            return _tell_caller(_output(self._forward_operator(*inputs, *options)), caller)
         if route is BY_PORTABLE:
             if not checked:
                 self.check(*inputs, *options)
             kernel = self.forward
-        else:
+        elif route is BY_DEVICE:
             kernel = self._on_device
+        else:
+            return _tell_caller(_output(self._forward_operator(*inputs, *options)), caller)
         try:
             if torch.is_grad_enabled() and _record(inputs):
                 return _output(self._apply(*inputs, (kernel, caller, False, options)))
