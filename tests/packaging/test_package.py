@@ -158,6 +158,31 @@ def test_models_of_the_bench_share_tensors_and_compute_the_same(device, monkeypa
         assert all(tensor.grad is None for tensor in (embeddings, *variant.parameters()))
 
 
+def test_ratios_of_a_model_are_of_the_same_round():
+    samples = {"patched": [9.0, 3.0], "floor": [3.0, 1.0], "stock": [6.0, 4.0], "patched+norms": [3.0, 1.0]}
+    found = model.Compared.of(samples, 1e-3)
+    assert found.floor == 2000
+    assert {name: ratio.median for name, ratio in found.over_floor.items()} == {
+        "stock": 3,
+        "patched": 3,
+        "patched+norms": 1,
+    }
+    assert {name: ratio.median for name, ratio in found.over_stock.items()} == {
+        "patched": 1.125,
+        "patched+norms": 0.375,
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_bench_of_a_model_on_cuda_has_kernels_and_memory(monkeypatch):
+    monkeypatch.setitem(model.SIZES, "small", TINY | dict.fromkeys(("hidden_size", "intermediate_size"), 256))
+    result = model.run(model.build("small", torch.device("cuda")), model.ModelCase(4, 512, 8, "float32", 0.0), 0)
+    assert list(result.compared) == ["wall_ms", "kernels_ms", "peak_MiB"]
+    assert 0 < result.compared["kernels_ms"].floor < result.compared["wall_ms"].floor
+    assert result.compared["peak_MiB"].floor > 4 * 512 * 256 * 2 / 2**20  # one activation
+    assert result.compared["peak_MiB"].over_stock["patched"].median < 1
+
+
 @pytest.mark.parametrize("package", ["peft", "transformers", "rich"])
 def test_bench_of_a_model_names_the_extra_that_is_missing(package, capsys, monkeypatch):
     for module in ("measure", "model", "report"):

@@ -211,9 +211,9 @@ def _on_cuda(step: Callable[[], object], device: torch.device) -> tuple[float, i
 
 
 def _table(model: str, results: list[ModelResult]) -> Table:
-    table = Table(
-        title=f"Training step, {model}: over the floor's and over stock PEFT's, median (quartiles)", box=SIMPLE
-    )
+    title = f"Training step, {model}: times the floor's and times stock PEFT's, median of the rounds (quartiles)"
+    caption = "floor: the same model without adapters. kernels: their sum. peak: beside the model. No optimizer's step."
+    table = Table(title=title, caption=caption, box=SIMPLE)
     table.add_column("lines x tokens, adapters", no_wrap=True)
     for heading in ("", "floor", "stock", "patched", "+ norms", "patched / stock", "+ norms / stock"):
         table.add_column(heading, justify="right", no_wrap=True)
