@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--gpu-cores", type=_positive, default=0, help="of the GPU (default: this one's)")
     bench = commands.add_parser("bench", help="the LoRA tax of stock PEFT and of the patched model, on this machine")
     bench.add_argument("--device", default=None, help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
-    bench.add_argument(
+    what = bench.add_mutually_exclusive_group()
+    what.add_argument(
         "--shapes",
         nargs="+",
         choices=("small", "medium", "large", "rows"),
@@ -33,9 +34,25 @@ def main(arguments: list[str] | None = None) -> int:
         help="LoRA layers by size; rows: RMS norm and softmax. By default all but large (up to 8192 x 4096 x 14336), "
         "which takes half an hour on two CPU cores",
     )
+    what.add_argument(
+        "--model",
+        nargs="?",
+        choices=("auto", "small", "1.1B"),
+        const="auto",
+        help="instead: a whole training step of a Llama with random weights; auto, also if no size is named: 1.1B on "
+        "CUDA, else small",
+    )
     bench.add_argument("--seconds", type=float, default=3.0, help="time for each row (at least 5 rounds are run)")
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png")
+    bench.add_argument(
+        "--out", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png, or model.json"
+    )
+    with_model = bench.add_argument_group("with --model")
+    with_model.add_argument(
+        "--batches", nargs="+", type=_batch, metavar="LINESxTOKENS", help="(default: 4x1024 1x512; small: 4x128 1x64)"
+    )
+    with_model.add_argument("--rank", type=_positive, help="of every adapter (default: 16)")
+    with_model.add_argument("--dropout", nargs="+", type=float, help="of every adapter (default: 0 0.05)")
     options = parser.parse_args(arguments)
     if options.command == "doctor" and options.plan:
         from .plan import print_plan
@@ -45,11 +62,20 @@ def main(arguments: list[str] | None = None) -> int:
         from .doctor import doctor as run_doctor
 
         return run_doctor(options.json)
+    if not options.model and (options.batches or options.rank or options.dropout):
+        bench.error("--batches, --rank and --dropout go with --model")
     try:
         from .bench.report import bench as run_bench
+
+        if options.model:
+            from .bench.model import bench_model
     except ImportError as error:
         print(f"bench needs more packages ({error}): pip install 'torch-fused-lora[bench]'", file=sys.stderr)
         return 1
+    if options.model:
+        model = options.model, options.batches, options.rank or 16, options.dropout or [0.0, 0.05]
+        bench_model(options.device, *model, options.seconds, options.threads, options.out)
+        return 0
     run_bench(options.device, options.shapes, options.seconds, options.threads, options.out)
     return 0
 
@@ -61,9 +87,17 @@ def _positive(text: str) -> int:
 
 
 def _shape(text: str) -> list[int]:
+    return _numbers(text, 3, "MxKxN, such as 64x2048x2048")
+
+
+def _batch(text: str) -> list[int]:
+    return _numbers(text, 2, "LINESxTOKENS, such as 4x1024")
+
+
+def _numbers(text: str, count: int, expected: str) -> list[int]:
     parts = text.split("x")
-    if len(parts) != 3:
-        raise argparse.ArgumentTypeError(f"expected MxKxN, such as 64x2048x2048, got {text!r}")
+    if len(parts) != count:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return [_positive(part) for part in parts]
 
 

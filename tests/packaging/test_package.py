@@ -14,8 +14,9 @@ import torch
 import torch_fused_lora as tfl
 from tests import ROOT
 from torch_fused_lora.__main__ import main
-from torch_fused_lora.bench import measure
+from torch_fused_lora.bench import measure, model
 from torch_fused_lora.mps import extension
+from torch_fused_lora.originals import Patched
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a Mac has MPS, and the real one")
 
@@ -88,6 +89,126 @@ def test_bench_on_mps_records_how_kernels_were_launched(mps, monkeypatch, tmp_pa
         ("softmax", "forward+backward", "softmax", "softmax_backward"),
     }
     assert document["results"][0]["plan"][0]["configuration"]["w_rows"] == 1
+
+
+TINY = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16) | {
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def test_bench_of_a_model_writes_table_and_json(device, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(model.SIZES, "small", TINY)
+    arguments = "--device", str(device), "--batches", "2x3", "--rank", "2", "--seconds", "0"
+    assert main(["bench", "--model", *arguments, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    document = json.loads((tmp_path / "model.json").read_text())
+    assert document["environment"]["torch"] == torch.__version__
+    attention, mlp, norms = 2 * 16 * 16 + 2 * 16 * 8, 3 * 16 * 16, 3 * 16
+    assert document["model"] == TINY | {
+        "name": "small",
+        "dtype": "bfloat16",
+        "parameters": attention + mlp + norms + 2 * 16 * 16,  # the embeddings and the head
+    }
+    assert [tuple(result["case"].values()) for result in document["results"]] == [
+        (2, 3, 2, adapters, dropout) for adapters in ("bfloat16", "float32") for dropout in (0, 0.05)
+    ]
+    assert "2 x 3, bf16, dropout 0 " in text
+    for result in document["results"]:
+        assert result["rounds"] >= 5
+        wall = result["compared"].pop("wall_ms")
+        assert not result["compared"]  # what only CUDA gives
+        assert list(wall["over_floor"]) == ["stock", "patched", "patched+norms"]
+        assert list(wall["over_stock"]) == ["patched", "patched+norms"]
+        for ratio in (*wall["over_floor"].values(), *wall["over_stock"].values()):
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+            assert str(measure.Ratio(**ratio)) in text
+
+
+def test_models_of_the_bench_share_tensors_and_compute_the_same(device, monkeypatch):
+    """All but the floor, whose adapters are not there; only what a variant is named for is patched."""
+    monkeypatch.setitem(model.SIZES, "small", TINY)
+    base = model.build("small", device)
+    variants = model.variants(base, model.ModelCase(1, 4, 2, "float32", 0.0))
+    tensors = {name: {id(p) for p in variant.parameters()} for name, variant in variants.items()}
+    assert tensors["floor"] < tensors["stock"] == tensors["patched"] == tensors["patched+norms"]
+    trained = [p.dtype for p in variants["patched"].parameters() if p.requires_grad]
+    assert trained == [torch.float32] * 2 * 7  # lora_A and lora_B of seven layers
+    patched = {
+        name: {module._patched_name.split(".")[-1] for module in variant.modules() if isinstance(module, Patched)}
+        for name, variant in variants.items()
+    }
+    linear = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert patched == {
+        "floor": set(),
+        "stock": set(),
+        "patched": linear,
+        "patched+norms": linear | {"input_layernorm", "post_attention_layernorm", "norm"},
+    }
+
+    labels = torch.tensor([[3, 1, 4, 1]], device=device)
+    embeddings = base.get_input_embeddings()(labels).detach().requires_grad_()
+    logits = {name: variant(inputs_embeds=embeddings).logits.float().cpu() for name, variant in variants.items()}
+    torch.testing.assert_close(logits["patched"], logits["stock"], rtol=0.05, atol=0.005)
+    torch.testing.assert_close(logits["patched+norms"], logits["stock"], rtol=0.05, atol=0.005)
+    assert (logits["floor"] - logits["stock"]).abs().max() > 0.1
+    for variant in variants.values():
+        assert model._step(variant, embeddings, labels)().isfinite()
+        assert all(tensor.grad is None for tensor in (embeddings, *variant.parameters()))
+
+
+def test_ratios_of_a_model_are_of_the_same_round():
+    samples = {"patched": [9.0, 3.0], "floor": [3.0, 1.0], "stock": [6.0, 4.0], "patched+norms": [3.0, 1.0]}
+    found = model.Compared.of(samples, 1e-3)
+    assert found.floor == 2000
+    assert {name: ratio.median for name, ratio in found.over_floor.items()} == {
+        "stock": 3,
+        "patched": 3,
+        "patched+norms": 1,
+    }
+    assert {name: ratio.median for name, ratio in found.over_stock.items()} == {
+        "patched": 1.125,
+        "patched+norms": 0.375,
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_bench_of_a_model_on_cuda_has_kernels_and_memory(monkeypatch):
+    monkeypatch.setitem(model.SIZES, "small", TINY | dict.fromkeys(("hidden_size", "intermediate_size"), 256))
+    result = model.run(model.build("small", torch.device("cuda")), model.ModelCase(4, 512, 8, "float32", 0.0), 0)
+    assert list(result.compared) == ["wall_ms", "kernels_ms", "peak_MiB"]
+    assert 0 < result.compared["kernels_ms"].floor < result.compared["wall_ms"].floor
+    assert result.compared["peak_MiB"].floor > 4 * 512 * 256 * 2 / 2**20  # one activation
+    assert result.compared["peak_MiB"].over_stock["patched"].median < 1
+
+
+@pytest.mark.parametrize("package", ["peft", "transformers", "rich"])
+def test_bench_of_a_model_names_the_extra_that_is_missing(package, capsys, monkeypatch):
+    for module in ("measure", "model", "report"):
+        monkeypatch.delitem(sys.modules, f"torch_fused_lora.bench.{module}", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["bench", "--model"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert package in error
+    assert error.endswith("pip install 'torch-fused-lora[bench]'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rank", "4"], "--batches, --rank and --dropout go with --model"),
+        (["--model", "--shapes", "small"], "not allowed with argument"),
+        (["--model", "7B"], "invalid choice: '7B'"),
+        (["--model", "--batches", "4"], "expected LINESxTOKENS, such as 4x1024, got '4'"),
+    ],
+)
+def test_bench_refuses_options_that_do_not_fit(arguments, expected, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--device", "none", *arguments])  # were they not refused, no bench would run
+    assert expected in capsys.readouterr().err
 
 
 def test_bytes_saved_for_backward_are_counted_exactly():

@@ -16,7 +16,8 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch_fused_lora.peft import patch_peft
 from torch_fused_lora.plan import Dispatch, plan
 from torch_fused_lora.torch_private import base_of
 
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Case:
     dropout: float = 0.0
 
     def __str__(self) -> str:
-        text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {_SHORT[self.base]}"
-        text += f" + {_SHORT[self.adapters]}" if self.adapters != self.base else ""
+        text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {SHORT[self.base]}"
+        text += f" + {SHORT[self.adapters]}" if self.adapters != self.base else ""
         return text + (f", dropout {self.dropout}" if self.dropout else "")
 
 
@@ -73,6 +74,9 @@ class Ratio:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return Ratio(median, low, high)
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -92,21 +96,10 @@ class Result:
 
 def layers(case: Case, device: torch.device) -> dict[str, nn.Module]:
     """The plain frozen layer, stock PEFT's and the patched one, all over the same base weight."""
-    from peft import LoraConfig, get_peft_model
-
     base = nn.Linear(case.K, case.N, device=device, dtype=getattr(torch, case.base)).requires_grad_(False)
-    config = LoraConfig(
-        r=case.r,
-        lora_alpha=2 * case.r,
-        lora_dropout=case.dropout,
-        target_modules=["0"],
-        init_lora_weights=False,
-    )
     found: dict[str, nn.Module] = {"linear": base}
     for name in ("peft", "patched"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=case.adapters == "float32")
+        model = with_adapters(nn.Sequential(base), ["0"], case.r, case.adapters, case.dropout)
         if name == "patched":
             report = patch_peft(model)
             assert len(report.patched) == 1, report
@@ -114,27 +107,37 @@ def layers(case: Case, device: torch.device) -> dict[str, nn.Module]:
     return found
 
 
+def with_adapters(model: nn.Module, targets: list[str] | str, r: int, adapters: str, dropout: float) -> Any:
+    """Stock PEFT's model; its adapters are random, B too, and of dtype "float32" or of the base's."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, config, autocast_adapter_dtype=adapters == "float32")
+
+
 def run(case: Case, direction: str, device: torch.device, seconds: float, min_rounds: int = 5) -> Result:
     """Time one case: rounds until ``seconds`` are spent, ``min_rounds`` at least."""
     x = torch.randn(case.M, case.K, device=device, dtype=getattr(torch, case.base))
     steps = {name: _step(layer, x, direction) for name, layer in layers(case, device).items()}
     saved = {name: saved_bytes(step) for name, step in steps.items()} if direction != "forward" else {}
-    times = _interleaved(steps, device, seconds, min_rounds)
+    times = interleaved(steps, device, seconds, min_rounds)
     return Result(
         case,
         direction,
         len(times["linear"]),
         statistics.median(times["linear"]) * 1e3,
-        _ratio(times, "peft", "linear"),
-        _ratio(times, "patched", "linear"),
-        _ratio(times, "patched", "peft"),
+        ratio(times, "peft", "linear"),
+        ratio(times, "patched", "linear"),
+        ratio(times, "patched", "peft"),
         saved,
         _planned(direction, device, "lora_linear", (case.M, case.K, case.N, case.r), case.base, case.adapters),
     )
 
 
-def _interleaved(
-    steps: dict[str, Callable[[], object]], device: torch.device, seconds: float, min_rounds: int
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, min_rounds: int
 ) -> dict[str, list[float]]:
     """Seconds a step, one number a round for each of the steps."""
     once = 0.0
@@ -166,7 +169,7 @@ def _interleaved(
     return times
 
 
-def _ratio(times: dict[str, list[float]], over: str, under: str) -> Ratio:
+def ratio(times: dict[str, list[float]], over: str, under: str) -> Ratio:
     return Ratio.of([a / b for a, b in zip(times[over], times[under], strict=True)])
 
 
@@ -204,7 +207,7 @@ class RowCase:
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.operator}, {self.M} x {self.H}, {_SHORT[self.dtype]}"
+        return f"{self.operator}, {self.M} x {self.H}, {SHORT[self.dtype]}"
 
 
 ROWS = ((1, 4096), (512, 1024), (4096, 4096))
@@ -247,14 +250,14 @@ def run_rows(case: RowCase, direction: str, device: torch.device, seconds: float
             "module": module,
         }
         steps = {name: _function_step(function, x, [weight], direction) for name, function in functions.items()}
-    times = _interleaved(steps, device, seconds, min_rounds)
+    times = interleaved(steps, device, seconds, min_rounds)
     return RowResult(
         case,
         direction,
         len(times["ours"]),
         statistics.median(times["torch"]) * 1e3,
-        _ratio(times, "ours", "torch"),
-        _ratio(times, "ours", "module") if "module" in times else None,
+        ratio(times, "ours", "torch"),
+        ratio(times, "ours", "module") if "module" in times else None,
         _planned(direction, device, case.operator, (case.M, case.H), case.dtype, case.dtype),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import peft
 import torch
+import transformers
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
@@ -20,7 +21,7 @@ from rich.table import Table
 from ..doctor import device_name, devices
 from ..mps import extension
 from . import measure
-from .measure import HostCost, Ratio, Result, RowResult
+from .measure import HostCost, Result, RowResult
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,10 +40,7 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
         threads: CPU threads, None for torch's default.
         out: folder that gets bench.json and bench.png.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    chosen = torch.device(device) if device else devices()[-1]
-    console = Console(width=max(Console().width, 150))
+    chosen, console = start(device, threads)
     cases: list[Any] = [
         *measure.cases([shape for name in shapes if name != "rows" for shape in getattr(measure, name.upper())]),
         *measure.row_cases(measure.ROWS if "rows" in shapes else ()),
@@ -54,8 +52,8 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
             row_results.append(measure.run_rows(case, direction, chosen, seconds))
         else:
             results.append(measure.run(case, direction, chosen, seconds))
-    environment = _environment(chosen)
-    console.print(" ".join(f"{key} {value}," for key, value in environment.items()).rstrip(","))
+    environment = environment_of(chosen)
+    console.print(one_line(environment))
     costs = [measure.host_cost(chosen, mode) for mode in ("no_grad", "recording")]
     for cost in costs:
         console.print(host_cost_line(cost))
@@ -67,17 +65,33 @@ def bench(device: str | None, shapes: list[str], seconds: float, threads: int | 
         console.print(f"geometric mean of the {direction} tax: stock PEFT {stock:.3f}, patched {patched:.3f}\n")
     if row_results:
         console.print(_row_table(row_results))
-    out.mkdir(parents=True, exist_ok=True)
     document = {
         "environment": environment,
         "host_cost": [dataclasses.asdict(cost) for cost in costs],
         "results": [dataclasses.asdict(result) for result in results],
         "rows": [dataclasses.asdict(result) for result in row_results],
     }
-    (out / "bench.json").write_text(json.dumps(document, indent=1))
+    write(document, out / "bench.json")
     if results:
         _plot(results, out / "bench.png")
     console.print(f"wrote {out / 'bench.json'}" + (f" and {out / 'bench.png'}" if results else ""))
+
+
+def start(device: str | None, threads: int | None) -> tuple[torch.device, Console]:
+    """The device that is measured, and where the tables go."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device(device) if device else devices()[-1], Console(width=max(Console().width, 150))
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """As JSON; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1))
+
+
+def one_line(environment: dict[str, str]) -> str:
+    return " ".join(f"{key} {value}," for key, value in environment.items()).rstrip(",")
 
 
 def _table(direction: str, results: list[Result]) -> Table:
@@ -90,7 +104,7 @@ def _table(direction: str, results: list[Result]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         saved = ", ".join(f"{result.saved_bytes[name] / 1024:.0f}" for name in ("peft", "patched") if kept)
-        ratios = [_show(r) for r in (result.peft_tax, result.patched_tax, result.patched_over_peft)]
+        ratios = [str(r) for r in (result.peft_tax, result.patched_tax, result.patched_over_peft)]
         table.add_row(str(result.case), f"{result.linear_ms:.3f}", *ratios, saved)
     return table
 
@@ -102,10 +116,8 @@ def _row_table(results: list[RowResult]) -> Table:
     for heading in ("torch ms", "ours / torch", "ours / Llama's module"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
-        over_module = _show(result.over_module) if result.over_module else ""
-        table.add_row(
-            str(result.case), result.direction, f"{result.torch_ms:.3f}", _show(result.over_torch), over_module
-        )
+        over_module = str(result.over_module) if result.over_module else ""
+        table.add_row(str(result.case), result.direction, f"{result.torch_ms:.3f}", str(result.over_torch), over_module)
     return table
 
 
@@ -113,12 +125,8 @@ def host_cost_line(cost: HostCost) -> str:
     """One line of text."""
     return (
         f"host cost, {cost.mode}: lora_linear {cost.lora_linear_us:.1f} us a call, F.linear on the CPU "
-        f"{cost.linear_us:.1f} us; ratio {_show(cost.ratio)}"
+        f"{cost.linear_us:.1f} us; ratio {cost.ratio}"
     )
-
-
-def _show(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def _plot(results: list[Result], path: Path) -> None:
@@ -146,12 +154,13 @@ def _plot(results: list[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def environment_of(device: torch.device) -> dict[str, str]:
     overridden = {"plan overridden": extension.overrides} if extension.overrides else {}
     return overridden | {
         "device": f"{device} ({device_name(device)})",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "peft": peft.__version__,
+        "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
