@@ -49,8 +49,7 @@ Tensor backward(const Tensor& grad, const Tensor& y, int64_t dim) {
       plan_or_throw(SoftmaxBackwardProblem{scalar(y.scalar_type()), grad_rows.operand, rows.operand, gpu_cores()});
   Dispatches dispatches;
   dispatches.add(
-      plan,
-      {{SOFTMAX_BACKWARD_GRAD, grad_rows.tensor}, {SOFTMAX_BACKWARD_Y, rows.tensor}, {SOFTMAX_BACKWARD_DX, dx}});
+      plan, {{SOFTMAX_BACKWARD_GRAD, grad_rows.tensor}, {SOFTMAX_BACKWARD_Y, rows.tensor}, {SOFTMAX_BACKWARD_DX, dx}});
   dispatches.encode();
   return dx;
 }

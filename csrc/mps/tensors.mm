@@ -91,11 +91,12 @@ Rows rows_of(const Tensor& tensor) {
   if (rows > 0 && cols > 0 && (count > 2 || (col_stride != 1 && row_stride != 1))) {
     return rows_of(contiguous_copy(tensor));
   }
-  const bool two = count == 2;
   const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
-  const Operand operand = {
-      u(rows), u(cols), u(two ? inner.size : rows), u(two ? outer.stride : 0), u(row_stride), u(col_stride),
-      u(tensor.storage_offset())};
+  Operand operand = {u(rows), u(cols), u(rows), 0, u(row_stride), u(col_stride), u(tensor.storage_offset())};
+  if (count == 2) {
+    operand.inner = u(inner.size);
+    operand.outer_stride = u(outer.stride);
+  }
   return {tensor, operand};
 }
 

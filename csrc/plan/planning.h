@@ -14,9 +14,7 @@ namespace torch_fused_lora {
 inline uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
 /// The number between `least` and `most` (`least` where that is less) that is nearest to `value`.
-inline uint64_t within(uint64_t value, uint64_t least, uint64_t most) {
-  return std::max(std::min(value, most), least);
-}
+inline uint64_t within(uint64_t value, uint64_t least, uint64_t most) { return std::max(std::min(value, most), least); }
 
 inline uint32_t bytes(Scalar dtype) { return dtype == Scalar::float32 ? 4 : 2; }
 
