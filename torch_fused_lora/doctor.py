@@ -22,6 +22,7 @@ from .ops.lora_linear.reference import lora_linear as plain_lora_linear
 from .ops.lora_linear.ways import limits_of
 from .ops.rms_norm import rms_norm
 from .ops.rms_norm.reference import rms_norm as plain_rms_norm
+from .ops.rows import METAL_DTYPES
 from .ops.softmax import softmax
 from .ops.softmax.reference import softmax as plain_softmax
 from .system import System, gpu_family, is_virtual, metal_version, notable_variables
@@ -29,7 +30,6 @@ from .system import System, gpu_family, is_virtual, metal_version, notable_varia
 _Answer = TypeVar("_Answer")
 
 OPERATORS = ("lora_linear", "rms_norm", "softmax")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 TESTED = {"torch": ("2.11", "2.13"), "peft": ("0.18", "0.21")}  # from, to; others may work
 
@@ -168,7 +168,7 @@ def _examine_device(device: torch.device) -> Device:
     backends = {operator: backend_of(operator, device.type) for operator in OPERATORS}
     name = str(_probe(lambda: device_name(device)))
     ways = "as `doctor --plan` says" if device.type == "mps" else str(limits_of(device.type))
-    return Device(device.type, name, backends, ways, [_run_self_test(device, dtype) for dtype in DTYPES])
+    return Device(device.type, name, backends, ways, [_run_self_test(device, dtype) for dtype in METAL_DTYPES])
 
 
 def _examine_metal() -> Metal:

@@ -35,9 +35,7 @@ void check_adapters(
     const OptionalTensor& seed,
     const std::vector<double>& dropout_p,
     const std::vector<int64_t>& ranks) {
-  expect(
-      is_supported(like.scalar_type()) && !like.is_cpu(), like_name, like,
-      "float16, bfloat16 or float32, which device mps has, on mps");
+  expect(is_supported(like.scalar_type()) && !like.is_cpu(), like_name, like, kSupported, ", on mps");
   expect(lora_A.dim() == 2 && lora_A.size(1) == K && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, ", K, ")");
   const int64_t r = lora_A.size(0);
   expect(has_shape(lora_B, {N, r}), "lora_B", lora_B, "shape (", N, ", ", r, ")");

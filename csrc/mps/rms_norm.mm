@@ -17,7 +17,7 @@ namespace {
 
 void check(const Expect& expect, const Tensor& x, const OptionalTensor& weight) {
   expect(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x", x, "shape (..., H) with H >= 1");
-  expect(is_supported(x.scalar_type()), "x", x, "float16, bfloat16 or float32, which device mps has");
+  expect(is_supported(x.scalar_type()), "x", x, kSupported);
   if (!weight.has_value()) return;
   const int64_t H = x.size(x.dim() - 1);
   expect(has_shape(*weight, {H}) && !weight->is_cpu(), "weight", *weight, "shape (", H, ",), on mps");

@@ -15,7 +15,7 @@ namespace {
 
 /// `dim` counted from 0.
 int64_t check(const Expect& expect, const char* name, const Tensor& x, int64_t dim) {
-  expect(is_supported(x.scalar_type()), name, x, "float16, bfloat16 or float32, which device mps has");
+  expect(is_supported(x.scalar_type()), name, x, kSupported);
   const int64_t most = x.dim() > 0 ? x.dim() : 1;
   expect(-most <= dim && dim < most, name, x, "a dimension ", dim);
   return dim < 0 ? dim + most : dim;

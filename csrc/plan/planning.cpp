@@ -13,14 +13,6 @@ namespace torch_fused_lora {
 
 using namespace tfl;  // what metal/ says
 
-const char* msl(Scalar dtype) {
-  switch (dtype) {
-    case Scalar::float32: return "float";
-    case Scalar::float16: return "half";
-    default: return "bfloat";
-  }
-}
-
 Pair levels(const Operand& m) { return pair(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
 
 Pair strides(const Operand& m) { return pair(m.row_stride, m.col_stride); }
