@@ -23,18 +23,17 @@ namespace {
 
 Tensor multiply(const Tensor& a, const Tensor& b) { return call<Tensor>("aten::mul", "Tensor", a, b); }
 
+/// What forward and backward share of the operator's arguments.
+struct Adapters {
+  const Tensor &lora_A, &lora_B, &scaling;
+  const OptionalTensor& seed;
+  const std::vector<double>& dropout_p;
+  const std::vector<int64_t>& ranks;
+};
+
 void check_adapters(
-    const Expect& expect,
-    const Tensor& like,
-    const char* like_name,
-    int64_t K,
-    int64_t N,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    const Tensor& scaling,
-    const OptionalTensor& seed,
-    const std::vector<double>& dropout_p,
-    const std::vector<int64_t>& ranks) {
+    const Expect& expect, const Tensor& like, const char* like_name, int64_t K, int64_t N, const Adapters& adapters) {
+  const auto& [lora_A, lora_B, scaling, seed, dropout_p, ranks] = adapters;
   expect(is_supported(like.scalar_type()) && !like.is_cpu(), like_name, like, kSupported, ", on mps");
   expect(lora_A.dim() == 2 && lora_A.size(1) == K && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, ", K, ")");
   const int64_t r = lora_A.size(0);
@@ -81,16 +80,7 @@ class AdapterDropout {
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
-void check_forward(
-    const Tensor& x,
-    const Tensor& weight,
-    const OptionalTensor& bias,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    const Tensor& scaling,
-    const OptionalTensor& seed,
-    const std::vector<double>& dropout_p,
-    const std::vector<int64_t>& ranks) {
+void check_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Adapters& adapters) {
   constexpr Expect expect = {"lora_linear"};
   expect(weight.dim() == 2, "weight", weight, "shape (N, K)");
   const int64_t N = weight.size(0), K = weight.size(1);
@@ -103,7 +93,7 @@ void check_forward(
         has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias, "shape (", N,
         ",), x's dtype and device");
   }
-  check_adapters(expect, x, "x", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+  check_adapters(expect, x, "x", K, N, adapters);
 }
 
 std::tuple<Tensor, Tensor> forward(
@@ -117,7 +107,7 @@ std::tuple<Tensor, Tensor> forward(
     const std::vector<double>& dropout_p,
     const std::vector<int64_t>& ranks,
     bool save_h) {
-  check_forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+  check_forward(x, weight, bias, {lora_A, lora_B, scaling, seed, dropout_p, ranks});
 
   const int64_t N = weight.size(0), K = weight.size(1), r = lora_A.size(0);
   Rows x_rows = rows_of(x);
@@ -187,14 +177,10 @@ void check_backward(
     const Tensor& grad,
     const OptionalTensor& x,
     const OptionalTensor& weight,
-    const Tensor& lora_A,
-    const Tensor& lora_B,
-    const Tensor& scaling,
     const OptionalTensor& h,
-    const OptionalTensor& seed,
-    const std::vector<double>& dropout_p,
-    const std::vector<int64_t>& ranks,
+    const Adapters& adapters,
     const std::vector<bool>& needs) {
+  const Tensor &lora_A = adapters.lora_A, &lora_B = adapters.lora_B;
   constexpr Expect expect = {"lora_linear_backward"};
   STD_TORCH_CHECK(needs.size() == 6, expect.op, ": needs: expected 6 flags, got ", needs.size());
   expect(lora_A.dim() == 2 && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, K) with r >= 1");
@@ -206,7 +192,7 @@ void check_backward(
   expect(
       grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., ", N, "), since lora_B is (", N,
       ", ", r, ")");
-  check_adapters(expect, grad, "grad", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+  check_adapters(expect, grad, "grad", K, N, adapters);
 
   const auto given = [&](const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
                          const char* like_name, const Tensor& like) {
@@ -254,7 +240,7 @@ std::vector<Tensor> backward(
     const std::vector<double>& dropout_p,
     const std::vector<int64_t>& ranks,
     const std::vector<bool>& needs) {
-  check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs);
+  check_backward(grad, x, weight, h, {lora_A, lora_B, scaling, seed, dropout_p, ranks}, needs);
 
   // Allocate. dx starts as torch's own product.
   const Needs need(needs);
