@@ -15,10 +15,11 @@ kernels:  ## what optimisers make of every Metal kernel, and the bytes each move
 	python -m tests.kernels.kernel_code
 	python -m tests.kernels.traffic
 
-lint:  ## ruff and mypy, as pre-commit runs them
+lint:  ## ruff, mypy and clang-format, as pre-commit runs them
 	ruff check .
 	ruff format --check .
 	mypy
+	git ls-files '*.cpp' '*.h' '*.metal' '*.mm' | xargs clang-format --dry-run --Werror
 
 examples:  ## the examples, one of them on the emulated Apple GPU
 	python examples/finetune_encoder.py

@@ -36,8 +36,6 @@ enum DecodeSizes {
 static_assert(4 * (DECODE_X_FLOATS + DECODE_H_FLOATS) <= 32 << 10, "x and h fit threadgroup memory");
 
 /// Columns of x that are staged at a time: a multiple of what a simdgroup reads at once, up to a run a lane.
-constexpr short decode_chunk_columns(short rows) {
-  return DECODE_X_FLOATS / rows / (LANES * RUN) * (LANES * RUN);
-}
+constexpr short decode_chunk_columns(short rows) { return DECODE_X_FLOATS / rows / (LANES * RUN) * (LANES * RUN); }
 
 }  // namespace tfl

@@ -39,8 +39,14 @@ METAL_FUNC Run load_vector(device const U* source) {
 /// sums.of[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, a lane's share.
 template <short VECTOR, short ROWS, short M, typename U>
 METAL_FUNC void accumulate(
-    thread Sums<ROWS, M>& sums, device const U* rows, uint row_stride, uint col_stride, short row_count,
-    threadgroup const float* x, uint count, ushort lane) {
+    thread Sums<ROWS, M>& sums,
+    device const U* rows,
+    uint row_stride,
+    uint col_stride,
+    short row_count,
+    threadgroup const float* x,
+    uint count,
+    ushort lane) {
   constexpr short CHUNK = decode_chunk_columns(M);
   const ulong step = ulong(LANES * VECTOR) * col_stride;
   device const U* source = rows + ulong(lane * VECTOR) * col_stride;
@@ -85,7 +91,7 @@ METAL_FUNC void stage_x(threadgroup float* staged, Matrix<T> x, uint first, uint
 }
 
 template <typename T, typename TA, short M, short W_ROWS, short W_VECTOR, short A_VECTOR>
-[[kernel, max_total_threads_per_threadgroup(LANES * DECODE_SIMDGROUPS)]]
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * DECODE_SIMDGROUPS)]]
 void lora_decode(
     device const T* x [[buffer(DECODE_X)]],
     device const T* weight [[buffer(DECODE_WEIGHT)]],
@@ -165,8 +171,8 @@ void lora_decode(
             sums.of[j][m] = fma(b, h_sums[m * r + rank], sums.of[j][m]);
           }
         }
-        const float offset = (flags & DECODE_HAS_BIAS) != 0 && lane == 0
-            ? float(bias[ulong(n + j) * flags_bias_stride.y]) : 0.0f;
+        const float offset =
+            (flags & DECODE_HAS_BIAS) != 0 && lane == 0 ? float(bias[ulong(n + j) * flags_bias_stride.y]) : 0.0f;
         TFL_UNROLL
         for (short m = 0; m < M; ++m) {
           const float sum = simd_sum(sums.of[j][m] + offset);

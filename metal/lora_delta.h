@@ -32,8 +32,6 @@ enum DeltaFlags { DELTA_WIDE_X = 1, DELTA_WIDE_A = 2, DELTA_WIDE_B = 4, DELTA_WI
 enum DeltaSizes { DELTA_SIMDGROUPS = 8 };  // at most
 
 /// Columns of a tile: wider ones mean fewer barriers; what fits 32 KiB narrows as the rank grows.
-constexpr short delta_width(short rank_blocks) {
-  return rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16;
-}
+constexpr short delta_width(short rank_blocks) { return rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16; }
 
 }  // namespace tfl

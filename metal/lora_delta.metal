@@ -20,7 +20,7 @@
 namespace tfl {
 
 template <typename T, typename TA, short RANK_BLOCKS, short ROW_BLOCKS, short K_SLICES, Mask MASK>
-[[kernel, max_total_threads_per_threadgroup(LANES * ROW_BLOCKS * K_SLICES)]]
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * ROW_BLOCKS * K_SLICES)]]
 void lora_delta(
     device const T* x [[buffer(DELTA_X)]],
     device const TA* lora_A [[buffer(DELTA_LORA_A)]],

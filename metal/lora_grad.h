@@ -31,18 +31,12 @@ enum GradFlags { GRAD_WIDE_X = 1, GRAD_WIDE_DY = 2, GRAD_WIDE_SMALL = 4 };
 enum GradSizes { GRAD_SIMDGROUPS = 8, GRAD_DEPTH = 32 };
 
 /// Blocks of a simdgroup's columns.
-constexpr short grad_column_blocks(short rank_blocks) {
-  return rank_blocks <= 8 ? 2 : 1;
-}
+constexpr short grad_column_blocks(short rank_blocks) { return rank_blocks <= 8 ? 2 : 1; }
 
 /// Columns of a threadgroup.
-constexpr short grad_columns(short rank_blocks) {
-  return BLOCK * grad_column_blocks(rank_blocks) * GRAD_SIMDGROUPS;
-}
+constexpr short grad_columns(short rank_blocks) { return BLOCK * grad_column_blocks(rank_blocks) * GRAD_SIMDGROUPS; }
 
 /// Rows of a tile; a split of the rows is a multiple of GRAD_DEPTH.
-constexpr short grad_depth(short rank_blocks) {
-  return rank_blocks <= 16 ? GRAD_DEPTH : GRAD_DEPTH / 2;
-}
+constexpr short grad_depth(short rank_blocks) { return rank_blocks <= 16 ? GRAD_DEPTH : GRAD_DEPTH / 2; }
 
 }  // namespace tfl

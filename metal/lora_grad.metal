@@ -20,9 +20,15 @@ namespace tfl {
 template <short RANK_BLOCKS, bool DROPPED, typename T, typename TA>
 METAL_FUNC void accumulate_columns(
     thread simdgroup_float8x8 (&sums)[grad_column_blocks(RANK_BLOCKS)][RANK_BLOCKS],
-    threadgroup float* big_floats, threadgroup float* small_floats,
-    Matrix<T> big, Matrix<TA> small, uint row, uint column, Dropout dropout,
-    ushort thread_index, ushort simdgroup_index) {
+    threadgroup float* big_floats,
+    threadgroup float* small_floats,
+    Matrix<T> big,
+    Matrix<TA> small,
+    uint row,
+    uint column,
+    Dropout dropout,
+    ushort thread_index,
+    ushort simdgroup_index) {
   constexpr short BLOCKS = grad_column_blocks(RANK_BLOCKS), DEPTH = grad_depth(RANK_BLOCKS);
   constexpr short THREADS = LANES * GRAD_SIMDGROUPS;
   constexpr short COLS = grad_columns(RANK_BLOCKS), RANKS = BLOCK * RANK_BLOCKS;
@@ -57,7 +63,7 @@ METAL_FUNC void accumulate_columns(
 
 /// OUT is TA, or float for partial sums: then `dA` and `dB` have one more leading dimension, the split.
 template <typename T, typename TA, typename OUT, short RANK_BLOCKS, bool DROPPED>
-[[kernel, max_total_threads_per_threadgroup(LANES * GRAD_SIMDGROUPS)]]
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * GRAD_SIMDGROUPS)]]
 void lora_grad(
     device const T* x [[buffer(GRAD_X)]],
     device const TA* z [[buffer(GRAD_Z)]],
@@ -107,14 +113,14 @@ void lora_grad(
     accumulate_columns<RANK_BLOCKS, DROPPED>(
         sums, big_floats, small_floats,
         matrix_of(x, row_end, columns, x_levels, x_strides, (flags_stream.x & GRAD_WIDE_X) != 0),
-        matrix_of(z + rank, row_end, rank_count, small_strides, wide_small),
-        row, column, dropout, thread_index, simdgroup_index);
+        matrix_of(z + rank, row_end, rank_count, small_strides, wide_small), row, column, dropout, thread_index,
+        simdgroup_index);
   } else {
     accumulate_columns<RANK_BLOCKS, false>(
         sums, big_floats, small_floats,
         matrix_of(dy, row_end, columns, dy_levels, dy_strides, (flags_stream.x & GRAD_WIDE_DY) != 0),
-        matrix_of(h + rank, row_end, rank_count, small_strides, wide_small),
-        row, column, Dropout(), thread_index, simdgroup_index);
+        matrix_of(h + rank, row_end, rank_count, small_strides, wide_small), row, column, Dropout(), thread_index,
+        simdgroup_index);
   }
 
   // Out through threadgroup memory, an 8x8 block of a simdgroup at a time, so that the edges cost nothing above.

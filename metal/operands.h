@@ -18,9 +18,7 @@ namespace tfl {
 using namespace metal;
 
 /// Elements from `begin` up to `end`, none when it lies beyond.
-METAL_FUNC uint left(uint begin, uint end) {
-  return begin < end ? end - begin : 0;
-}
+METAL_FUNC uint left(uint begin, uint end) { return begin < end ? end - begin : 0; }
 
 /// Eight consecutive elements of a row or of a column, in registers.
 struct Run {
@@ -133,7 +131,7 @@ METAL_FUNC Matrix<T> matrix_of(device const T* data, uint rows, uint cols, Pair 
 template <typename T>
 struct Cursor {
   device const T* data;
-  uint level_row;   // the row within its level
+  uint level_row;  // the row within its level
   long next_level;  // what the step into the next level adds
 
   METAL_FUNC void down(thread const Matrix<T>& matrix, uint rows) thread {

@@ -19,8 +19,7 @@ namespace tfl {
 /// 1 x H, or 0 x H where there is no weight.
 template <typename TW>
 METAL_FUNC Matrix<TW> weight_matrix(device const TW* weight, uint H, uint stride, uint flags) {
-  return matrix_of(
-      weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, Pair(0, stride), (flags & NORM_WIDE_WEIGHT) != 0);
+  return matrix_of(weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, Pair(0, stride), (flags & NORM_WIDE_WEIGHT) != 0);
 }
 
 /// The weight's run at `place`, ones where there is no weight.
@@ -30,7 +29,7 @@ METAL_FUNC Run load_weight(Matrix<TW> weight, device const TW* place, uint count
 }
 
 template <typename T, typename TW, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void rms_norm(
     device const T* x [[buffer(NORM_X)]],
     device const TW* weight [[buffer(NORM_WEIGHT)]],
@@ -90,7 +89,7 @@ void rms_norm(
 
 /// OUT is TW, or float for partial sums: then `dweight` has one more leading dimension, the group.
 template <typename T, typename TW, typename OUT, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void rms_norm_backward(
     device const T* grad [[buffer(NORM_BACKWARD_GRAD)]],
     device const T* x [[buffer(NORM_BACKWARD_X)]],

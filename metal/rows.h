@@ -33,25 +33,15 @@ struct Place {
   }
 };
 
-METAL_FUNC Run filled(float value) {
-  return {float4(value), float4(value)};
-}
+METAL_FUNC Run filled(float value) { return {float4(value), float4(value)}; }
 
-METAL_FUNC Run operator+(Run a, Run b) {
-  return {a.low + b.low, a.high + b.high};
-}
+METAL_FUNC Run operator+(Run a, Run b) { return {a.low + b.low, a.high + b.high}; }
 
-METAL_FUNC Run operator-(Run a, Run b) {
-  return {a.low - b.low, a.high - b.high};
-}
+METAL_FUNC Run operator-(Run a, Run b) { return {a.low - b.low, a.high - b.high}; }
 
-METAL_FUNC Run operator*(Run a, Run b) {
-  return {a.low * b.low, a.high * b.high};
-}
+METAL_FUNC Run operator*(Run a, Run b) { return {a.low * b.low, a.high * b.high}; }
 
-METAL_FUNC Run operator*(Run a, float b) {
-  return {a.low * b, a.high * b};
-}
+METAL_FUNC Run operator*(Run a, float b) { return {a.low * b, a.high * b}; }
 
 METAL_FUNC float total(Run a) {
   const float4 sums = a.low + a.high;

@@ -12,9 +12,7 @@ enum Sizes {
 };
 
 /// Elements of a row that so many simdgroups have at a time, a run a lane.
-constexpr short row_step(short simdgroups) {
-  return LANES * simdgroups * RUN;
-}
+constexpr short row_step(short simdgroups) { return LANES * simdgroups * RUN; }
 
 /// Two arguments of a kernel, x and y, in the eight bytes of one buffer.
 #ifdef __METAL_VERSION__

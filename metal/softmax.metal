@@ -53,7 +53,7 @@ METAL_FUNC Run exponentials(Run run, float maximum) {
 }
 
 template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void softmax(
     device const T* x [[buffer(SOFTMAX_X)]],
     device T* y [[buffer(SOFTMAX_Y)]],
@@ -113,7 +113,7 @@ void softmax(
 }
 
 template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
-[[kernel, max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void softmax_backward(
     device const T* grad [[buffer(SOFTMAX_BACKWARD_GRAD)]],
     device const T* y [[buffer(SOFTMAX_BACKWARD_Y)]],

@@ -12,7 +12,7 @@ namespace tfl {
 using namespace metal;
 
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(SUM_THREADS)]]
+[[kernel]] [[max_total_threads_per_threadgroup(SUM_THREADS)]]
 void sum_splits(
     device const float* first_partial [[buffer(SUM_FIRST_PARTIAL)]],  // splits x elements.x
     device const float* second_partial [[buffer(SUM_SECOND_PARTIAL)]],

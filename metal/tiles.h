@@ -58,7 +58,7 @@ struct Loader {
   Dropout dropout;
   bool along_rows;
   Cursor<T> places[TURNS];  // where the thread's runs start
-  ulong elements[TURNS];    // and as which elements of the matrix, counted row by row: what the mask goes by
+  ulong elements[TURNS];  // and as which elements of the matrix, counted row by row: what the mask goes by
 
   METAL_FUNC Loader(Matrix<T> matrix, uint first_row, uint first_col, short index, Dropout mask = Dropout())
       : source(matrix), row(first_row), col(first_col), thread_index(index), dropout(mask),

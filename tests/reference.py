@@ -16,7 +16,9 @@ from torch import Tensor
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float64: 0.0, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
-HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.bfloat16, torch.float16)
+NARROW = (torch.float32, *HALF)  # what every device has
+MIXED = [(dtype, torch.float32) for dtype in NARROW] + [(dtype, dtype) for dtype in HALF]  # x and base, adapters
 # On mps a base product of so many terms or more is added up in parts of so many (csrc/mps/products.mm).
 LONG_SUM, PART = 32_767, 32_704
 

@@ -16,20 +16,19 @@ import torch
 from torch import Tensor
 
 from .mps import core_count, extension
-from .ops.dispatch import NAMESPACE
+from .ops.dispatch import NAMESPACE, Operator
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear.reference import lora_linear as plain_lora_linear
 from .ops.lora_linear.ways import limits_of
 from .ops.rms_norm import rms_norm
 from .ops.rms_norm.reference import rms_norm as plain_rms_norm
+from .ops.rows import METAL_DTYPES
 from .ops.softmax import softmax
 from .ops.softmax.reference import softmax as plain_softmax
 from .system import System, gpu_family, is_virtual, metal_version, notable_variables
 
 _Answer = TypeVar("_Answer")
 
-OPERATORS = ("lora_linear", "rms_norm", "softmax")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 TESTED = {"torch": ("2.11", "2.13"), "peft": ("0.18", "0.21")}  # from, to; others may work
 
@@ -106,9 +105,9 @@ class Report:
         if self.without_metal:
             lines.append(f"  {self.without_metal}")
         for device in self.devices:
-            (backend, why), *others = device.backends.values()
-            lines += ["", f"{device.type}: {device.name}", f"  lora_linear  {backend}: {why}"]
-            lines += [f"  {operator:<12} {who}" for operator, (who, _) in zip(OPERATORS[1:], others, strict=True)]
+            (operator, (backend, why)), *others = device.backends.items()
+            lines += ["", f"{device.type}: {device.name}", f"  {operator:<12} {backend}: {why}"]
+            lines += [f"  {operator:<12} {who}" for operator, (who, _) in others]
             lines.append(f"  ways         {device.ways}")
             lines.append(f"  dropout      {_dropout_backend(device.type)}")
             lines += [f"  {test.dtype:<12} {test}" for test in device.self_tests]
@@ -165,10 +164,10 @@ def examine() -> Report:
 
 
 def _examine_device(device: torch.device) -> Device:
-    backends = {operator: backend_of(operator, device.type) for operator in OPERATORS}
+    backends = {operator.name: backend_of(operator.name, device.type) for operator in Operator.__subclasses__()}
     name = str(_probe(lambda: device_name(device)))
     ways = "as `doctor --plan` says" if device.type == "mps" else str(limits_of(device.type))
-    return Device(device.type, name, backends, ways, [_run_self_test(device, dtype) for dtype in DTYPES])
+    return Device(device.type, name, backends, ways, [_run_self_test(device, dtype) for dtype in METAL_DTYPES])
 
 
 def _examine_metal() -> Metal:

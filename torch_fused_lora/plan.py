@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 
 from .mps import core_count, extension
+from .ops.rows import METAL_DTYPES
 
-_SCALARS = {"float32": 0, "float16": 1, "bfloat16": 2}  # Scalar in csrc/plan/launch.h
-DTYPES = tuple(_SCALARS)
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in METAL_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def plan(
 
     Raises RuntimeError where there is no extension, ValueError where a shape cannot be launched.
     """
-    scalars = _SCALARS[dtype], _SCALARS[adapter_dtype or dtype]
+    scalars = DTYPES.index(dtype), DTYPES.index(adapter_dtype or dtype)
     found = json.loads(extension.describe(operator, shape, *scalars, gpu_cores))
     if isinstance(found, dict):
         raise ValueError(found["error"])

@@ -54,8 +54,11 @@ class Dispatches {
 
   /// sum_splits, where there are partial sums.
   void add(
-      const PartialSums& sums, const OptionalTensor& first_partial, const OptionalTensor& second_partial,
-      const OptionalTensor& first, const OptionalTensor& second);
+      const PartialSums& sums,
+      const OptionalTensor& first_partial,
+      const OptionalTensor& second_partial,
+      const OptionalTensor& first,
+      const OptionalTensor& second);
 
   /// No synchronisation, no commit. Throws where a call of the shim fails, naming the kernel, torch's and the system's
   /// version; the process stays usable, and a kernel that did not compile is tried again by the next call.

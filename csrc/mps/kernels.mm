@@ -87,8 +87,11 @@ void Dispatches::add(const Launch& launch, std::initializer_list<Binding> bindin
 }
 
 void Dispatches::add(
-    const PartialSums& sums, const OptionalTensor& first_partial, const OptionalTensor& second_partial,
-    const OptionalTensor& first, const OptionalTensor& second) {
+    const PartialSums& sums,
+    const OptionalTensor& first_partial,
+    const OptionalTensor& second_partial,
+    const OptionalTensor& first,
+    const OptionalTensor& second) {
   if (sums.splits == 1) return;
   add(sums.launch,
       {{tfl::SUM_FIRST_PARTIAL, first_partial},

@@ -23,13 +23,18 @@ namespace {
 
 Tensor multiply(const Tensor& a, const Tensor& b) { return call<Tensor>("aten::mul", "Tensor", a, b); }
 
+/// What forward and backward share of the operator's arguments.
+struct Adapters {
+  const Tensor &lora_A, &lora_B, &scaling;
+  const OptionalTensor& seed;
+  const std::vector<double>& dropout_p;
+  const std::vector<int64_t>& ranks;
+};
+
 void check_adapters(
-    const Expect& expect, const Tensor& like, const char* like_name, int64_t K, int64_t N, const Tensor& lora_A,
-    const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
-    const std::vector<int64_t>& ranks) {
-  expect(
-      is_supported(like.scalar_type()) && !like.is_cpu(), like_name, like,
-      "float16, bfloat16 or float32, which device mps has, on mps");
+    const Expect& expect, const Tensor& like, const char* like_name, int64_t K, int64_t N, const Adapters& adapters) {
+  const auto& [lora_A, lora_B, scaling, seed, dropout_p, ranks] = adapters;
+  expect(is_supported(like.scalar_type()) && !like.is_cpu(), like_name, like, kSupported, ", on mps");
   expect(lora_A.dim() == 2 && lora_A.size(1) == K && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, ", K, ")");
   const int64_t r = lora_A.size(0);
   expect(has_shape(lora_B, {N, r}), "lora_B", lora_B, "shape (", N, ", ", r, ")");
@@ -38,8 +43,8 @@ void check_adapters(
       !lora_A.is_cpu() && (dtype == like.scalar_type() || dtype == ScalarType::Float), "lora_A", lora_A,
       name_of(like.scalar_type()), " or torch.float32, on mps");
   expect(
-      !lora_B.is_cpu() && lora_B.scalar_type() == dtype, "lora_B", lora_B,
-      "lora_A's dtype ", name_of(dtype), ", on mps");
+      !lora_B.is_cpu() && lora_B.scalar_type() == dtype, "lora_B", lora_B, "lora_A's dtype ", name_of(dtype),
+      ", on mps");
   const bool scaling_fits = scaling.dim() == 0 && scaling.scalar_type() == ScalarType::Float;
   expect(scaling_fits, "scaling", scaling, "a 0-dim float32 tensor");
   if (!seed.has_value()) return;
@@ -49,9 +54,9 @@ void check_adapters(
   int64_t sum = ranks.empty() ? r : 0;
   for (int64_t rank : ranks) sum += rank;
   STD_TORCH_CHECK(
-      sum == r && dropout_p.size() == (ranks.empty() ? 1 : ranks.size()),
-      expect.op, ": ranks: expected one for each of ", dropout_p.size(), " dropout_p, ", r, " in all; got ",
-      ranks.size(), " that sum to ", sum);
+      sum == r && dropout_p.size() == (ranks.empty() ? 1 : ranks.size()), expect.op,
+      ": ranks: expected one for each of ", dropout_p.size(), " dropout_p, ", r, " in all; got ", ranks.size(),
+      " that sum to ", sum);
   for (double p : dropout_p) {
     STD_TORCH_CHECK(p >= 0.0 && p < 1.0, expect.op, ": dropout_p: expected probabilities in [0, 1); got ", p);
   }
@@ -60,16 +65,13 @@ void check_adapters(
 /// The adapters' dropout. Keeps the ranks that the plan's refers to.
 class AdapterDropout {
  public:
-  AdapterDropout(
-      int64_t r, const OptionalTensor& seed, const std::vector<double>& p, const std::vector<int64_t>& ranks)
+  AdapterDropout(int64_t r, const OptionalTensor& seed, const std::vector<double>& p, const std::vector<int64_t>& ranks)
       : ranks_(ranks.begin(), ranks.end()), p_(seed.has_value() ? p.data() : nullptr) {
     if (p_ != nullptr && ranks_.empty()) ranks_.push_back(static_cast<uint32_t>(r));
   }
   AdapterDropout(const AdapterDropout&) = delete;
 
-  operator Dropout() const {
-    return {p_ != nullptr ? static_cast<uint32_t>(ranks_.size()) : 0, ranks_.data(), p_};
-  }
+  operator Dropout() const { return {p_ != nullptr ? static_cast<uint32_t>(ranks_.size()) : 0, ranks_.data(), p_}; }
 
  private:
   std::vector<uint32_t> ranks_;
@@ -78,30 +80,34 @@ class AdapterDropout {
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
-void check_forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
-    const std::vector<int64_t>& ranks) {
+void check_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Adapters& adapters) {
   constexpr Expect expect = {"lora_linear"};
   expect(weight.dim() == 2, "weight", weight, "shape (N, K)");
   const int64_t N = weight.size(0), K = weight.size(1);
   expect(x.dim() >= 1 && x.size(x.dim() - 1) == K, "x", x, "shape (..., ", K, "), since weight is (", N, ", ", K, ")");
   expect(
-      weight.scalar_type() == x.scalar_type() && !weight.is_cpu(), "weight", weight,
-      "x's dtype ", name_of(x.scalar_type()), ", on mps");
+      weight.scalar_type() == x.scalar_type() && !weight.is_cpu(), "weight", weight, "x's dtype ",
+      name_of(x.scalar_type()), ", on mps");
   if (bias.has_value()) {
     expect(
-        has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias,
-        "shape (", N, ",), x's dtype and device");
+        has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias, "shape (", N,
+        ",), x's dtype and device");
   }
-  check_adapters(expect, x, "x", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+  check_adapters(expect, x, "x", K, N, adapters);
 }
 
 std::tuple<Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& scaling, const OptionalTensor& seed, const std::vector<double>& dropout_p,
-    const std::vector<int64_t>& ranks, bool save_h) {
-  check_forward(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+    const Tensor& x,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const Tensor& lora_A,
+    const Tensor& lora_B,
+    const Tensor& scaling,
+    const OptionalTensor& seed,
+    const std::vector<double>& dropout_p,
+    const std::vector<int64_t>& ranks,
+    bool save_h) {
+  check_forward(x, weight, bias, {lora_A, lora_B, scaling, seed, dropout_p, ranks});
 
   const int64_t N = weight.size(0), K = weight.size(1), r = lora_A.size(0);
   Rows x_rows = rows_of(x);
@@ -168,9 +174,13 @@ struct Needs {
 };
 
 void check_backward(
-    const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
-    const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& h, const OptionalTensor& seed,
-    const std::vector<double>& dropout_p, const std::vector<int64_t>& ranks, const std::vector<bool>& needs) {
+    const Tensor& grad,
+    const OptionalTensor& x,
+    const OptionalTensor& weight,
+    const OptionalTensor& h,
+    const Adapters& adapters,
+    const std::vector<bool>& needs) {
+  const Tensor &lora_A = adapters.lora_A, &lora_B = adapters.lora_B;
   constexpr Expect expect = {"lora_linear_backward"};
   STD_TORCH_CHECK(needs.size() == 6, expect.op, ": needs: expected 6 flags, got ", needs.size());
   expect(lora_A.dim() == 2 && lora_A.size(0) >= 1, "lora_A", lora_A, "shape (r, K) with r >= 1");
@@ -182,7 +192,7 @@ void check_backward(
   expect(
       grad.dim() >= 1 && grad.size(grad.dim() - 1) == N, "grad", grad, "shape (..., ", N, "), since lora_B is (", N,
       ", ", r, ")");
-  check_adapters(expect, grad, "grad", K, N, lora_A, lora_B, scaling, seed, dropout_p, ranks);
+  check_adapters(expect, grad, "grad", K, N, adapters);
 
   const auto given = [&](const char* name, const OptionalTensor& tensor, const std::vector<int64_t>& shape,
                          const char* like_name, const Tensor& like) {
@@ -199,7 +209,6 @@ void check_backward(
   if (need.x) given("weight", weight, {N, K}, "grad", grad);
   if (need.B || need.scaling) given("h", h, {M, r}, "lora_A", lora_A);
 }
-
 
 /// dA and dB, those asked for, as one problem of lora_grad, and what its launches write: the partial sums, if there are
 /// any.
@@ -220,10 +229,18 @@ Gradients plan_gradients(
 }
 
 std::vector<Tensor> backward(
-    const Tensor& grad, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_A,
-    const Tensor& lora_B, const Tensor& scaling, const OptionalTensor& h, const OptionalTensor& seed,
-    const std::vector<double>& dropout_p, const std::vector<int64_t>& ranks, const std::vector<bool>& needs) {
-  check_backward(grad, x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs);
+    const Tensor& grad,
+    const OptionalTensor& x,
+    const OptionalTensor& weight,
+    const Tensor& lora_A,
+    const Tensor& lora_B,
+    const Tensor& scaling,
+    const OptionalTensor& h,
+    const OptionalTensor& seed,
+    const std::vector<double>& dropout_p,
+    const std::vector<int64_t>& ranks,
+    const std::vector<bool>& needs) {
+  check_backward(grad, x, weight, h, {lora_A, lora_B, scaling, seed, dropout_p, ranks}, needs);
 
   // Allocate. dx starts as torch's own product.
   const Needs need(needs);
@@ -257,10 +274,9 @@ std::vector<Tensor> backward(
         need.x ? static_cast<uint64_t>(dx->storage_offset()) : 0, dropout, gpu_cores()});
   }
   const Operand x_shape = {dy.operand.rows, static_cast<uint64_t>(K)};
+  const Operand x_in = x_rows.has_value() ? x_rows->operand : x_shape;
   const auto grad_problem = [&](bool need_A, bool need_B) {
-    return GradProblem{
-        dtype, adapter_dtype, x_rows.has_value() ? x_rows->operand : x_shape, dy.operand, A.operand.rows, need_A,
-        need_B, dropout, gpu_cores()};
+    return GradProblem{dtype, adapter_dtype, x_in, dy.operand, A.operand.rows, need_A, need_B, dropout, gpu_cores()};
   };
   std::vector<Gradients> gradients;
   if (M > 0 && (dA || dB)) {

@@ -17,7 +17,7 @@ namespace {
 
 void check(const Expect& expect, const Tensor& x, const OptionalTensor& weight) {
   expect(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "x", x, "shape (..., H) with H >= 1");
-  expect(is_supported(x.scalar_type()), "x", x, "float16, bfloat16 or float32, which device mps has");
+  expect(is_supported(x.scalar_type()), "x", x, kSupported);
   if (!weight.has_value()) return;
   const int64_t H = x.size(x.dim() - 1);
   expect(has_shape(*weight, {H}) && !weight->is_cpu(), "weight", *weight, "shape (", H, ",), on mps");
@@ -47,7 +47,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
 }
 
 std::vector<Tensor> backward(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& weight, const Tensor& rstd,
+    const Tensor& grad,
+    const Tensor& x,
+    const OptionalTensor& weight,
+    const Tensor& rstd,
     const std::vector<bool>& needs) {
   constexpr Expect expect = {"rms_norm_backward"};
   check(expect, x, weight);
@@ -57,8 +60,7 @@ std::vector<Tensor> backward(
       "rms_norm_backward: needs: expected two flags, the second for a weight");
   const bool need_x = needs[0], need_weight = needs[1];
   expect(is_alike(grad, x), "grad", grad, "x's ", describe(x));
-  const bool rstd_fits =
-      !rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float && has_shape(rstd, with_last(x, 1));
+  const bool rstd_fits = !rstd.is_cpu() && rstd.scalar_type() == ScalarType::Float && has_shape(rstd, with_last(x, 1));
   expect(rstd_fits, "rstd", rstd, "a torch.float32 a row of x, on mps");
 
   OptionalTensor dx, dweight;

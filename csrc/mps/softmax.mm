@@ -15,7 +15,7 @@ namespace {
 
 /// `dim` counted from 0.
 int64_t check(const Expect& expect, const char* name, const Tensor& x, int64_t dim) {
-  expect(is_supported(x.scalar_type()), name, x, "float16, bfloat16 or float32, which device mps has");
+  expect(is_supported(x.scalar_type()), name, x, kSupported);
   const int64_t most = x.dim() > 0 ? x.dim() : 1;
   expect(-most <= dim && dim < most, name, x, "a dimension ", dim);
   return dim < 0 ? dim + most : dim;
@@ -49,8 +49,7 @@ Tensor backward(const Tensor& grad, const Tensor& y, int64_t dim) {
       plan_or_throw(SoftmaxBackwardProblem{scalar(y.scalar_type()), grad_rows.operand, rows.operand, gpu_cores()});
   Dispatches dispatches;
   dispatches.add(
-      plan,
-      {{SOFTMAX_BACKWARD_GRAD, grad_rows.tensor}, {SOFTMAX_BACKWARD_Y, rows.tensor}, {SOFTMAX_BACKWARD_DX, dx}});
+      plan, {{SOFTMAX_BACKWARD_GRAD, grad_rows.tensor}, {SOFTMAX_BACKWARD_Y, rows.tensor}, {SOFTMAX_BACKWARD_DX, dx}});
   dispatches.encode();
   return dx;
 }

@@ -62,8 +62,9 @@ bool has_shape(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sh
 /// On mps, with the same shape and dtype.
 bool is_alike(const Tensor& tensor, const Tensor& other);
 
-/// float16, bfloat16 and float32 are; `scalar` is for these alone.
+/// `scalar` is for the dtypes that are supported alone; `kSupported` is what errors say of them.
 bool is_supported(ScalarType dtype);
+extern const char kSupported[];
 Scalar scalar(ScalarType dtype);
 
 const char* name_of(ScalarType dtype);

@@ -2,11 +2,30 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 
 namespace torch_fused_lora {
 namespace {
 
 std::atomic<uint64_t> copies{0};
+
+struct Dtype {
+  ScalarType type;
+  const char* name;
+};
+
+// In the order of Scalar.
+constexpr Dtype kDtypes[] = {
+    {ScalarType::Float, "torch.float32"},
+    {ScalarType::Half, "torch.float16"},
+    {ScalarType::BFloat16, "torch.bfloat16"}};
+static_assert(std::size(kDtypes) == std::size(kScalars));
+
+const Dtype* find(ScalarType dtype) {
+  const auto found =
+      std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const Dtype& known) { return known.type == dtype; });
+  return found == std::end(kDtypes) ? nullptr : found;
+}
 
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
@@ -91,11 +110,12 @@ Rows rows_of(const Tensor& tensor) {
   if (rows > 0 && cols > 0 && (count > 2 || (col_stride != 1 && row_stride != 1))) {
     return rows_of(contiguous_copy(tensor));
   }
-  const bool two = count == 2;
   const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
-  const Operand operand = {
-      u(rows), u(cols), u(two ? inner.size : rows), u(two ? outer.stride : 0), u(row_stride), u(col_stride),
-      u(tensor.storage_offset())};
+  Operand operand = {u(rows), u(cols), u(rows), 0, u(row_stride), u(col_stride), u(tensor.storage_offset())};
+  if (count == 2) {
+    operand.inner = u(inner.size);
+    operand.outer_stride = u(outer.stride);
+  }
   return {tensor, operand};
 }
 
@@ -117,12 +137,15 @@ bool is_alike(const Tensor& tensor, const Tensor& other) {
   return !tensor.is_cpu() && tensor.scalar_type() == other.scalar_type() && has_shape(tensor, other.sizes());
 }
 
-Scalar scalar(ScalarType dtype) {
-  return dtype == ScalarType::Float ? Scalar::float32 : dtype == ScalarType::Half ? Scalar::float16 : Scalar::bfloat16;
-}
+const char kSupported[] = "float16, bfloat16 or float32, which device mps has";
 
-bool is_supported(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+bool is_supported(ScalarType dtype) { return find(dtype) != nullptr; }
+
+Scalar scalar(ScalarType dtype) { return static_cast<Scalar>(find(dtype) - kDtypes); }
+
+const char* name_of(ScalarType dtype) {
+  const Dtype* const found = find(dtype);
+  return found != nullptr ? found->name : "another dtype";
 }
 
 Tensor as_contiguous(const Tensor& tensor) {
@@ -137,15 +160,6 @@ Tensor constant(const Tensor& tensor) {
 
 OptionalTensor constant(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(constant(*tensor)) : std::nullopt;
-}
-
-const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    default: return "another dtype";
-  }
 }
 
 std::string describe(torch::headeronly::IntHeaderOnlyArrayRef shape) {

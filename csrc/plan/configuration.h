@@ -9,8 +9,10 @@ namespace torch_fused_lora {
 
 template <typename Configuration>
 struct Field {
+  using Member = uint32_t Configuration::*;
+
   const char* name;
-  uint32_t Configuration::*member;
+  Member member;
   uint32_t allowed[5] = {};  // what an override may say; none: any number from 1 on
   bool follows = false;      // from the problem or from other fields: cannot be overridden
 };

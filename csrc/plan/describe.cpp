@@ -14,8 +14,8 @@ template <typename Configuration>
 std::string json(const Configuration& configuration) {
   std::string text;
   for (const auto& field : Configuration::fields) {
-    text += (text.empty() ? "\"" : ", \"") + std::string(field.name) +
-        "\": " + std::to_string(configuration.*field.member);
+    text +=
+        (text.empty() ? "\"" : ", \"") + std::string(field.name) + "\": " + std::to_string(configuration.*field.member);
   }
   return "{" + text + "}";
 }

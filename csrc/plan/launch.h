@@ -8,7 +8,14 @@
 
 namespace torch_fused_lora {
 
+/// An element's type. METAL_DTYPES in torch_fused_lora/ops/rows.py has the same order.
 enum class Scalar : int32_t { float32, float16, bfloat16 };
+
+/// What a Metal source calls a Scalar, and its size.
+inline constexpr struct ScalarFacts {
+  const char* msl;
+  uint32_t bytes;
+} kScalars[] = {{"float", 4}, {"half", 2}, {"bfloat", 2}};
 
 /// A matrix in device memory. Strides and offset count elements. Its rows come in two levels, as the flattened leading
 /// dimensions of a 3-D tensor do: row i starts at (i / inner) * outer_stride + (i % inner) * row_stride.

@@ -25,8 +25,8 @@ DecodeConfiguration choose(const DecodeProblem& p) {
   const double again = M + static_cast<double>(r) * bytes(p.adapter_dtype) / bytes(p.dtype);
   const double groups_a_core = std::clamp(kRereads * N / (p.gpu_cores * again), 1.0, 4.0);
   const uint64_t groups = p.gpu_cores * static_cast<uint64_t>(groups_a_core);
-  const uint64_t rows = forced.rows > 0 ? within(forced.rows, 1, N)
-                                        : std::max<uint64_t>(ceil_div(N, groups), DECODE_SIMDGROUPS);
+  const uint64_t rows =
+      forced.rows > 0 ? within(forced.rows, 1, N) : std::max<uint64_t>(ceil_div(N, groups), DECODE_SIMDGROUPS);
   // The more rows of W at once, the better x is reused from registers.
   c.w_rows = unless(forced.w_rows, rows >= 4 * DECODE_SIMDGROUPS ? 4 : rows >= 2 * DECODE_SIMDGROUPS ? 2 : 1);
   c.rows = static_cast<uint32_t>(ceil_div(rows, c.w_rows) * c.w_rows);

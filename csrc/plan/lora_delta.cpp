@@ -69,17 +69,16 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Launch& launch) {
   const uint64_t wide_y = wide_elements(p.dtype);
   if (p.out_offset % wide_y == 0 && N % wide_y == 0) flags |= DELTA_WIDE_Y;
 
-  const bool is_forward = p.pass == DeltaProblem::Pass::forward, drops = slice.p > 0;
-  Variant("lora_delta")
-      .add(msl(p.dtype))
-      .add(msl(p.adapter_dtype))
-      .add(c.rank_blocks)
-      .add(c.row_blocks)
-      .add(c.k_slices)
-      .add(
-          !drops ? "tfl::Mask::none" : is_forward ? "tfl::Mask::input" : "tfl::Mask::output",
-          !drops ? "plain" : is_forward ? "drop_input" : "drop_output")
-      .assemble(lora_delta_source, launch);
+  Variant variant("lora_delta");
+  variant.add(msl(p.dtype)).add(msl(p.adapter_dtype)).add(c.rank_blocks).add(c.row_blocks).add(c.k_slices);
+  if (slice.p == 0) {
+    variant.add("tfl::Mask::none", "plain");
+  } else if (p.pass == DeltaProblem::Pass::forward) {
+    variant.add("tfl::Mask::input", "drop_input");
+  } else {
+    variant.add("tfl::Mask::output", "drop_output");
+  }
+  variant.assemble(lora_delta_source, launch);
   set_grid(launch, LANES * c.row_blocks * c.k_slices, c.splits, ceil_div(M, BLOCK * c.row_blocks));
   set_arguments(
       launch,

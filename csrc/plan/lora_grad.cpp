@@ -38,8 +38,7 @@ GradConfiguration choose(const GradProblem& p) {
   GradConfiguration c = tiles_of(p.r);
   const uint64_t M = p.dy.rows;
   const Tiles tiles(p, c);
-  uint64_t splits =
-      std::min(ceil_div(2 * p.gpu_cores, std::max<uint64_t>(tiles.A + tiles.B, 1)), M / kLeastSplitRows);
+  uint64_t splits = std::min(ceil_div(2 * p.gpu_cores, std::max<uint64_t>(tiles.A + tiles.B, 1)), M / kLeastSplitRows);
   const uint64_t partial = 2 * sizeof(float) * p.r;  // bytes a column, beside M elements of x or dy
   splits = std::max<uint64_t>(std::min(splits, M * bytes(p.dtype) / (4 * partial)), 1);
   splits = std::min<uint64_t>(unless(overrides().lora_grad.splits, splits), UINT32_MAX);
@@ -61,8 +60,7 @@ void assemble(const GradProblem& p, const Slice& slice, const GradConfiguration&
       .add(c.rank_blocks)
       .add(slice.p > 0 ? "true" : "false", slice.p > 0 ? "drop" : "plain")
       .assemble(lora_grad_source, launch);
-  set_grid(
-      launch, LANES * GRAD_SIMDGROUPS, tiles.A + tiles.B, c.splits, ceil_div(slice.end - slice.begin, MAX_RANKS));
+  set_grid(launch, LANES * GRAD_SIMDGROUPS, tiles.A + tiles.B, c.splits, ceil_div(slice.end - slice.begin, MAX_RANKS));
   set_arguments(
       launch,
       {{GRAD_ROWS, pair(p.dy.rows, c.split_rows)},
@@ -91,8 +89,7 @@ Plan<GradConfiguration> plan(const GradProblem& p) {
     c.split_rows = shared.split_rows;
     assemble(p, slice, c, launch);
   });
-  plan.sums = plan_sums(
-      p.adapter_dtype, p.need_A ? p.r * p.x.cols : 0, p.need_B ? p.r * p.dy.cols : 0, shared.splits);
+  plan.sums = plan_sums(p.adapter_dtype, p.need_A ? p.r * p.x.cols : 0, p.need_B ? p.r * p.dy.cols : 0, shared.splits);
   return plan;
 }
 

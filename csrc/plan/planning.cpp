@@ -13,14 +13,6 @@ namespace torch_fused_lora {
 
 using namespace tfl;  // what metal/ says
 
-const char* msl(Scalar dtype) {
-  switch (dtype) {
-    case Scalar::float32: return "float";
-    case Scalar::float16: return "half";
-    default: return "bfloat";
-  }
-}
-
 Pair levels(const Operand& m) { return pair(std::max<uint64_t>(std::min(m.inner, m.rows), 1), m.outer_stride); }
 
 Pair strides(const Operand& m) { return pair(m.row_stride, m.col_stride); }
@@ -34,9 +26,7 @@ bool aligned(const Operand& m, Scalar dtype) {
   return m.offset % quantum == 0 && across % quantum == 0 && outer % quantum == 0;
 }
 
-Operand transposed(const Operand& m) {
-  return {m.cols, m.rows, m.cols, 0, m.col_stride, m.row_stride, m.offset};
-}
+Operand transposed(const Operand& m) { return {m.cols, m.rows, m.cols, 0, m.col_stride, m.row_stride, m.offset}; }
 
 std::string too_large(std::initializer_list<Named> operands) {
   for (const auto& [name, m] : operands) {
@@ -54,8 +44,8 @@ void Variant::assemble(const char* text, Launch& launch) const {
   auto [found, is_new] = sources.try_emplace(name_);
   if (is_new) {
     const std::string function = "tfl::" + family_ + "<" + arguments_ + ">";
-    found->second = std::string(text) + "\ntemplate [[host_name(\"" + name_ + "\")]] [[kernel]] decltype(" +
-        function + ") " + function + ";\n";
+    found->second = std::string(text) + "\ntemplate [[host_name(\"" + name_ + "\")]] [[kernel]] decltype(" + function +
+        ") " + function + ";\n";
   }
   launch.kernel = found->first.c_str();
   launch.source = found->second.c_str();

@@ -14,14 +14,10 @@ namespace torch_fused_lora {
 inline uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
 /// The number between `least` and `most` (`least` where that is less) that is nearest to `value`.
-inline uint64_t within(uint64_t value, uint64_t least, uint64_t most) {
-  return std::max(std::min(value, most), least);
-}
+inline uint64_t within(uint64_t value, uint64_t least, uint64_t most) { return std::max(std::min(value, most), least); }
 
-inline uint32_t bytes(Scalar dtype) { return dtype == Scalar::float32 ? 4 : 2; }
-
-/// The type's name in a Metal source.
-const char* msl(Scalar dtype);
+inline uint32_t bytes(Scalar dtype) { return kScalars[static_cast<int32_t>(dtype)].bytes; }
+inline const char* msl(Scalar dtype) { return kScalars[static_cast<int32_t>(dtype)].msl; }
 
 inline tfl::Pair pair(uint64_t x, uint64_t y) { return {static_cast<uint32_t>(x), static_cast<uint32_t>(y)}; }
 

@@ -25,18 +25,17 @@ import torch
 from tests.emulator.metal_on_cpu.codegen import Code, inspect
 from tests.kernels.launch_plan import Kernels, Launch
 from tests.kernels.row_plan import RowKernels
+from tests.reference import MIXED
 
 FIGURES = Path(__file__).with_suffix(".tsv")
 REGISTER_FILE = 208 << 10
 TOGETHER = 32  # variants in a translation unit: it is parsed once
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = (F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)  # of x and of the adapters or the weight
 RANKS = 8, 16, 32, 64, 128, 256  # other ranks differ in the number of blocks of eight alone
 
 
 def variants() -> dict[str, Launch]:
     """A launch of every instantiation, by its kernel's name."""
-    found = [launch for dtypes in DTYPES for launch in (*lora(*dtypes), *rows(*dtypes))]
+    found = [launch for dtypes in MIXED for launch in (*lora(*dtypes), *rows(*dtypes))]
     return {launch.kernel.decode(): launch for launch in found}
 
 

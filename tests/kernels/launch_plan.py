@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tests import ROOT
 from tests.emulator import metal_on_cpu
+from torch_fused_lora.ops.rows import METAL_DTYPES
 
 _EMBED = runpy.run_path(str(ROOT / "metal" / "embed.py"))
 assemble, embed = _EMBED["assemble"], _EMBED["embed"]
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {dtype: number for number, dtype in enumerate(METAL_DTYPES)}
 
 
 class Operand(ctypes.Structure):

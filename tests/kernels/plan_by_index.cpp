@@ -1,5 +1,5 @@
-// The plans of csrc/plan/ as C functions, which ctypes can call: dispatch `index` of a problem in `*launch`, how many there
-// are in `*count`, over how many partial sums in `*splits`. Each returns null, or the plan's error.
+// The plans of csrc/plan/ as C functions, which ctypes can call: dispatch `index` of a problem in `*launch`, how many
+// there are in `*count`, over how many partial sums in `*splits`. Each returns null, or the plan's error.
 #include <stdexcept>
 
 #include "../../csrc/plan/lora.h"
@@ -27,9 +27,9 @@ const char* dispatch(const Problem& problem, uint32_t index, Launch* launch, uin
 
 using namespace torch_fused_lora;
 
-#define TFL_BY_INDEX(NAME, PROBLEM)                                                                                   \
-  const char* NAME(const PROBLEM* problem, uint32_t index, Launch* launch, uint32_t* count, uint32_t* splits) {       \
-    return dispatch(*problem, index, launch, count, splits);                                                          \
+#define TFL_BY_INDEX(NAME, PROBLEM)                                                                             \
+  const char* NAME(const PROBLEM* problem, uint32_t index, Launch* launch, uint32_t* count, uint32_t* splits) { \
+    return dispatch(*problem, index, launch, count, splits);                                                    \
   }
 
 extern "C" {

@@ -20,10 +20,10 @@ from tests.emulator import metal_on_cpu
 from tests.kernels.launch_plan import assemble
 from tests.kernels.row_plan import RowKernels
 from tests.kernels.test_metal_kernels import LAYOUTS, ORDERS, TWO_LEVELS, dtype_id, randn
-from tests.reference import HALF, SMALLEST, UNIT, Exact
+from tests.reference import HALF, NARROW, SMALLEST, UNIT, Exact
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = (F32, F16, BF16)
+DTYPES = NARROW
 WEIGHTED = [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]
 EPS = 1e-5
 # Rows and length: every number of simdgroups a row, full and not; held, and looped over once to ten times.

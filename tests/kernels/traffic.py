@@ -19,7 +19,6 @@ from tests import ROOT
 from tests.kernels.launch_plan import Kernels, Launcher
 from tests.kernels.row_plan import RowKernels
 
-SIZE = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 DECODE_X_FLOATS = int(re.findall(r"DECODE_X_FLOATS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])
 
 
@@ -39,7 +38,7 @@ class Case:
 
     def bytes(self, operand: str) -> int:
         """Of one operand, read or written once."""
-        size, adapter = SIZE[self.dtype], SIZE[self.adapter_dtype]
+        size, adapter = self.dtype.itemsize, self.adapter_dtype.itemsize
         M, K, N, r = self.M, self.K, self.N, self.r
         return {
             "x": M * K * size,
@@ -57,7 +56,7 @@ class Case:
 
 
 def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
 Moved = dict[str, tuple[int, int]]  # operand -> bytes (loaded, stored)
@@ -143,7 +142,7 @@ def model_grad(case: Case) -> Moved:
     x, _, _, A, B, dy = operands_meta(case)
     launches, splits = Kernels(case.gpu_cores).plan_grad(x, dy, A, B)
     tiles, A_tiles = launches[0].threads[0] // launches[0].group[0], launches[0].words[9] >> 32
-    wide = 4 // SIZE[case.adapter_dtype] if splits > 1 else 1
+    wide = 4 // case.adapter_dtype.itemsize if splits > 1 else 1
     return {
         "x": (case.bytes("x"), 0),
         "z": (A_tiles * case.bytes("z"), 0),
@@ -224,7 +223,7 @@ def forward_steps(case: Case) -> dict[str, list[Step]]:
     moved = model_decode(case) if M <= 8 else model_delta(case)
     before, flops = ([], base.flops + low_rank) if M <= 8 else ([base], low_rank)
     ours, uncached = ([*before, Step(count(case, moved), flops)] for count in (least, total))
-    wide = SIZE[case.adapter_dtype] // SIZE[case.dtype]  # PEFT converts x up and the result down again
+    wide = case.adapter_dtype.itemsize // case.dtype.itemsize  # PEFT converts x up and the result down again
     x_wide, y_wide, h = x * wide, y * wide, case.bytes("h")
     peft = [base] + ([Step(x + x_wide)] if wide > 1 else [])
     peft += [Step(x_wide + A + h, 2 * M * r * K), Step(h + B + y_wide, 2 * M * r * N)]
@@ -260,9 +259,9 @@ class RowCase:
 
     def bytes(self, operand: str) -> int:
         """Of one operand, read or written once; partial sums need not be."""
-        weight = self.H * SIZE[self.weight_dtype]
+        weight = self.H * self.weight_dtype.itemsize
         return {"partial": 0, "rstd": 4 * self.M, "weight": weight, "dweight": weight}.get(
-            operand, self.M * self.H * SIZE[self.dtype]
+            operand, self.M * self.H * self.dtype.itemsize
         )
 
 
@@ -317,7 +316,7 @@ def model_rows(operator: str, case: RowCase) -> Moved:
         rstd = (0, case.bytes("rstd"))
         return {"x": read["x"], "weight": (loads * case.bytes("weight"), 0), "y": written["y"], "rstd": rstd}
     sums = (0, groups) if held else (M - groups, M)  # rows of sums that the first dispatch reads and writes
-    size = 4 if splits > 1 else SIZE[case.weight_dtype]
+    size = 4 if splits > 1 else case.weight_dtype.itemsize
     moved = {
         "grad": read["grad"],
         "x": read["x"],

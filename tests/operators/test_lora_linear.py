@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_fused_lora as tfl
 from tests.budget import examples
-from tests.reference import Layer
+from tests.reference import MIXED, Layer
 from torch_fused_lora.ops.dropout import draw_seed
 from torch_fused_lora.ops.lora_linear import differentiable, portable
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
@@ -21,14 +21,7 @@ from torch_fused_lora.ops.lora_linear.ways import block_rows
 from torch_fused_lora.ops.rows import HALF
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
-DTYPES = [  # x and base, adapters
-    (torch.float64, torch.float64),
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-]
+DTYPES = [(torch.float64, torch.float64), *MIXED]
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
 

@@ -22,6 +22,7 @@ import torch_fused_lora as tfl
 from tests import ROOT
 from tests.reference import Layer
 from torch_fused_lora.mps import extension
+from torch_fused_lora.ops.dispatch import Operator
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
 
 if sys.platform != "linux":
@@ -62,7 +63,7 @@ def start():
     return begin
 
 
-OPERATORS = [f"{name}_{way}" for name in ("lora_linear", "rms_norm", "softmax") for way in ("forward", "backward")]
+OPERATORS = [f"{operator.name}_{way}" for operator in Operator.__subclasses__() for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

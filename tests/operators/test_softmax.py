@@ -13,10 +13,10 @@ import torch_fused_lora as tfl
 from tests.budget import examples
 from tests.operators.test_compile import OPCHECKS
 from tests.operators.test_lora_linear import LAYOUTS, laid_out
-from tests.reference import Exact
+from tests.reference import NARROW, Exact
 
 ops = torch.ops.torch_fused_lora
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, *NARROW)
 
 
 def test_output_and_gradient(device):

@@ -1,4 +1,5 @@
-"""What other code is written against stays as it was in 0.1.0: the operators' schemas and the keys of state_dict."""
+"""What other code is written against stays as it was in 0.1.0: public names, the operators' schemas and the keys of
+state_dict."""
 
 from __future__ import annotations
 
@@ -9,6 +10,17 @@ from torch import nn
 
 import torch_fused_lora as tfl
 
+NAMES = [
+    "LoRALinear",
+    "keep_operators",
+    "lora_linear",
+    "patch_norms",
+    "patch_peft",
+    "rms_norm",
+    "softmax",
+    "unpatch_norms",
+    "unpatch_peft",
+]
 SCHEMAS = {
     "lora_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, "
     "float dropout_p=0., Tensor? seed=None) -> Tensor",
@@ -20,6 +32,11 @@ SCHEMAS = {
     "softmax_backward": "(Tensor grad, Tensor y, int dim) -> Tensor",
     "dropout_mask": "(Tensor seed, int stream, SymInt rows, SymInt columns, float p, Device device) -> Tensor",
 }
+
+
+def test_public_names():
+    assert set(NAMES) <= set(tfl.__all__)
+    assert all(getattr(tfl, name).__doc__ for name in tfl.__all__)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -11,7 +11,6 @@ from importlib.resources import files
 import pytest
 import torch
 
-import torch_fused_lora as tfl
 from tests import ROOT
 from torch_fused_lora.__main__ import main
 from torch_fused_lora.bench import measure, model
@@ -222,9 +221,3 @@ def test_bytes_saved_for_backward_are_counted_exactly():
 
 def test_the_package_is_typed():
     assert files("torch_fused_lora").joinpath("py.typed").is_file()
-
-
-def test_public_names():
-    patches = {"patch_norms", "patch_peft", "unpatch_norms", "unpatch_peft"}
-    assert set(tfl.__all__) == {"LoRALinear", "keep_operators", "lora_linear", "rms_norm", "softmax", *patches}
-    assert all(getattr(tfl, name).__doc__ for name in tfl.__all__)

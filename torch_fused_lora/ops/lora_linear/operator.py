@@ -61,7 +61,7 @@ def lora_linear(
 
     Args:
         x: (..., K), 1-D or more, any strides.
-        weight: (N, K). bias: (N,) or None. Both of x's dtype: float16, bfloat16, float32 or float64.
+        weight: (N, K). bias: (N,) or None. Both of x's dtype: half, float32 or float64.
         lora_A: (r, K) and lora_B: (N, r), r >= 1: both of x's dtype, or both float32 over a half-precision x.
         scaling: a number or a 0-dim floating tensor on the CPU or x's device; a tensor may ask for a gradient.
         dropout_p: probability in [0, 1) that an element of x is dropped on its way into lora_A.

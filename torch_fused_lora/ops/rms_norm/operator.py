@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension (RMSNorm, arXiv:1910.07467).
 
     Args:
-        x: (..., H), 1-D or more, any strides; float16, bfloat16, float32 or float64.
+        x: (..., H), 1-D or more, any strides; half, float32 or float64.
         weight: (H,), of x's dtype or float32, or None for none.
         eps: added to the mean of squares.
 

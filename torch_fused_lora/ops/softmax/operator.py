@@ -27,7 +27,7 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     torch.softmax: cast to float32 on CUDA, XPU and mps, as it is on the CPU.
 
     Args:
-        x: any shape and strides; float16, bfloat16, float32 or float64.
+        x: any shape and strides; half, float32 or float64.
         dim: -x.dim() to x.dim() - 1.
 
     Raises:

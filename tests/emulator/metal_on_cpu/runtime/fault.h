@@ -4,11 +4,11 @@
 #include <csignal>
 
 class FaultHandler {
-  public:
-    FaultHandler();
-    ~FaultHandler();
+ public:
+  FaultHandler();
+  ~FaultHandler();
 
-  private:
-    stack_t previous_stack_;
-    alignas(16) char memory_[64 * 1024];
+ private:
+  stack_t previous_stack_;
+  alignas(16) char memory_[64 * 1024];
 };

@@ -9,9 +9,9 @@ extern "C" void fiber_entry();                      // calls the function that f
 
 // The stack pointer with which a switch to a fresh stack starts in `entry`, which must never return.
 inline void* fiber_prepare(void* stack_top, void (*entry)()) {
-    auto* frame = static_cast<uint64_t*>(stack_top) - 7;
-    for (int i = 0; i < 6; ++i) frame[i] = 0;
-    frame[4] = reinterpret_cast<uint64_t>(entry);        // rbx
-    frame[6] = reinterpret_cast<uint64_t>(fiber_entry);  // return address; leaves the stack 16-byte aligned at the call
-    return frame;
+  auto* frame = static_cast<uint64_t*>(stack_top) - 7;
+  for (int i = 0; i < 6; ++i) frame[i] = 0;
+  frame[4] = reinterpret_cast<uint64_t>(entry);        // rbx
+  frame[6] = reinterpret_cast<uint64_t>(fiber_entry);  // return address; leaves the stack 16-byte aligned at the call
+  return frame;
 }

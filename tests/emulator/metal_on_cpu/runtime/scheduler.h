@@ -7,24 +7,24 @@
 
 // Barriers order one address space each; every space counts its own time (see Cell).
 struct Clock {
-    uint32_t epoch, first_epoch;  // first_epoch: the running threadgroup's
+  uint32_t epoch, first_epoch;  // first_epoch: the running threadgroup's
 };
 
 struct Dispatch {
-    const ExecutorDispatch* request;
-    ExecutorReport* report;
-    DeviceMemory device;
-    ThreadgroupMemory threadgroup;
-    Constants constants;              // trace: of the kernel's library
-    Clock device_clock, threadgroup_clock;
-    uint32_t group[3];
-    uint32_t* first_epochs;           // trace: device_clock.first_epoch of each threadgroup run so far, ascending,
-    uint32_t* first_epoch_groups;     // and which threadgroup that was
-    uint32_t groups_started;
+  const ExecutorDispatch* request;
+  ExecutorReport* report;
+  DeviceMemory device;
+  ThreadgroupMemory threadgroup;
+  Constants constants;              // trace: of the kernel's library
+  Clock device_clock, threadgroup_clock;
+  uint32_t group[3];
+  uint32_t* first_epochs;           // trace: device_clock.first_epoch of each threadgroup run so far, ascending,
+  uint32_t* first_epoch_groups;     // and which threadgroup that was
+  uint32_t groups_started;
     // The running thread:
-    const ExecutorThread* thread;     // null while the scheduler itself runs
-    uint32_t thread_index, simdgroup;
-    uint16_t device_step[32], threadgroup_step[32];  // by simdgroup
+  const ExecutorThread* thread;     // null while the scheduler itself runs
+  uint32_t thread_index, simdgroup;
+  uint16_t device_step[32], threadgroup_step[32];  // by simdgroup
 };
 
 extern Dispatch running;

@@ -20,12 +20,12 @@ void executor_atomic(const void* object, ulong size);
 namespace metal {
 
 enum class mem_flags : uint {
-    mem_none = 0,
-    mem_device = 1,
-    mem_threadgroup = 2,
-    mem_texture = 4,
-    mem_threadgroup_imageblock = 8,
-    mem_object_data = 16,
+  mem_none = 0,
+  mem_device = 1,
+  mem_threadgroup = 2,
+  mem_texture = 4,
+  mem_threadgroup_imageblock = 8,
+  mem_object_data = 16,
 };
 constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
 constexpr mem_flags operator&(mem_flags a, mem_flags b) { return mem_flags(uint(a) & uint(b)); }
@@ -39,23 +39,25 @@ inline constexpr int simd_width = 32;
 
 // The lanes' frames as the type that they are.
 template <typename Frame> struct Frames {
-    void** frames;
-    bool has(int lane) const { return frames[lane]; }
-    Frame& operator[](int lane) const { return *(Frame*)frames[lane]; }
+  void** frames;
+  bool has(int lane) const { return frames[lane]; }
+  Frame& operator[](int lane) const { return *(Frame*)frames[lane]; }
 };
 
 // One collective operation: Operation::run(Frames<Frame>) sees the frames of all lanes at once.
-template <typename Operation, typename Frame> __attribute__((noinline, no_sanitize("kernel-address"))) void complete(void** frames) {
-    Operation::run(Frames<Frame>{frames});
+template <typename Operation, typename Frame>
+__attribute__((noinline, no_sanitize("kernel-address"))) void complete(void** frames) {
+  Operation::run(Frames<Frame>{frames});
 }
-template <typename Operation, typename Frame> AT_CALLER Frame collective(Frame frame, bool is_matrix_multiply = false) {
-    executor_collective(&complete<Operation, Frame>, &frame, is_matrix_multiply);
-    return frame;
+template <typename Operation, typename Frame>
+AT_CALLER Frame collective(Frame frame, bool is_matrix_multiply = false) {
+  executor_collective(&complete<Operation, Frame>, &frame, is_matrix_multiply);
+  return frame;
 }
 
 // A kernel's threadgroup variable. `site` numbers the declaration.
 template <typename T, uint site> AT_CALLER threadgroup T& threadgroup_variable() {
-    return *(threadgroup T*)executor_threadgroup_variable(site, sizeof(T), alignof(T));
+  return *(threadgroup T*)executor_threadgroup_variable(site, sizeof(T), alignof(T));
 }
 
 }  // namespace executor

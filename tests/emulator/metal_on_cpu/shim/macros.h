@@ -1,4 +1,5 @@
-// Macros that Metal's compiler and standard library define. The only header that the user's source is preprocessed with.
+// Macros that Metal's compiler and standard library define. The only header that the user's source is preprocessed
+// with.
 #define __METAL__ 1
 #define __METAL_VERSION__ 310
 #define __METAL_MACOS__ 1

@@ -4,139 +4,153 @@
 namespace metal {
 
 template <typename T, int Cols, int Rows> class simdgroup_matrix {
-    static_assert(Cols == 8 && Rows == 8, "a simdgroup_matrix is 8x8");
-    static_assert(is_floating_point_v<T>, "a simdgroup_matrix holds float, half or bfloat");
+  static_assert(Cols == 8 && Rows == 8, "a simdgroup_matrix is 8x8");
+  static_assert(is_floating_point_v<T>, "a simdgroup_matrix holds float, half or bfloat");
 
-  public:
-    using storage_type = vec<T, 2>;
-    simdgroup_matrix() = default;
-    AT_CALLER explicit simdgroup_matrix(T diagonal) {
-        const uint row = executor_row(), column = executor_column();
-        elements_ = storage_type{row == column ? diagonal : T(0), row == column + 1 ? diagonal : T(0)};
-    }
-    AT_CALLER storage_type& thread_elements() { return elements_; }
-    AT_CALLER const storage_type& thread_elements() const { return elements_; }
+ public:
+  using storage_type = vec<T, 2>;
+  simdgroup_matrix() = default;
+  AT_CALLER explicit simdgroup_matrix(T diagonal) {
+    const uint row = executor_row(), column = executor_column();
+    elements_ = storage_type{row == column ? diagonal : T(0), row == column + 1 ? diagonal : T(0)};
+  }
+  AT_CALLER storage_type& thread_elements() { return elements_; }
+  AT_CALLER const storage_type& thread_elements() const { return elements_; }
 
     // Lane l holds row (l / 16) * 4 + (l / 2) % 4 and two columns from ((l / 8) % 2) * 4 + (l % 2) * 2.
-    AT_CALLER static constexpr uint row_of(uint lane) { return lane / 16 * 4 + lane / 2 % 4; }
-    AT_CALLER static constexpr uint column_of(uint lane) { return lane / 8 % 2 * 4 + lane % 2 * 2; }
-    AT_CALLER static uint executor_row() { return row_of(executor_lane()); }
-    AT_CALLER static uint executor_column() { return column_of(executor_lane()); }
+  AT_CALLER static constexpr uint row_of(uint lane) { return lane / 16 * 4 + lane / 2 % 4; }
+  AT_CALLER static constexpr uint column_of(uint lane) { return lane / 8 % 2 * 4 + lane % 2 * 2; }
+  AT_CALLER static uint executor_row() { return row_of(executor_lane()); }
+  AT_CALLER static uint executor_column() { return column_of(executor_lane()); }
 
-  private:
-    storage_type elements_;
+ private:
+  storage_type elements_;
 };
 
 using simdgroup_float8x8 = simdgroup_matrix<float, 8, 8>;
 using simdgroup_half8x8 = simdgroup_matrix<half, 8, 8>;
 using simdgroup_bfloat8x8 = simdgroup_matrix<bfloat, 8, 8>;
 
-template <typename T, int Cols, int Rows> AT_CALLER simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T value) {
-    simdgroup_matrix<T, Cols, Rows> matrix;
-    matrix.thread_elements() = value;
-    return matrix;
+template <typename T, int Cols, int Rows>
+AT_CALLER simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T value) {
+  simdgroup_matrix<T, Cols, Rows> matrix;
+  matrix.thread_elements() = value;
+  return matrix;
 }
 
 namespace executor {
 
 // Where a lane's elements lie: `start` is the same in all lanes or the lanes have diverged.
 struct Placement {
-    ulong start, row, column;
-    struct Agree {
-        static void run(Frames<Placement> frames) {
-            for (int lane = 1; lane < simd_width; ++lane) {
-                if (frames.has(lane) && (frames[lane].start != frames[0].start || frames[lane].row != frames[0].row ||
-                                         frames[lane].column != frames[0].column)) {
-                    return executor_pointers_differ();
-                }
-            }
+  ulong start, row, column;
+  struct Agree {
+    static void run(Frames<Placement> frames) {
+      for (int lane = 1; lane < simd_width; ++lane) {
+        if (frames.has(lane) &&
+            (frames[lane].start != frames[0].start || frames[lane].row != frames[0].row ||
+             frames[lane].column != frames[0].column)) {
+          return executor_pointers_differ();
         }
-    };
+      }
+    }
+  };
 };
 
-template <typename T> AT_CALLER Placement place(ulong address, ulong elements_per_row, ulong2 origin, bool transpose) {
-    const ulong start = address + (origin.x + origin.y * elements_per_row) * sizeof(T);
-    return collective<Placement::Agree>(transpose ? Placement{start, 1, elements_per_row} : Placement{start, elements_per_row, 1});
+template <typename T>
+AT_CALLER Placement place(ulong address, ulong elements_per_row, ulong2 origin, bool transpose) {
+  const ulong start = address + (origin.x + origin.y * elements_per_row) * sizeof(T);
+  return collective<Placement::Agree>(
+      transpose ? Placement{start, 1, elements_per_row} : Placement{start, elements_per_row, 1});
 }
 
-template <typename Pointer, typename T> AT_CALLER void load(simdgroup_matrix<T, 8, 8>& matrix, Pointer source, ulong elements_per_row, ulong2 origin, bool transpose) {
-    const Placement place = executor::place<T>((ulong)source, elements_per_row, origin, transpose);
-    const ulong row = matrix.executor_row(), column = matrix.executor_column();
-    const Pointer start = (Pointer)place.start;
-    matrix.thread_elements()[0] = start[row * place.row + column * place.column];
-    matrix.thread_elements()[1] = start[row * place.row + (column + 1) * place.column];
+template <typename Pointer, typename T>
+AT_CALLER void load(
+    simdgroup_matrix<T, 8, 8>& matrix, Pointer source, ulong elements_per_row, ulong2 origin, bool transpose) {
+  const Placement place = executor::place<T>((ulong)source, elements_per_row, origin, transpose);
+  const ulong row = matrix.executor_row(), column = matrix.executor_column();
+  const Pointer start = (Pointer)place.start;
+  matrix.thread_elements()[0] = start[row * place.row + column * place.column];
+  matrix.thread_elements()[1] = start[row * place.row + (column + 1) * place.column];
 }
 
-template <typename Pointer, typename T> AT_CALLER void store(const simdgroup_matrix<T, 8, 8>& matrix, Pointer target, ulong elements_per_row, ulong2 origin, bool transpose) {
-    const Placement place = executor::place<T>((ulong)target, elements_per_row, origin, transpose);
-    const ulong row = matrix.executor_row(), column = matrix.executor_column();
-    const Pointer start = (Pointer)place.start;
-    start[row * place.row + column * place.column] = matrix.thread_elements()[0];
-    start[row * place.row + (column + 1) * place.column] = matrix.thread_elements()[1];
+template <typename Pointer, typename T>
+AT_CALLER void store(
+    const simdgroup_matrix<T, 8, 8>& matrix, Pointer target, ulong elements_per_row, ulong2 origin, bool transpose) {
+  const Placement place = executor::place<T>((ulong)target, elements_per_row, origin, transpose);
+  const ulong row = matrix.executor_row(), column = matrix.executor_column();
+  const Pointer start = (Pointer)place.start;
+  start[row * place.row + column * place.column] = matrix.thread_elements()[0];
+  start[row * place.row + (column + 1) * place.column] = matrix.thread_elements()[1];
 }
 
 template <typename D, typename A, typename B, typename C> struct MultiplyFrame {
-    vec<D, 2> d;
-    vec<A, 2> a;
-    vec<B, 2> b;
-    vec<C, 2> c;
-    struct Multiply {
-        static void run(Frames<MultiplyFrame> frames) {
-            float a[8][8], b[8][8], d[8][8];
-            using Map = simdgroup_matrix<float, 8, 8>;
-            for (int lane = 0; lane < simd_width; ++lane) {
-                const uint row = Map::row_of(lane), column = Map::column_of(lane);
-                for (int i = 0; i < 2; ++i) {
-                    a[row][column + i] = frames.has(lane) ? float(frames[lane].a[i]) : __builtin_nanf("");
-                    b[row][column + i] = frames.has(lane) ? float(frames[lane].b[i]) : __builtin_nanf("");
-                    d[row][column + i] = frames.has(lane) ? float(frames[lane].c[i]) : __builtin_nanf("");
-                }
-            }
-            for (int row = 0; row < 8; ++row) {
-                for (int k = 0; k < 8; ++k) {
-                    for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-                }
-            }
-            for (int lane = 0; lane < simd_width; ++lane) {
-                if (!frames.has(lane)) continue;
-                const uint row = Map::row_of(lane), column = Map::column_of(lane);
-                for (int i = 0; i < 2; ++i) frames[lane].d[i] = D(d[row][column + i]);
-            }
+  vec<D, 2> d;
+  vec<A, 2> a;
+  vec<B, 2> b;
+  vec<C, 2> c;
+  struct Multiply {
+    static void run(Frames<MultiplyFrame> frames) {
+      float a[8][8], b[8][8], d[8][8];
+      using Map = simdgroup_matrix<float, 8, 8>;
+      for (int lane = 0; lane < simd_width; ++lane) {
+        const uint row = Map::row_of(lane), column = Map::column_of(lane);
+        for (int i = 0; i < 2; ++i) {
+          a[row][column + i] = frames.has(lane) ? float(frames[lane].a[i]) : __builtin_nanf("");
+          b[row][column + i] = frames.has(lane) ? float(frames[lane].b[i]) : __builtin_nanf("");
+          d[row][column + i] = frames.has(lane) ? float(frames[lane].c[i]) : __builtin_nanf("");
         }
-    };
+      }
+      for (int row = 0; row < 8; ++row) {
+        for (int k = 0; k < 8; ++k) {
+          for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+        }
+      }
+      for (int lane = 0; lane < simd_width; ++lane) {
+        if (!frames.has(lane)) continue;
+        const uint row = Map::row_of(lane), column = Map::column_of(lane);
+        for (int i = 0; i < 2; ++i) frames[lane].d[i] = D(d[row][column + i]);
+      }
+    }
+  };
 };
 
 }  // namespace executor
 
-#define LOAD_STORE(space)                                                                                              \
-    template <typename T>                                                                                              \
-    AT_CALLER void simdgroup_load(simdgroup_matrix<T, 8, 8>& matrix, const space T* source, ulong elements_per_row = 8,          \
-                        ulong2 origin = (ulong2)(0), bool transpose = false) {                                         \
-        executor::load(matrix, source, elements_per_row, origin, transpose);                                           \
-    }                                                                                                                  \
-    template <typename T>                                                                                              \
-    AT_CALLER void simdgroup_store(const simdgroup_matrix<T, 8, 8>& matrix, space T* target, ulong elements_per_row = 8,         \
-                         ulong2 origin = (ulong2)(0), bool transpose = false) {                                        \
-        executor::store(matrix, target, elements_per_row, origin, transpose);                                          \
-    }
+#define LOAD_STORE(space)                                                                   \
+  template <typename T>                                                                     \
+  AT_CALLER void simdgroup_load(                                                            \
+      simdgroup_matrix<T, 8, 8>& matrix, const space T* source, ulong elements_per_row = 8, \
+      ulong2 origin = (ulong2)(0), bool transpose = false) {                                \
+    executor::load(matrix, source, elements_per_row, origin, transpose);                    \
+  }                                                                                         \
+  template <typename T>                                                                     \
+  AT_CALLER void simdgroup_store(                                                           \
+      const simdgroup_matrix<T, 8, 8>& matrix, space T* target, ulong elements_per_row = 8, \
+      ulong2 origin = (ulong2)(0), bool transpose = false) {                                \
+    executor::store(matrix, target, elements_per_row, origin, transpose);                   \
+  }
 LOAD_STORE(device)
 LOAD_STORE(threadgroup)
 #undef LOAD_STORE
 
-// d = a b + c. Sums are taken in float, also of half and bfloat matrices. Apple documents the operands by thread& in one
-// place and by value in another: a variable that is not const fits both, and only that is taken here.
+// d = a b + c. Sums are taken in float, also of half and bfloat matrices. Apple documents the operands by thread& in
+// one place and by value in another: a variable that is not const fits both, and only that is taken here.
 template <typename D, typename A, typename B, typename C>
-AT_CALLER void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a,
-                                   simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 8>& c) {
-    using Frame = executor::MultiplyFrame<D, A, B, C>;
-    const Frame frame = {vec<D, 2>{}, a.thread_elements(), b.thread_elements(), c.thread_elements()};
-    d.thread_elements() = executor::collective<typename Frame::Multiply>(frame, true).d;
+AT_CALLER void simdgroup_multiply_accumulate(
+    simdgroup_matrix<D, 8, 8>& d,
+    simdgroup_matrix<A, 8, 8>& a,
+    simdgroup_matrix<B, 8, 8>& b,
+    simdgroup_matrix<C, 8, 8>& c) {
+  using Frame = executor::MultiplyFrame<D, A, B, C>;
+  const Frame frame = {vec<D, 2>{}, a.thread_elements(), b.thread_elements(), c.thread_elements()};
+  d.thread_elements() = executor::collective<typename Frame::Multiply>(frame, true).d;
 }
 
 template <typename D, typename A, typename B>
-AT_CALLER void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a, simdgroup_matrix<B, 8, 8>& b) {
-    auto zero = make_filled_simdgroup_matrix<D, 8, 8>(D(0));
-    simdgroup_multiply_accumulate(d, a, b, zero);
+AT_CALLER void simdgroup_multiply(
+    simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a, simdgroup_matrix<B, 8, 8>& b) {
+  auto zero = make_filled_simdgroup_matrix<D, 8, 8>(D(0));
+  simdgroup_multiply_accumulate(d, a, b, zero);
 }
 
 }  // namespace metal

@@ -27,7 +27,7 @@ template <uint site> __attribute__((const)) threadgroup void* threadgroup_variab
 
 namespace executor {
 template <typename T, uint site> threadgroup T& threadgroup_variable() {
-    return *(threadgroup T*)opaque::threadgroup_variable<site>();
+  return *(threadgroup T*)opaque::threadgroup_variable<site>();
 }
 }  // namespace executor
 
@@ -40,26 +40,39 @@ template <typename T> __attribute__((const)) T simd_sum(T x);
 template <typename T> __attribute__((const)) T simd_max(T x);
 template <typename T> __attribute__((const)) T simd_broadcast_first(T x);
 
-template <typename T, int Cols, int Rows> struct simdgroup_matrix { opaque::Elements elements; };
+template <typename T, int Cols, int Rows> struct simdgroup_matrix {
+  opaque::Elements elements;
+};
 using simdgroup_float8x8 = simdgroup_matrix<float, 8, 8>;
 
 template <typename T, int Cols, int Rows> simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T value) {
-    return {opaque::fill(value)};
+  return {opaque::fill(value)};
 }
 template <typename T>
-void simdgroup_load(simdgroup_matrix<T, 8, 8>& matrix, const threadgroup T* source, ulong elements_per_row = 8,
-                    ulong2 origin = (ulong2)(0), bool transpose = false) {
-    matrix.elements = opaque::load(source, elements_per_row, origin, transpose);
+void simdgroup_load(
+    simdgroup_matrix<T, 8, 8>& matrix,
+    const threadgroup T* source,
+    ulong elements_per_row = 8,
+    ulong2 origin = (ulong2)(0),
+    bool transpose = false) {
+  matrix.elements = opaque::load(source, elements_per_row, origin, transpose);
 }
 template <typename T>
-void simdgroup_store(simdgroup_matrix<T, 8, 8> matrix, threadgroup T* target, ulong elements_per_row = 8,
-                     ulong2 origin = (ulong2)(0), bool transpose = false) {
-    opaque::store(matrix.elements, target, elements_per_row, origin, transpose);
+void simdgroup_store(
+    simdgroup_matrix<T, 8, 8> matrix,
+    threadgroup T* target,
+    ulong elements_per_row = 8,
+    ulong2 origin = (ulong2)(0),
+    bool transpose = false) {
+  opaque::store(matrix.elements, target, elements_per_row, origin, transpose);
 }
 template <typename T>
-void simdgroup_multiply_accumulate(simdgroup_matrix<T, 8, 8>& d, simdgroup_matrix<T, 8, 8> a,
-                                   simdgroup_matrix<T, 8, 8> b, simdgroup_matrix<T, 8, 8> c) {
-    d.elements = opaque::multiply_accumulate(a.elements, b.elements, c.elements);
+void simdgroup_multiply_accumulate(
+    simdgroup_matrix<T, 8, 8>& d,
+    simdgroup_matrix<T, 8, 8> a,
+    simdgroup_matrix<T, 8, 8> b,
+    simdgroup_matrix<T, 8, 8> c) {
+  d.elements = opaque::multiply_accumulate(a.elements, b.elements, c.elements);
 }
 
 }  // namespace metal

@@ -1,4 +1,5 @@
-// Random numbers on mps come from a CPU generator of their own, so that seeding "mps" and "cpu" is as separate as on a Mac.
+// Random numbers on mps come from a CPU generator of their own, so that seeding "mps" and "cpu" is as separate as on a
+// Mac.
 #pragma once
 
 #include <ATen/core/Generator.h>

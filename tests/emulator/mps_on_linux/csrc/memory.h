@@ -13,11 +13,11 @@ namespace emulator {
 // One buffer. Its last byte lies right before a guard page (up to alignment), and it holds 0xFF until written: NaN.
 // Tensors and queued commands share its ownership.
 struct Block final : c10::intrusive_ptr_target {
-    Block(size_t size, size_t pages, std::byte* host) : size(size), pages(pages), host(host) {}
-    ~Block() override;
+  Block(size_t size, size_t pages, std::byte* host) : size(size), pages(pages), host(host) {}
+  ~Block() override;
 
-    const size_t size, pages;
-    std::byte* const host;
+  const size_t size, pages;
+  std::byte* const host;
 };
 
 using BlockPtr = c10::intrusive_ptr<Block>;
@@ -38,7 +38,7 @@ c10::Storage host_alias(const c10::Storage& storage);
 void take_resized(const c10::Storage& alias, const c10::Storage& storage);
 
 struct MemoryUse {
-    size_t allocations, live_buffers, live_bytes, cached_bytes;
+  size_t allocations, live_buffers, live_bytes, cached_bytes;
 };
 MemoryUse memory_use();
 void reset_allocation_count();

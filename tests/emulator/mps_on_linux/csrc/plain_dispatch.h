@@ -7,9 +7,10 @@
 namespace emulator {
 
 struct PlainDispatch {
-    c10::impl::ExcludeDispatchKeyGuard guard{
-        c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset | c10::python_ks |
-        c10::functorch_transforms_ks | c10::DispatchKeySet({c10::DispatchKey::Functionalize, c10::DispatchKey::PythonDispatcher})};
+  c10::impl::ExcludeDispatchKeyGuard guard{
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset | c10::python_ks |
+      c10::functorch_transforms_ks |
+      c10::DispatchKeySet({c10::DispatchKey::Functionalize, c10::DispatchKey::PythonDispatcher})};
 };
 
 }  // namespace emulator

@@ -24,47 +24,48 @@ using namespace metal;
 )";
 
 AOTIMetalKernelFunctionHandle kernel() {
-    static const AOTIMetalKernelFunctionHandle function = [] {
-        AOTIMetalShaderLibraryHandle library;
-        AOTIMetalKernelFunctionHandle handle;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_mps_create_shader_library(source, &library));
-        TORCH_ERROR_CODE_CHECK(aoti_torch_mps_get_kernel_function(library, "double_plus_one", &handle));
-        return handle;
-    }();
-    return function;
+  static const AOTIMetalKernelFunctionHandle function = [] {
+    AOTIMetalShaderLibraryHandle library;
+    AOTIMetalKernelFunctionHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_mps_create_shader_library(source, &library));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_mps_get_kernel_function(library, "double_plus_one", &handle));
+    return handle;
+  }();
+  return function;
 }
 
 struct Encoding {
-    const torch::stable::Tensor &x, &y;
-    AOTITorchError status = AOTI_TORCH_SUCCESS;
+  const torch::stable::Tensor &x, &y;
+  AOTITorchError status = AOTI_TORCH_SUCCESS;
 
-    AOTITorchError encode(AOTIMetalKernelFunctionHandle function) const {
-        const int64_t strides = x.stride(0) | x.stride(1) << 32;  // a uint2
-        const std::array<uint64_t, 2> threads = {uint64_t(x.size(1)), uint64_t(x.size(0))}, group = {32, 4};
-        AOTITorchError status = aoti_torch_mps_start_encoding(function);
-        if (!status) status = aoti_torch_mps_set_arg_tensor(function, 0, x.get());
-        if (!status) status = aoti_torch_mps_set_arg_tensor(function, 1, y.get());
-        if (!status) status = aoti_torch_mps_set_arg_int(function, 2, strides);
-        if (!status) status = aoti_torch_mps_dispatch_array_with_group_size(function, threads.data(), 2, group.data(), 2);
-        return status;
-    }
+  AOTITorchError encode(AOTIMetalKernelFunctionHandle function) const {
+    const int64_t strides = x.stride(0) | x.stride(1) << 32;  // a uint2
+    const std::array<uint64_t, 2> threads = {uint64_t(x.size(1)), uint64_t(x.size(0))}, group = {32, 4};
+    AOTITorchError status = aoti_torch_mps_start_encoding(function);
+    if (!status) status = aoti_torch_mps_set_arg_tensor(function, 0, x.get());
+    if (!status) status = aoti_torch_mps_set_arg_tensor(function, 1, y.get());
+    if (!status) status = aoti_torch_mps_set_arg_int(function, 2, strides);
+    if (!status) status = aoti_torch_mps_dispatch_array_with_group_size(function, threads.data(), 2, group.data(), 2);
+    return status;
+  }
 };
 
 torch::stable::Tensor double_plus_one(const torch::stable::Tensor& x) {
-    STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == torch::headeronly::ScalarType::Float,
-                    "double_plus_one: x is a float32 matrix");
-    torch::stable::Tensor y = torch::stable::new_empty(x, x.sizes());
-    if (x.numel() == 0) return y;
-    Encoding encoding{x, y};
-    TORCH_ERROR_CODE_CHECK(aoti_torch_mps_run_command_block(
-        kernel(),
-        [](AOTIMetalKernelFunctionHandle function, void* data) {
-            auto& encoding = *static_cast<Encoding*>(data);
-            encoding.status = encoding.encode(function);
-        },
-        &encoding));
-    TORCH_ERROR_CODE_CHECK(encoding.status);
-    return y;
+  STD_TORCH_CHECK(
+      x.dim() == 2 && x.scalar_type() == torch::headeronly::ScalarType::Float,
+      "double_plus_one: x is a float32 matrix");
+  torch::stable::Tensor y = torch::stable::new_empty(x, x.sizes());
+  if (x.numel() == 0) return y;
+  Encoding encoding{x, y};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_mps_run_command_block(
+      kernel(),
+      [](AOTIMetalKernelFunctionHandle function, void* data) {
+        auto& encoding = *static_cast<Encoding*>(data);
+        encoding.status = encoding.encode(function);
+      },
+      &encoding));
+  TORCH_ERROR_CODE_CHECK(encoding.status);
+  return y;
 }
 
 }  // namespace
