@@ -33,10 +33,11 @@ _BLOCK = 1 << 14  # counters at a time: 0.75 MiB of state, within a core's L2
 
 
 def draw_seed(x: torch.Tensor) -> torch.Tensor:
-    """A fresh seed for x, 0-dim int64: on CUDA on x's device and of its generator, so that a captured graph draws
-    another one each time; elsewhere of torch's default CPU generator, since there the host reads it.
-    `torch.manual_seed` reaches both, and checkpointing saves and restores both."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device if x.is_cuda else "cpu")
+    """A fresh seed for x, 0-dim int64, of torch's default CPU generator: the host reads it without waiting. Where a
+    CUDA graph is captured, or may be, it is on x's device and of its generator, so that each replay draws another one.
+    `torch.manual_seed` reaches both generators, and checkpointing saves and restores both."""
+    captured = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device if captured else "cpu")
 
 
 def keep_mask(

@@ -100,12 +100,13 @@ def backward(
     elif need_x or need_A or need_B or need_scaling:
         grad_x = grad_rows.mm(weight) if need_x else None
         x_side = x_rows if need_A else None
-        if h is not None and not need_scaling:
-            h = _widened(h, A) * scaling
         if way is BY_TRITON:
             dropouts = _dropouts(seed, dropout_p, ranks, A)
-            grad_A, grad_h = triton_kernels().backward(grad_rows, grad_x, x_side, A, B, scale, h, dropouts)
+            backward = triton_kernels().backward
+            grad_A, grad_h = backward(grad_rows, grad_x, x_side, A, B, scale, h, not need_scaling, dropouts)
         else:
+            if h is not None and not need_scaling:
+                h = _widened(h, A) * scaling
             grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
     return (
         grad_x if is_matrix or not need_x else unflat(grad_x, grad),
@@ -206,8 +207,9 @@ def adapters(
 def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> list[Any]:
     if seed is None:
         return []
-    seed, groups = seed.to(A.device), adapters(seed, dropout_p, ranks, A.shape[0])
-    return [triton_kernels().Dropout(rank, p, seed, stream) for stream, (rank, p) in enumerate(groups)]
+    groups = adapters(seed, dropout_p, ranks, A.shape[0])
+    own: Any = seed.item() if seed.is_cpu else seed
+    return [triton_kernels().Dropout(rank, p, own, stream) for stream, (rank, p) in enumerate(groups)]
 
 
 def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:

@@ -9,7 +9,7 @@ of a sweep on an H100, at ranks 16 and 64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,11 +21,12 @@ from ..launcher import Launcher
 
 
 class Dropout(NamedTuple):
-    """Of one adapter: its ranks, and which elements of its side of an M x K matrix it keeps, each times 1 / (1 - p)."""
+    """Of one adapter: its ranks, and which elements of its side of an M x K matrix it keeps, each times 1 / (1 - p).
+    ``seed``: on the device, or a number."""
 
     rank: slice
     p: float
-    seed: Tensor  # on the device
+    seed: Tensor | int
     stream: int
 
 
@@ -52,37 +53,49 @@ def backward(
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scaling: float | Tensor,
+    scale: float | Tensor,
     h: Tensor | None,
-    dropouts: Sequence[Dropout],
+    scale_h: bool,
+    dropouts: Sequence[Dropout] = (),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``grad_x += dropout(z A)`` in place with z = s dY B; returns zᵀ dropout(x) and dYᵀ h. None where a tensor is not
-    given."""
-    grad_A = grad_h = None
-    if grad_x is not None or x is not None:
-        z = _product(grad, B).mul_(scaling) if isinstance(scaling, Tensor) else _product(grad, B, scaling)
-        every = slice(0, z.shape[1])
-        parts: list[tuple[slice, Dropout | None]] = [(d.rank, d) for d in dropouts] or [(every, None)]
-        if grad_x is not None:
-            for rank, dropout in parts:
-                _accumulate_(grad_x, z[:, rank], A[rank], dropout=dropout)
-        if x is not None:
-            found = [_reduce(z[:, rank], x, dropout=dropout) for rank, dropout in parts]
-            grad_A = found[0] if len(found) == 1 else torch.cat(found)
+    """``grad_x += dropout(z A)`` in place with z = s dY B; returns zᵀ dropout(x), and dYᵀ h, times s if ``scale_h``.
+    None where a tensor is not given."""
+    number = 1.0 if isinstance(scale, Tensor) else scale
+    dB = None
     if h is not None:
-        grad_h = _reduce(h, grad, transposed=True)
-    return grad_A, grad_h
+        if scale_h and isinstance(scale, Tensor):
+            h = h * scale
+        dB = _Sum(h, grad, number if scale_h else 1.0, transposed=True)
+    if grad_x is None and x is None:
+        return None, _sums(dB)[0]
+    z = _product(grad, B, number)
+    if isinstance(scale, Tensor):
+        z.mul_(scale)
+    parts: list[tuple[slice, Dropout | None]] = [(d.rank, d) for d in dropouts] or [(slice(0, z.shape[1]), None)]
+    if grad_x is not None:
+        for rank, dropout in parts:
+            _accumulate_(grad_x, z[:, rank], A[rank], dropout=dropout)
+    if x is None:
+        return None, _sums(dB)[0]
+    if len(parts) == 1:
+        return _sums(_Sum(z, x, dropout=parts[0][1]), dB)
+    grad_A: list[Any] = [_sums(_Sum(z[:, rank], x, dropout=dropout))[0] for rank, dropout in parts]
+    return torch.cat(grad_A), _sums(dB)[0]
 
 
-_NO_DROPOUT = (None, 0, 0)
-
-
-def _words(dropout: Dropout | None) -> tuple[object, int, int]:
-    """Seed, stream and threshold of the kernels."""
+def _words(dropout: Dropout | None) -> tuple[bool, Tensor | None, int, int, int, int]:
+    """Whether to drop; the seed as a tensor, or its two halves; stream; threshold. Integers of 32 bits with a sign."""
     if dropout is None or dropout.p == 0.0:
-        return _NO_DROPOUT
-    threshold = min(round(dropout.p * 2**32), 2**32 - 1)
-    return dropout.seed, dropout.stream, threshold - 2**32 if threshold >= 2**31 else threshold  # 32 bits, with a sign
+        return False, None, 0, 0, 0, 0
+    _, p, seed, stream = dropout
+    threshold = _signed(min(round(p * 2**32), 2**32 - 1))
+    if isinstance(seed, Tensor):
+        return True, seed, 0, 0, stream, threshold
+    return True, None, _signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF), stream, threshold
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
 
 
 def _inverse_keep(dropout: Dropout | None) -> float:
@@ -102,14 +115,13 @@ def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout |
     """``scale · dropout(rows) small``: rows (M, K), small (K, C) with C of the order of the rank, in float32."""
     (M, K), C = rows.shape, small.shape[1]
     out = rows.new_empty((M, C), dtype=torch.float32)
-    seed, stream, threshold = _words(dropout)
-    rows_stride, small_stride, block_C = rows.stride(), small.stride(), _rank_block(C)
+    drops, *words = _words(dropout)
+    strides, block_C = (*rows.stride(), *small.stride()), _rank_block(C)
     alignments = rows.data_ptr() & 15, small.data_ptr() & 15
     _launch_product(
         (_blocks(M, 64), _blocks(C, block_C), 1),
-        (K, C, rows.dtype, small.dtype, rows_stride, small_stride, alignments, seed is None),
-        out, rows, small, scale * _inverse_keep(dropout), seed, stream, threshold, M, K, C,
-        *rows_stride, *small_stride, 64, 128, block_C,
+        (K, C, rows.dtype, small.dtype, strides, alignments, drops, words[0] is None),
+        out, rows, small, scale * _inverse_keep(dropout), *words, M, K, C, *strides, drops, 64, 128, block_C,
     )  # fmt: skip
     return out
 
@@ -117,36 +129,50 @@ def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout |
 def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout: Dropout | None = None) -> None:
     """``out += dropout(scale · a b)`` for half out (M, C), float32 a (M, r) and b (r, C); one rounding."""
     (M, C), r = out.shape, a.shape[1]
-    seed, stream, threshold = _words(dropout)
-    out_stride, a_stride, b_stride = out.stride(), a.stride(), b.stride()
+    drops, *words = _words(dropout)
+    strides = *out.stride(), *a.stride(), *b.stride()
     alignments = out.data_ptr() & 15, a.data_ptr() & 15, b.data_ptr() & 15
     _launch_accumulate(
         (_blocks(M, 64), _blocks(C, 128), 1),
-        (C, r, out.dtype, b.dtype, out_stride, a_stride, b_stride, alignments, seed is None),
-        out, a, b, scale * _inverse_keep(dropout), seed, stream, threshold, M, C, r,
-        *out_stride, *a_stride, *b_stride, 64, 128, 16,
+        (C, r, out.dtype, b.dtype, strides, alignments, drops, words[0] is None),
+        out, a, b, scale * _inverse_keep(dropout), *words, M, C, r, *strides, drops, 64, 128, 16,
     )  # fmt: skip
 
 
-def _reduce(small: Tensor, rows: Tensor, transposed: bool = False, dropout: Dropout | None = None) -> Tensor:
-    """The transpose of small (M, r) times half rows (M, C) after dropout, in float32: (r, C), or (C, r) if
-    ``transposed``. Many rows are summed in up to 8 parts, one after the other added up."""
-    (M, r), C = small.shape, rows.shape[1]
-    block_M, block_C, block_r = 64, 128, _rank_block(r)
-    part = _blocks(_blocks(M, 8 if M > 512 else 1), block_M) * block_M
-    parts = _blocks(M, part)
-    out = rows.new_empty((parts, C, r) if transposed else (parts, r, C), dtype=torch.float32)
-    out_r, out_c = (1, r) if transposed else (C, 1)
-    seed, stream, threshold = _words(dropout)
-    small_stride, rows_stride = small.stride(), rows.stride()
-    alignments = small.data_ptr() & 15, rows.data_ptr() & 15
-    _launch_reduce(
-        (_blocks(C, block_C), _blocks(r, block_r), parts),
-        (r, C, small.dtype, rows.dtype, small_stride, rows_stride, alignments, transposed, seed is None),
-        out, small, rows, _inverse_keep(dropout), seed, stream, threshold, M, r, C,
-        out_r, out_c, *small_stride, *rows_stride, part, block_M, block_r, block_C,
+class _Sum(NamedTuple):
+    """The transpose of small (M, r) times half rows (M, C) after dropout, times a scale: (r, C), or transposed."""
+
+    small: Tensor
+    rows: Tensor
+    scale: float = 1.0
+    dropout: Dropout | None = None
+    transposed: bool = False
+
+
+def _sums(first: _Sum | None, second: _Sum | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """One or two sums over the same M rows, in one launch, in float32; the second has no dropout. Many rows are summed
+    in up to 8 parts, which are then added up."""
+    if first is None:
+        return None, None
+    (M, r), C = first.small.shape, first.rows.shape[1]
+    more = 0 if second is None else second.rows.shape[1]
+    part = _blocks(_blocks(M, 8 if M > 512 else 1), 64) * 64
+    parts, blocks, total = _blocks(M, part), _blocks(C, 128), r * (C + more)
+    out = first.rows.new_empty((parts, total), dtype=torch.float32)
+    drops, *words = _words(first.dropout)
+    tensors = first.small, first.rows, *((None, None) if second is None else second[:2])
+    strides = tuple(stride for t in tensors for stride in ((0, 0) if t is None else t.stride()))
+    kinds = tuple(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
+    block_r = _rank_block(r)
+    _launch_sums(
+        (blocks + _blocks(more, 128), _blocks(r, block_r), parts),
+        (r, C, more, strides, kinds, first.transposed, drops, words[0] is None),
+        out, *tensors, first.scale * _inverse_keep(first.dropout), 1.0 if second is None else second.scale, *words,
+        M, r, C, more, *strides, total, blocks, part, first.transposed, drops, 64, block_r, 128,
     )  # fmt: skip
-    return out.sum(0) if parts > 1 else out[0]
+    found = out.sum(0) if parts > 1 else out[0]
+    shape = (C, r) if first.transposed else (r, C)
+    return found[: r * C].view(shape), None if second is None else found[r * C :].view(more, r)
 
 
 @triton.jit
@@ -162,10 +188,22 @@ def _dot(a, b, total):  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit(do_not_specialize=["stream", "threshold", "M"])
+@triton.jit
+def _keep(seed, low, high, stream, threshold, rows, first, columns, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    if seed is not None:  # noqa: SIM108
+        key = tl.load(seed)
+    else:
+        key = (high.to(tl.int64) << 32) | low.to(tl.uint32).to(tl.int64)
+    return keep_tile(key, stream, threshold, rows, first, columns, WIDTH)
+
+
+_SCALARS = ["low", "high", "stream", "threshold", "M"]  # neither compiled for 1 nor for multiples of 16
+
+
+@triton.jit(do_not_specialize=_SCALARS)
 def _product_kernel(  # type: ignore[no-untyped-def]
-    out, rows, small, scale, seed, stream, threshold, M, K, C, rows_m, rows_k, small_k, small_c,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    out, rows, small, scale, seed, low, high, stream, threshold, M, K, C, rows_m, rows_k, small_k, small_c,
+    DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = row.to(tl.int64)[:, None]
@@ -174,17 +212,17 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(rows + m * rows_m + k[None, :] * rows_k, mask=(m < M) & (k[None, :] < K), other=0.0)
-        if seed is not None:
-            a = a * keep_tile(tl.load(seed), stream, threshold, row, start, K, BLOCK_K).to(a.dtype)
+        if DROPS:
+            a = a * _keep(seed, low, high, stream, threshold, row, start, K, BLOCK_K).to(a.dtype)
         b = tl.load(small + k[:, None] * small_k + c * small_c, mask=(k[:, None] < K) & (c < C), other=0.0)
         total = _dot(a, b, total)
     tl.store(out + m * C + c, scale * total, mask=(m < M) & (c < C))
 
 
-@triton.jit(do_not_specialize=["stream", "threshold", "M"])
+@triton.jit(do_not_specialize=_SCALARS)
 def _accumulate_kernel(  # type: ignore[no-untyped-def]
-    out, a, b, scale, seed, stream, threshold, M, C, R, out_m, out_c, a_m, a_r, b_r, b_c,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    out, a, b, scale, seed, low, high, stream, threshold, M, C, R, out_m, out_c, a_m, a_r, b_r, b_c,
+    DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_C
     m, c = row.to(tl.int64)[:, None], first + tl.arange(0, BLOCK_C)[None, :]
@@ -194,35 +232,54 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
         a_block = tl.load(a + m * a_m + r[None, :] * a_r, mask=(m < M) & (r[None, :] < R), other=0.0)
         b_block = tl.load(b + r[:, None] * b_r + c * b_c, mask=(r[:, None] < R) & (c < C), other=0.0)
         total = _dot(a_block, b_block, total)
-    if seed is not None:
-        total = total * keep_tile(tl.load(seed), stream, threshold, row, first, C, BLOCK_C).to(tl.float32)
+    if DROPS:
+        total = total * _keep(seed, low, high, stream, threshold, row, first, C, BLOCK_C).to(tl.float32)
     inside = (m < M) & (c < C)
     where = out + m * out_m + c * out_c
     total = tl.load(where, mask=inside, other=0.0).to(tl.float32) + scale * total
     tl.store(where, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["stream", "threshold", "M", "part"])
-def _reduce_kernel(  # type: ignore[no-untyped-def]
-    out, small, rows, scale, seed, stream, threshold, M, R, C, out_r, out_c, small_m, small_r, rows_m, rows_c, part,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit
+def _sum_tile(  # type: ignore[no-untyped-def]
+    out, small, rows, scale, seed, low, high, stream, threshold, M, R, C, small_m, small_r, rows_m, rows_c, block, part,
+    TRANSPOSED: tl.constexpr, DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    first_c = tl.program_id(0) * BLOCK_C
-    c = first_c + tl.arange(0, BLOCK_C)[None, :]
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    first = tl.program_id(2) * part
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(0, part, BLOCK_M):
-        row = first + start + tl.arange(0, BLOCK_M)
+        row = tl.program_id(2) * part + start + tl.arange(0, BLOCK_M)
         m = row.to(tl.int64)
         a = tl.load(small + m[None, :] * small_m + r * small_r, mask=(m[None, :] < M) & (r < R), other=0.0)
         b = tl.load(rows + m[:, None] * rows_m + c * rows_c, mask=(m[:, None] < M) & (c < C), other=0.0)
-        if seed is not None:
-            b = b * keep_tile(tl.load(seed), stream, threshold, row, first_c, C, BLOCK_C).to(b.dtype)
+        if DROPS:
+            b = b * _keep(seed, low, high, stream, threshold, row, block * BLOCK_C, C, BLOCK_C).to(b.dtype)
         total = _dot(a, b, total)
-    tl.store(out + tl.program_id(2) * R * C + r * out_r + c * out_c, scale * total, mask=(r < R) & (c < C))
+    where = c * R + r if TRANSPOSED else r * C + c
+    tl.store(out + where, scale * total, mask=(r < R) & (c < C))
+
+
+@triton.jit(do_not_specialize=[*_SCALARS, "total", "blocks", "part"])
+def _sums_kernel(  # type: ignore[no-untyped-def]
+    out, small, rows, small_2, rows_2, scale, scale_2, seed, low, high, stream, threshold, M, R, C, C_2,
+    small_m, small_r, rows_m, rows_c, small_2_m, small_2_r, rows_2_m, rows_2_c, total, blocks, part,
+    TRANSPOSED: tl.constexpr, DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    out += tl.program_id(2).to(tl.int64) * total
+    if block < blocks:
+        _sum_tile(
+            out, small, rows, scale, seed, low, high, stream, threshold, M, R, C, small_m, small_r, rows_m, rows_c,
+            block, part, TRANSPOSED, DROPS, BLOCK_M, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+    elif small_2 is not None:
+        _sum_tile(
+            out + R * C, small_2, rows_2, scale_2, None, 0, 0, 0, 0, M, R, C_2, small_2_m, small_2_r, rows_2_m,
+            rows_2_c, block - blocks, part, True, False, BLOCK_M, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
 
 
 _launch_product = Launcher(_product_kernel)
 _launch_accumulate = Launcher(_accumulate_kernel, num_stages=2)
-_launch_reduce = Launcher(_reduce_kernel)
+_launch_sums = Launcher(_sums_kernel)
