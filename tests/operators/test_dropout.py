@@ -252,7 +252,7 @@ cpu = torch.device("cpu")
 for shape in ((1, 1), (3, 5), (1000, 129), (0, 7)):
     for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):
         first, threshold = start * shape[1], round(p * 2**32)
-        ours = kernels.mask(torch.tensor(seed), stream, first, threshold, *shape, cpu)
+        ours = kernels.mask(seed, stream, first, p, *shape, cpu)
         assert torch.equal(ours.flatten(), gpu_mask(seed, stream, first, ours.numel(), threshold)), (shape, start)
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})

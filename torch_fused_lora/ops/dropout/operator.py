@@ -49,8 +49,7 @@ def keep_mask(
     if device.type == "cpu":
         return torch.from_numpy(_cpu_mask(int(seed), stream, first, count, threshold)).view(rows, columns)
     if device.type in ("cuda", "xpu") and (triton_mask := _triton_mask()):
-        on_device = torch.as_tensor(seed, dtype=torch.int64, device=device)
-        return triton_mask(on_device, stream, first, threshold, rows, columns, device)
+        return triton_mask(seed, stream, first, p, rows, columns, device)
     if device.type != "mps":  # there only torch.func and a double backward want a mask as a tensor
         _warn_host_mask(device.type)
     return gpu_mask(int(seed), stream, first, count, threshold).view(rows, columns).to(device)

@@ -7,14 +7,39 @@ import triton
 import triton.language as tl
 
 
+def words(seed: torch.Tensor | int, stream: int, p: float) -> tuple[torch.Tensor | None, int, int, int, int]:
+    """What a kernel's arguments say of dropout: the seed as a tensor on the device, or the two halves of a number;
+    stream; threshold. Integers of 32 bits with a sign."""
+    threshold = _signed(min(round(p * 2**32), 2**32 - 1))
+    if isinstance(seed, torch.Tensor) and not seed.is_cpu:
+        return seed, 0, 0, stream, threshold
+    number = int(seed)
+    return None, _signed(number & 0xFFFFFFFF), _signed(number >> 32 & 0xFFFFFFFF), stream, threshold
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
 @triton.jit
-def keep_tile(seed, stream, threshold, rows, first, columns, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _key(seed, low, high):  # type: ignore[no-untyped-def]
+    if seed is not None:  # noqa: SIM108
+        key = tl.load(seed)
+    else:
+        key = (high.to(tl.int64) << 32) | low.to(tl.uint32).to(tl.int64)
+    return key
+
+
+@triton.jit
+def keep_tile(  # type: ignore[no-untyped-def]
+    seed, low, high, stream, threshold, rows, first, columns, WIDTH: tl.constexpr
+):  # fmt: skip
     """(rows, WIDTH) of the mask, 1 or 0 in int8: the given rows, columns ``first`` onwards. ``columns`` in all, and
     ``first``, are multiples of 8, so that no counter serves two rows."""
     counter = (rows[:, None].to(tl.int64) * columns + first) // 8 + tl.arange(0, WIDTH // 8)[None, :]
-    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
-    zero = low * 0
-    a, b, c, d = tl.philox(seed, low, high, zero + stream.to(tl.uint32), zero)
+    index_low, index_high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = index_low * 0
+    a, b, c, d = tl.philox(_key(seed, low, high), index_low, index_high, zero + stream.to(tl.uint32), zero)
     # In the order of elements: the last of `join`'s dimensions runs fastest.
     even = tl.join(tl.join(_keep(a, threshold), _keep(c, threshold)), tl.join(_keep(b, threshold), _keep(d, threshold)))
     odd = tl.join(
@@ -34,32 +59,32 @@ def _keep_odd(word, threshold):  # type: ignore[no-untyped-def]
     return _keep((word << 16) | (word >> 16), threshold)
 
 
-@triton.jit(do_not_specialize=["stream", "first", "threshold"])
-def _mask_kernel(out, seed, stream, first, threshold, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["low", "high", "stream", "threshold", "first"])
+def _mask_kernel(  # type: ignore[no-untyped-def]
+    out, seed, low, high, stream, threshold, first, count, BLOCK: tl.constexpr
+):  # fmt: skip
     # One Philox counter a lane, eight mask bytes a counter: `count` bytes written, nothing read.
     counter = first // 8 + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
+    index_low, index_high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = tl.zeros([BLOCK], tl.uint32)
-    words = tl.philox(tl.load(seed), low, high, zero + stream.to(tl.uint32), zero)
+    found = tl.philox(_key(seed, low, high), index_low, index_high, zero + stream.to(tl.uint32), zero)
     for lane in tl.static_range(8):
-        word = words[lane // 2]
+        word = found[lane // 2]
         keep = _keep(word, threshold) if lane % 2 == 0 else _keep_odd(word, threshold)
         index = counter * 8 + lane - first
         tl.store(out + index, keep, mask=(index >= 0) & (index < count))
 
 
 def mask(
-    seed: torch.Tensor, stream: int, first: int, threshold: int, rows: int, columns: int, device: torch.device
+    seed: torch.Tensor | int, stream: int, first: int, p: float, rows: int, columns: int, device: torch.device
 ) -> torch.Tensor:
-    """Mask elements ``[first, first + rows * columns)`` as a (rows, columns) bool tensor on ``device``, where the seed
-    is."""
+    """Mask elements ``[first, first + rows * columns)`` as a (rows, columns) bool tensor on ``device``."""
     out = torch.empty(rows, columns, dtype=torch.bool, device=device)
     block = 1024
     counters = (first + out.numel() + 7) // 8 - first // 8
     if counters:
         with torch.get_device_module(device).device(device):
             _mask_kernel[(triton.cdiv(counters, block),)](
-                out.view(torch.int8), seed, stream, first, threshold, out.numel(), BLOCK=block
+                out.view(torch.int8), *words(seed, stream, p), first, out.numel(), BLOCK=block
             )
     return out

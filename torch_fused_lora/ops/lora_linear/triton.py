@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout.triton import keep_tile
+from ..dropout.triton import keep_tile, words
 from ..launcher import Launcher
 
 
 class Dropout(NamedTuple):
-    """Of one adapter: its ranks, and which elements of its side of an M x K matrix it keeps, each times 1 / (1 - p).
-    ``seed``: on the device, or a number."""
+    """Of one adapter: its ranks, and which elements of its side of an M x K matrix it keeps, each times 1 / (1 - p)."""
 
     rank: slice
     p: float
@@ -84,18 +83,10 @@ def backward(
 
 
 def _words(dropout: Dropout | None) -> tuple[bool, Tensor | None, int, int, int, int]:
-    """Whether to drop; the seed as a tensor, or its two halves; stream; threshold. Integers of 32 bits with a sign."""
+    """Whether to drop, and `words`."""
     if dropout is None or dropout.p == 0.0:
         return False, None, 0, 0, 0, 0
-    _, p, seed, stream = dropout
-    threshold = _signed(min(round(p * 2**32), 2**32 - 1))
-    if isinstance(seed, Tensor):
-        return True, seed, 0, 0, stream, threshold
-    return True, None, _signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF), stream, threshold
-
-
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
+    return True, *words(dropout.seed, dropout.stream, dropout.p)
 
 
 def _inverse_keep(dropout: Dropout | None) -> float:
@@ -115,13 +106,13 @@ def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout |
     """``scale · dropout(rows) small``: rows (M, K), small (K, C) with C of the order of the rank, in float32."""
     (M, K), C = rows.shape, small.shape[1]
     out = rows.new_empty((M, C), dtype=torch.float32)
-    drops, *words = _words(dropout)
+    drops, *drop = _words(dropout)
     strides, block_C = (*rows.stride(), *small.stride()), _rank_block(C)
     alignments = rows.data_ptr() & 15, small.data_ptr() & 15
     _launch_product(
         (_blocks(M, 64), _blocks(C, block_C), 1),
-        (K, C, rows.dtype, small.dtype, strides, alignments, drops, words[0] is None),
-        out, rows, small, scale * _inverse_keep(dropout), *words, M, K, C, *strides, drops, 64, 128, block_C,
+        (K, C, rows.dtype, small.dtype, strides, alignments, drops, drop[0] is None),
+        out, rows, small, scale * _inverse_keep(dropout), *drop, M, K, C, *strides, drops, 64, 128, block_C,
     )  # fmt: skip
     return out
 
@@ -129,13 +120,13 @@ def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout |
 def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout: Dropout | None = None) -> None:
     """``out += dropout(scale · a b)`` for half out (M, C), float32 a (M, r) and b (r, C); one rounding."""
     (M, C), r = out.shape, a.shape[1]
-    drops, *words = _words(dropout)
+    drops, *drop = _words(dropout)
     strides = *out.stride(), *a.stride(), *b.stride()
     alignments = out.data_ptr() & 15, a.data_ptr() & 15, b.data_ptr() & 15
     _launch_accumulate(
         (_blocks(M, 64), _blocks(C, 128), 1),
-        (C, r, out.dtype, b.dtype, strides, alignments, drops, words[0] is None),
-        out, a, b, scale * _inverse_keep(dropout), *words, M, C, r, *strides, drops, 64, 128, 16,
+        (C, r, out.dtype, b.dtype, strides, alignments, drops, drop[0] is None),
+        out, a, b, scale * _inverse_keep(dropout), *drop, M, C, r, *strides, drops, 64, 128, 16,
     )  # fmt: skip
 
 
@@ -159,15 +150,15 @@ def _sums(first: _Sum | None, second: _Sum | None = None) -> tuple[Tensor | None
     part = _blocks(_blocks(M, 8 if M > 512 else 1), 64) * 64
     parts, blocks, total = _blocks(M, part), _blocks(C, 128), r * (C + more)
     out = first.rows.new_empty((parts, total), dtype=torch.float32)
-    drops, *words = _words(first.dropout)
+    drops, *drop = _words(first.dropout)
     tensors = first.small, first.rows, *((None, None) if second is None else second[:2])
     strides = tuple(stride for t in tensors for stride in ((0, 0) if t is None else t.stride()))
     kinds = tuple(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
     block_r = _rank_block(r)
     _launch_sums(
         (blocks + _blocks(more, 128), _blocks(r, block_r), parts),
-        (r, C, more, strides, kinds, first.transposed, drops, words[0] is None),
-        out, *tensors, first.scale * _inverse_keep(first.dropout), 1.0 if second is None else second.scale, *words,
+        (r, C, more, strides, kinds, first.transposed, drops, drop[0] is None),
+        out, *tensors, first.scale * _inverse_keep(first.dropout), 1.0 if second is None else second.scale, *drop,
         M, r, C, more, *strides, total, blocks, part, first.transposed, drops, 64, block_r, 128,
     )  # fmt: skip
     found = out.sum(0) if parts > 1 else out[0]
@@ -188,15 +179,6 @@ def _dot(a, b, total):  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit
-def _keep(seed, low, high, stream, threshold, rows, first, columns, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    if seed is not None:  # noqa: SIM108
-        key = tl.load(seed)
-    else:
-        key = (high.to(tl.int64) << 32) | low.to(tl.uint32).to(tl.int64)
-    return keep_tile(key, stream, threshold, rows, first, columns, WIDTH)
-
-
 _SCALARS = ["low", "high", "stream", "threshold", "M"]  # neither compiled for 1 nor for multiples of 16
 
 
@@ -213,7 +195,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(rows + m * rows_m + k[None, :] * rows_k, mask=(m < M) & (k[None, :] < K), other=0.0)
         if DROPS:
-            a = a * _keep(seed, low, high, stream, threshold, row, start, K, BLOCK_K).to(a.dtype)
+            a = a * keep_tile(seed, low, high, stream, threshold, row, start, K, BLOCK_K).to(a.dtype)
         b = tl.load(small + k[:, None] * small_k + c * small_c, mask=(k[:, None] < K) & (c < C), other=0.0)
         total = _dot(a, b, total)
     tl.store(out + m * C + c, scale * total, mask=(m < M) & (c < C))
@@ -233,7 +215,7 @@ def _accumulate_kernel(  # type: ignore[no-untyped-def]
         b_block = tl.load(b + r[:, None] * b_r + c * b_c, mask=(r[:, None] < R) & (c < C), other=0.0)
         total = _dot(a_block, b_block, total)
     if DROPS:
-        total = total * _keep(seed, low, high, stream, threshold, row, first, C, BLOCK_C).to(tl.float32)
+        total = total * keep_tile(seed, low, high, stream, threshold, row, first, C, BLOCK_C).to(tl.float32)
     inside = (m < M) & (c < C)
     where = out + m * out_m + c * out_c
     total = tl.load(where, mask=inside, other=0.0).to(tl.float32) + scale * total
@@ -254,7 +236,7 @@ def _sum_tile(  # type: ignore[no-untyped-def]
         a = tl.load(small + m[None, :] * small_m + r * small_r, mask=(m[None, :] < M) & (r < R), other=0.0)
         b = tl.load(rows + m[:, None] * rows_m + c * rows_c, mask=(m[:, None] < M) & (c < C), other=0.0)
         if DROPS:
-            b = b * _keep(seed, low, high, stream, threshold, row, block * BLOCK_C, C, BLOCK_C).to(b.dtype)
+            b = b * keep_tile(seed, low, high, stream, threshold, row, block * BLOCK_C, C, BLOCK_C).to(b.dtype)
         total = _dot(a, b, total)
     where = c * R + r if TRANSPOSED else r * C + c
     tl.store(out + where, scale * total, mask=(r < R) & (c < C))
