@@ -481,3 +481,13 @@ def test_without_peft_the_error_says_what_to_install():
         "else: raise SystemExit(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(3, 7), (7,), ()])
+def test_an_input_that_does_not_fit_is_named(shape, grad):
+    """The layer does not look at shapes, since torch's own calls do; what they refuse is said as everywhere."""
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 5)), LoraConfig(r=2, target_modules=["0"]))
+    assert tfl.patch_peft(model).patched
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"lora_linear: x: expected shape \(\.\.\., 8\)"):
+        model(torch.randn(shape))

@@ -10,7 +10,9 @@ import pytest
 
 from tests import ROOT
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 
 def test_triton_kernels():
@@ -82,3 +84,30 @@ for M, K, N, ranks, dropouts, dtype, adapter_dtype in (
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("seed", [None, "*i64"])
+def test_triton_kernels_compile_for_an_nvidia_gpu(seed):
+    """To machine code for Hopper, without one; with the seed as a number and as a tensor of the device."""
+    kernels, target = lora_triton(), GPUTarget("cuda", 90, 32)
+    number = {"seed": None} if seed is None else {}
+    tensors = {} if seed is None else {"seed": seed}
+    tiles = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_C": 128, "BLOCK_R": 16, "TRANSPOSED": False, "DROPS": True}
+    scales = {"scale": "fp32", "scale_2": "fp32"}
+    for name, types in {
+        "_product_kernel": {"out": "*fp32", "rows": "*bf16", "small": "*fp32"},
+        "_accumulate_kernel": {"out": "*fp16", "a": "*fp32", "b": "*fp32"},
+        "_sums_kernel": {"out": "*fp32", "small": "*fp32", "rows": "*bf16", "small_2": "*fp32", "rows_2": "*bf16"},
+    }.items():
+        kernel = getattr(kernels, name)
+        constants = {key: value for key, value in (tiles | number).items() if key in kernel.arg_names}
+        types = {key: value for key, value in (types | tensors | scales).items() if key in kernel.arg_names}
+        signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
+        compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
+        assert len(compiled.asm["cubin"]) > 0
+
+
+def lora_triton():
+    from torch_fused_lora.ops.lora_linear import triton as kernels
+
+    return kernels
