@@ -56,6 +56,19 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows, columns):
             exact.check(found[name].cpu(), name)
 
 
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(0, 64, 48), (40, 0, 48), (40, 64, 0)])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_empty(rows, columns, outputs, dropout_p):
+    a = [torch.randn(s, device=CUDA) for s in ((rows, columns), (outputs, columns), (4, columns), (outputs, 4))]
+    x, W, A, B = (t.to(torch.bfloat16 if i < 2 else torch.float32).requires_grad_() for i, t in enumerate(a))
+    y = tfl.lora_linear(x, W, None, A, B, 0.5, dropout_p, training=True)
+    assert y.shape == (rows, outputs)
+    assert not y.any()
+    for leaf, grad in zip((x, W, A, B), torch.autograd.grad(y.float().sum(), (x, W, A, B)), strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1000, 129), (0, 7)])
 def test_masks_are_those_of_the_cpu(shape):
     for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):

@@ -62,8 +62,9 @@ def choose(rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool) -> tuple[W
         return WHOLE, lora_A, lora_B
     if rows.dtype in HALF:
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
-        # Dropout's tiles begin at whole counters of 8 elements.
-        fits = lora_A.shape[1] % 8 == 0 if drops else rows.shape[0] > FEW
+        K, N = lora_A.shape[1], lora_B.shape[0]
+        # No grid is empty. Dropout's tiles begin at whole counters of 8 elements.
+        fits = rows.shape[0] * K * N > 0 and (K % 8 == 0 if drops else rows.shape[0] > FEW)
         if limits.triton and fits and triton_kernels():
             return BY_TRITON, lora_A, lora_B
     if dtype in HALF:
