@@ -175,7 +175,8 @@ def test_ratios_of_a_model_are_of_the_same_round():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_bench_of_a_model_on_cuda_has_kernels_and_memory(monkeypatch):
     monkeypatch.setitem(model.SIZES, "small", TINY | dict.fromkeys(("hidden_size", "intermediate_size"), 256))
-    result = model.run(model.build("small", torch.device("cuda")), model.ModelCase(4, 512, 8, "float32", 0.0), 0)
+    base = model.build("small", torch.device("cuda"))
+    result = model.counted(base, model.timed(base, model.ModelCase(4, 512, 8, "float32", 0.0), 0))
     assert list(result.compared) == ["wall_ms", "kernels_ms", "peak_MiB"]
     assert 0 < result.compared["kernels_ms"].floor < result.compared["wall_ms"].floor
     assert result.compared["peak_MiB"].floor > 4 * 512 * 256 * 2 / 2**20  # one activation

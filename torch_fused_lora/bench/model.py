@@ -127,7 +127,9 @@ def bench_model(
         for adapters in ("bfloat16", "float32")
         for dropout in dropouts
     ]
-    results = [run(base, case, seconds) for case in track(cases, "measuring", console=console)]
+    results = [timed(base, case, seconds) for case in track(cases, "measuring", console=console)]
+    if chosen.type == "cuda":  # last: launches stay slower in a process that was profiled once
+        results = [counted(base, result) for result in track(results, "profiling", console=console)]
     environment = environment_of(chosen)
     console.print(one_line(environment))
     parameters = sum(p.numel() for p in base.parameters())
@@ -148,26 +150,34 @@ def build(size: str, device: torch.device) -> PreTrainedModel:
     return model.to(torch.bfloat16).requires_grad_(False).train()
 
 
-def run(base: PreTrainedModel, case: ModelCase, seconds: float) -> ModelResult:
-    """Time one case: rounds until ``seconds`` are spent, 5 at least; then the profiled ones."""
-    device = base.device
-    labels = torch.randint(base.config.vocab_size, (case.lines, case.tokens), device=device)
+def timed(base: PreTrainedModel, case: ModelCase, seconds: float) -> ModelResult:
+    """Time one case: rounds until ``seconds`` are spent, 5 at least."""
+    times = interleaved(_steps(base, case), base.device, seconds, min_rounds=5)
+    return ModelResult(case, len(times["floor"]), {"wall_ms": Compared.of(times, 1e-3)})
+
+
+def counted(base: PreTrainedModel, result: ModelResult) -> ModelResult:
+    """A case's result, with its kernels and memory on CUDA."""
+    steps = _steps(base, result.case)
+    kernels: dict[str, list[float]] = {name: [] for name in steps}
+    peaks: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(PROFILED_ROUNDS):
+        for name in random.sample(list(steps), len(steps)):
+            microseconds, peak = _on_cuda(steps[name], base.device)
+            kernels[name].append(microseconds)
+            peaks[name].append(peak)
+    more = {"kernels_ms": Compared.of(kernels, 1e3), "peak_MiB": Compared.of(peaks, 2**20)}
+    return dataclasses.replace(result, compared=result.compared | more)
+
+
+def _steps(base: PreTrainedModel, case: ModelCase) -> dict[str, Callable[[], Tensor]]:
+    """A step of every variant, each made once already."""
+    labels = torch.randint(base.config.vocab_size, (case.lines, case.tokens), device=base.device)
     embeddings = base.get_input_embeddings()(labels).detach().requires_grad_()
     steps = {name: _step(model, embeddings, labels) for name, model in variants(base, case).items()}
     for name, step in steps.items():
         assert math.isfinite(loss := step()), f"{name}: the loss is {loss}"
-    times = interleaved(steps, device, seconds, min_rounds=5)
-    compared = {"wall_ms": Compared.of(times, 1e-3)}
-    if device.type == "cuda":
-        kernels: dict[str, list[float]] = {name: [] for name in steps}
-        peaks: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(PROFILED_ROUNDS):
-            for name in random.sample(list(steps), len(steps)):
-                microseconds, peak = _on_cuda(steps[name], device)
-                kernels[name].append(microseconds)
-                peaks[name].append(peak)
-        compared |= {"kernels_ms": Compared.of(kernels, 1e3), "peak_MiB": Compared.of(peaks, 2**20)}
-    return ModelResult(case, len(times["floor"]), compared)
+    return steps
 
 
 def variants(base: PreTrainedModel, case: ModelCase) -> dict[str, torch.nn.Module]:
