@@ -128,7 +128,7 @@ def bench_model(
         for dropout in dropouts
     ]
     results = [timed(base, case, seconds) for case in track(cases, "measuring", console=console)]
-    if chosen.type == "cuda":  # last: launches stay slower in a process that was profiled once
+    if chosen.type == "cuda":  # last: a profiler may leave launches slower
         results = [counted(base, result) for result in track(results, "profiling", console=console)]
     environment = environment_of(chosen)
     console.print(one_line(environment))
