@@ -70,7 +70,8 @@ def _cpu_mask(seed: int, stream: int, first: int, count: int, threshold: int) ->
         halves = bits.random_raw(len(out) // 4).view(np.uint16)
         np.greater(halves, high, out=out)
         ties = np.flatnonzero(halves == high)
-        out[ties] = halves[ties ^ 1] >= low
+        if len(ties):
+            out[ties] = halves[ties ^ 1] >= low
 
     chunks = range(0, len(keep), _CHUNK)
     if len(chunks) > 1 and torch.get_num_threads() > 1:
