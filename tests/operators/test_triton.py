@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests import ROOT
 
@@ -111,3 +113,51 @@ def lora_triton():
     from torch_fused_lora.ops.lora_linear import triton as kernels
 
     return kernels
+
+
+def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(monkeypatch):
+    """With a driver and a kernel that only take notes."""
+    from torch_fused_lora.ops import launcher
+
+    current, notes, hooked = [0], [], [False]
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    class Kernel:
+        function = packed_metadata = None
+
+        def __getitem__(self, grid):
+            return lambda *arguments: notes.append(("compiled", current[0], grid, arguments)) or self
+
+        def run(self, *arguments):
+            notes.append(("launched", current[0], arguments[:3], arguments[9:]))
+
+    driver = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda device: 7)
+    monkeypatch.setattr(launcher, "JITFunction", Kernel)
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(launcher.torch.cuda, "device", Device)
+    monkeypatch.setattr(launcher, "_hooked", lambda: hooked[0])
+    launch, grid = launcher.Launcher(Kernel()), (1, 2, 3)
+    expected = []
+    for key, index, how in (
+        ("a", 0, "compiled"),
+        ("a", 0, "launched"),
+        ("b", 0, "compiled"),
+        ("a", 1, "compiled"),
+        ("a", 1, "launched"),
+        ("b", 0, "launched"),
+    ):
+        launch(torch.device("cuda", index), grid, key, "x", 5)
+        expected.append((how, index, grid, ("x", 5)))
+    hooked[0] = True  # a profiler sees them by the long way
+    launch(torch.device("cuda", 0), grid, "a", "x", 5)
+    assert notes == [*expected, ("compiled", 0, grid, ("x", 5))]
+    assert current == [0]

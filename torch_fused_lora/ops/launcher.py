@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from triton import JITFunction, knobs
 from triton.runtime import driver
 
@@ -21,16 +22,20 @@ class Launcher:
         self._kernel, self._options = kernel, options
         self._compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], key: Hashable, *arguments: Any) -> None:
-        """Launch on the current stream of the current device. ``key`` says all that decides the machine code: dtypes,
-        alignments, and every integer, unless the kernel does not specialise it."""
+    def __call__(self, device: torch.device, grid: tuple[int, int, int], key: Hashable, *arguments: Any) -> None:
+        """Launch on a device's current stream. ``key`` says all that decides the machine code: dtypes, alignments, and
+        every integer, unless the kernel does not specialise it."""
         if not isinstance(self._kernel, JITFunction):  # interpreted
             self._kernel[grid](*arguments, **self._options)
             return
-        device = driver.active.get_current_device()
-        compiled = self._compiled.get((device, key))
-        if compiled is None or _hooked():
-            self._compiled[device, key] = self._kernel[grid](*arguments, **self._options)
+        index = driver.active.get_current_device()
+        if index != device.index:
+            with torch.cuda.device(device):
+                self(device, grid, key, *arguments)
             return
-        stream = driver.active.get_current_stream(device)
+        compiled = self._compiled.get((index, key))
+        if compiled is None or _hooked():
+            self._compiled[index, key] = self._kernel[grid](*arguments, **self._options)
+            return
+        stream = driver.active.get_current_stream(index)
         compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)

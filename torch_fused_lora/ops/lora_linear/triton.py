@@ -110,6 +110,7 @@ def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout |
     strides, block_C = (*rows.stride(), *small.stride()), _rank_block(C)
     alignments = rows.data_ptr() & 15, small.data_ptr() & 15
     _launch_product(
+        rows.device,
         (_blocks(M, 64), _blocks(C, block_C), 1),
         (K, C, rows.dtype, small.dtype, strides, alignments, drops, drop[0] is None),
         out, rows, small, scale * _inverse_keep(dropout), *drop, M, K, C, *strides, drops, 64, 128, block_C,
@@ -124,6 +125,7 @@ def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout:
     strides = *out.stride(), *a.stride(), *b.stride()
     alignments = out.data_ptr() & 15, a.data_ptr() & 15, b.data_ptr() & 15
     _launch_accumulate(
+        out.device,
         (_blocks(M, 64), _blocks(C, 128), 1),
         (C, r, out.dtype, b.dtype, strides, alignments, drops, drop[0] is None),
         out, a, b, scale * _inverse_keep(dropout), *drop, M, C, r, *strides, drops, 64, 128, 16,
@@ -156,6 +158,7 @@ def _sums(first: _Sum | None, second: _Sum | None = None) -> tuple[Tensor | None
     kinds = tuple(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
     block_r = _rank_block(r)
     _launch_sums(
+        out.device,
         (blocks + _blocks(more, 128), _blocks(r, block_r), parts),
         (r, C, more, strides, kinds, first.transposed, drops, drop[0] is None),
         out, *tensors, first.scale * _inverse_keep(first.dropout), 1.0 if second is None else second.scale, *drop,
