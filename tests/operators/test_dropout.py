@@ -256,3 +256,9 @@ for shape in ((1, 1), (3, 5), (1000, 129), (0, 7)):
         assert torch.equal(ours.flatten(), gpu_mask(seed, stream, first, ours.numel(), threshold)), (shape, start)
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+def test_the_package_imports_where_there_is_no_fork():
+    """As on Windows."""
+    script = "import os, concurrent.futures, torch; del os.register_at_fork; import torch_fused_lora"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

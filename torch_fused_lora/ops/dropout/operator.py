@@ -87,7 +87,8 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads(), "dropout")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):  # not on Windows; threads do not survive a fork
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def gpu_mask(seed: int, stream: int, first: int, count: int, threshold: int) -> torch.Tensor:
