@@ -8,6 +8,7 @@ from .mps import extension
 from .nn import LoRALinear
 from .norms import patch_norms, unpatch_norms
 from .ops.dispatch import keep_operators
+from .ops.lora_delta import lora_delta
 from .ops.lora_linear import lora_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
@@ -21,6 +22,7 @@ extension.load()
 __all__ = [
     "LoRALinear",
     "keep_operators",
+    "lora_delta",
     "lora_linear",
     "patch_norms",
     "patch_peft",

@@ -21,7 +21,7 @@ from .ops.dispatch import BY_TORCH, PLAIN_TYPES, PORTABLE_DEVICES, autocast_enab
 from .ops.rms_norm.operator import rms_norm_for
 from .ops.rms_norm.portable import FUSED_BY_TORCH
 from .ops.rows import HALF
-from .originals import Patched, is_own, patch, switched_off, unpatch, why_replaced
+from .originals import Patched, class_of, is_own, patch, switched_off, unpatch, why_replaced
 from .report import PatchReport
 
 
@@ -147,11 +147,7 @@ def _methods(cls: Any) -> tuple[Any, Any]:
 
 def _fused_class(cls: Any, form: str) -> Any:
     """The one subclass of cls that computes fused; it goes when nobody uses it."""
-    for subclass in cls.__subclasses__():
-        if subclass.__dict__.get("_original") is cls:
-            return subclass
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (_Fused, cls), {"_original": cls, "_form": form, "_methods": _methods(cls), **names})
+    return class_of(cls, _Fused, _form=form, _methods=_methods(cls))
 
 
 def patch_norms(model: nn.Module, copy_input: bool = False) -> PatchReport:
@@ -183,7 +179,8 @@ def patch_norms(model: nn.Module, copy_input: bool = False) -> PatchReport:
         reason = off or (_why_replaced(module._original) if fused else _why_not(module))
         if reason is None:
             cls = type(module)
-            patch(module, cls if fused else _fused_class(cls, str(_form_of(cls))), name, copy_input)
+            patched_class = cls if fused else _fused_class(cls, str(_form_of(cls)))
+            patch(module, patched_class, _patched_name=name or cls.__name__, _copy_input=copy_input)
             report.patched.append(name)
         else:
             unpatch(module)

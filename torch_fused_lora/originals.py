@@ -51,13 +51,14 @@ class Patched:
     """
 
     _original: Any  # the module's own class
+    _state: tuple[str, ...] = ("_patched_name", "_copy_input")  # what patching adds to the module
     _patched_name: str  # the module's in the model that was patched
     _copy_input: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, state, *rest = reduced
-        state = {name: value for name, value in state.items() if name not in _STATE}
+        state = {name: value for name, value in state.items() if name not in self._state}
         return copyreg._reconstructor, (self._original, object, None), state, *rest  # type: ignore[attr-defined]
 
     def __copy__(self: Any) -> Any:
@@ -71,20 +72,28 @@ class Patched:
         return twin
 
 
-_STATE = ("_patched_name", "_copy_input")
+def class_of(cls: type, mixin: type, **attributes: Any) -> type:
+    """The class that instances of ``cls`` become when they are patched: the mixin goes before it. Made once."""
+    subclass: type
+    for subclass in cls.__subclasses__():
+        if subclass.__dict__.get("_original") is cls and issubclass(subclass, mixin):
+            return subclass
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (mixin, cls), {"_original": cls, **attributes, **names})
 
 
-def patch(module: Any, cls: type, name: str, copy_input: bool) -> None:
-    """Make a module one of a `Patched` class."""
+def patch(module: Any, cls: type, **state: Any) -> None:
+    """Make a module one of a `Patched` class, with the state that this adds."""
     module.__class__ = cls
-    module.__dict__.update(_patched_name=name or cls.__name__, _copy_input=copy_input)
+    module.__dict__.update(state)
 
 
 def unpatch(module: Any) -> None:
     """Make a module one of its own class again, without a trace, if it is patched."""
     if isinstance(module, Patched):
+        state = module._state
         module.__class__ = module._original
-        for name in _STATE:
+        for name in state:
             del module.__dict__[name]
 
 

@@ -1,14 +1,17 @@
-"""Put the operator under the LoRA layers of a PEFT model, in place, and take it away again.
+"""Put the operators under the LoRA layers of a PEFT model, in place, and take them away again.
 
-PEFT has no hook for a layer of a model that is already built, so a layer's class is swapped: `Linear` below is
-`peft.tuners.lora.Linear` with another `forward` and no state of its own but a name for errors. Everything else
-(state_dict, merging, adding, switching and deleting adapters, pickles) stays PEFT's.
+PEFT has no hook for a layer of a model that is already built, so a layer's class is swapped: a subclass of PEFT's own,
+with another `forward` and no state of its own but a name for errors and counts of calls. Everything else (state_dict,
+merging, adding, switching and deleting adapters, pickles) stays PEFT's.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, TypeAlias
+import copy
+import functools
+import warnings
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,226 +19,242 @@ from torch.nn import functional as F
 
 try:
     from peft.tuners import lora
-    from transformers.pytorch_utils import Conv1D
+    from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
     raise ImportError(
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
     ) from error
 
-from .ops.dispatch import BY_DISPATCHER, BY_TORCH, OWN_TYPES, Maybe, Route, autocast_enabled, route
+from . import decide, hooks
+from .ops.dispatch import BY_DISPATCHER, PLAIN_TYPES, Maybe, autocast_enabled
+from .ops.lora_delta.operator import lora_delta_stacked
 from .ops.lora_linear.operator import lora_linear_stacked
-from .ops.rows import HALF
-from .originals import Patched, is_own, patch, switched_off, unpatch, why_replaced
-from .report import PatchReport
-from .torch_private import has_global_hook
+from .originals import Patched, class_of, patch, switched_off, unpatch
+from .report import Calls, LoRAReport
+
+_NO_DROPOUT: tuple[float, ...] = ()
 
 
-class Linear(Patched, lora.Linear):
-    """`peft.tuners.lora.Linear` whose plain LoRA forward is one operator. The name is PEFT's: it shows in repr."""
+class Fused(Patched):
+    """Goes before a LoRA class of PEFT's whose plain forward becomes one operator."""
 
-    _original = lora.Linear
+    _state = ("_patched_name", "_copy_input", "_calls")
+    _forward: Any  # of the class of PEFT's
+    _calls: Calls
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Linear):  # undone while a wrapper still holds this method
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Fused):  # undone while a wrapper still holds this method
             return type(self).forward(self, x, *args, **kwargs)
-        call = None if args or kwargs else _fused_call(self, x)
-        if call is None:
-            return super().forward(x, *args, **kwargs)
-        way, weight, bias, adapters = call
+        call = decide.ARGUMENTS if args or kwargs else decide.decide(self, x)
+        if isinstance(call, str):
+            if decide.HOOKS in call and (y := _between_hooks(self, x)) is not None:
+                return y
+            _declined(self, call)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self._copy_input and torch.is_grad_enabled():
             x = x.clone()
-        name = self._patched_name
+        if call.base is None:
+            return _over_any_base(self, x, call)
+        if call.way is not BY_DISPATCHER or not torch.compiler.is_compiling():
+            self._calls.fused += 1
+        way, adapters, name = call.way, call.adapters, self._patched_name
+        weight, bias = call.base
         if len(adapters) == 1:
             lora_A, lora_B, lora_bias, scaling, p = adapters[0]
             if lora_bias is None:
-                dropouts = (p,) if p else _NO_DROPOUT
-                return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropouts, (), name, way, True)
-        for _, _, lora_bias, scaling, _ in adapters:
-            if lora_bias is not None:  # over a half base it joins the base product's rounding
-                lora_bias = lora_bias * scaling
-                bias = (lora_bias if bias is None else bias + lora_bias).to(weight.dtype)
-        lora_A = torch.cat([lora_A for lora_A, *_ in adapters])
-        lora_B = torch.cat([lora_B * scaling for _, lora_B, _, scaling, _ in adapters], 1)
-        ranks = [lora_A.shape[0] for lora_A, *_ in adapters]
-        dropouts = tuple(p for *_, p in adapters)
+                dropout = (p,) if p else _NO_DROPOUT
+                return lora_linear_stacked(x, weight, bias, lora_A, lora_B, scaling, dropout, (), name, way, True)
+        lora_bias = _bias(adapters, weight.dtype)
+        if lora_bias is not None:  # over a half base it joins the base product's rounding
+            bias = lora_bias if bias is None else bias + lora_bias
+        lora_A, lora_B, dropouts, ranks = _stacked(adapters)
         return lora_linear_stacked(x, weight, bias, lora_A, lora_B, 1.0, dropouts, ranks, name, way, True)
 
 
-# lora_A, lora_B, the bias of lora_B's module, scaling, probability of dropout
-_Adapter: TypeAlias = tuple[Tensor, Tensor, Maybe, Any, float]
+def _over_any_base(layer: Any, x: Tensor, call: decide.Fused) -> Tensor:
+    """Call the base, and fuse the rest if that is possible with what it makes of x."""
+    y = layer._modules["base_layer"](x)
+    way, _, adapters, cast = call
+    if len(adapters) == 1:
+        lora_A, lora_B, _, scaling, p = adapters[0]
+        dropouts, ranks = [p], [lora_A.shape[0]]
+    else:
+        (lora_A, lora_B, dropouts, ranks), scaling = _stacked(adapters), 1.0
+    rows = x.to(lora_A.dtype) if cast else x
+    autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
+    reason = decide.takes(y, rows, lora_A, lora_B, autocast)
+    if reason is not None:
+        _declined(layer, reason)
+        return _by_modules(layer, y, x)
+    if way is not BY_DISPATCHER or not torch.compiler.is_compiling():
+        layer._calls.fused += 1
+    if type(y) not in PLAIN_TYPES:
+        way = BY_DISPATCHER
+    lora_bias = _bias(adapters, y.dtype)
+    if lora_bias is not None:
+        y = y + lora_bias
+    found = lora_delta_stacked(y, rows, lora_A, lora_B, scaling, dropouts, ranks, layer._patched_name, way)
+    return found if found.dtype is y.dtype else found.to(y.dtype)
 
 
-# What follows runs on every call of every layer. It reads modules and parameters from their dicts, since
-# nn.Module.__getattr__ takes a microsecond a name, and tests nothing twice.
-
-
-def _fused_call(layer: lora.Linear, x: Tensor) -> tuple[Route, Tensor, Maybe, list[_Adapter]] | None:
-    """The route, weight, bias and active adapters, if one call of the operator covers them; None if PEFT's own forward
-    has to run."""
-    if layer._disable_adapters or layer.merged_adapters or not layer.cast_input_dtype_enabled or has_global_hook():
+def _between_hooks(layer: Any, x: Tensor) -> Tensor | None:
+    """The fused call between the hooks of accelerate and diffusers around the adapters' modules, which they get their
+    weights from; None if it is not to be fused."""
+    parts = [layer.lora_dropout, layer.lora_A, layer.lora_B]
+    modules = [part[name] for name in layer.active_adapters for part in parts if name in part]
+    if any(hooks.around(module) is None for module in modules):
         return None
-    if not isinstance(x, Tensor) or (way := route(x)) is BY_TORCH:
-        return None
-    if _called() != _OWN and (torch.compiler.is_dynamo_compiling() or _why_replaced(layer)):
-        return None
-    modules = layer._modules
-    base = _base(modules["base_layer"])
-    if isinstance(base, str):
-        return None
-    weight, bias = base
-    dtype = x.dtype
-    autocast = False
-    if way is BY_DISPATCHER:
-        autocast = autocast_enabled(x.device.type)
-        if x.layout is not torch.strided:
+    with hooks.running(modules, x) as rows:
+        call = decide.decide(layer, rows, hooks_run=True)
+        if isinstance(call, str):
             return None
-    if dtype is torch.float64 if autocast else weight.dtype is not dtype:
-        return None
-    all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-    all_dropouts = modules["lora_dropout"]._modules
-    adapters: list[_Adapter] = []
-    adapter_dtype = None
+        adapters = [(hooks.alias(A), hooks.alias(B), *rest) for A, B, *rest in call.adapters]
+        return _over_any_base(layer, x, call._replace(base=None, adapters=adapters))
+
+
+def _by_modules(layer: Any, y: Any, x: Tensor) -> Any:
+    """What PEFT's forward adds to its base's output, as PEFT does, where the base has been called already."""
+    dtype = y.dtype
     for name in layer.active_adapters:
-        if name not in all_A:
-            continue
-        adapter = _adapter(layer, name, all_A[name], all_B[name], all_dropouts[name])
-        if isinstance(adapter, str):
-            return None
-        adapters.append(adapter)
-        if autocast:
-            continue
-        if adapter_dtype is None:
-            adapter_dtype = adapter[0].dtype
-            if adapter_dtype is not dtype and (adapter_dtype is not _FLOAT32 or dtype not in HALF):
-                return None
-        elif adapter[0].dtype is not adapter_dtype:
-            return None
-        if adapter[1].dtype is not adapter_dtype:
-            return None
-    return (way, weight, bias, adapters) if adapters else None
+        if name in layer.lora_A:
+            x = layer._cast_input_dtype(x, layer.lora_A[name].weight.dtype)
+            y = y + layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x))) * layer.scaling[name]
+    return y.to(dtype)
 
 
-def _base(base: nn.Module) -> tuple[Any, Any] | str:
-    """The weight, N x K, and bias of a base layer; or why no call of a layer over it can be fused."""
-    if type(base) is not _LINEAR and type(base) is not Conv1D:
-        return f"base layer is a {type(base).__module__}.{type(base).__qualname__}, not exactly nn.Linear or Conv1D"
-    found = _weight_and_bias(base)
-    if isinstance(found, str):
-        return f"base layer has {found}"
-    return found if type(base) is _LINEAR else (found[0].t(), found[1])
+def _bias(adapters: list[decide.Adapter], dtype: torch.dtype) -> Maybe:
+    """What the biases of lora_B's modules add up to, or None if there are none."""
+    biases = [bias * scaling for _, _, bias, scaling, _ in adapters if bias is not None]
+    return sum(biases[1:], biases[0]).to(dtype) if biases else None
 
 
-def _adapter(layer: lora.Linear, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module) -> _Adapter | str:
-    """An adapter of a layer; or why it cannot be fused."""
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
-    if type(A) is not _LINEAR or type(B) is not _LINEAR:
-        return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
-    p = 0.0
-    if type(dropout) is not _IDENTITY:
-        if type(dropout) is not _DROPOUT or dropout.p >= 1:
-            return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
-        p = dropout.p if dropout.training else 0.0
-    of_A, of_B, of_dropout = _weight_and_bias(A), _weight_and_bias(B), _weight_and_bias(dropout)
-    if isinstance(of_A, str) or isinstance(of_B, str) or isinstance(of_dropout, str):
-        return f"adapter {name!r} has {next(found for found in (of_A, of_B, of_dropout) if isinstance(found, str))}"
-    return of_A[0], of_B[0], of_B[1], layer.scaling[name], p
+def _stacked(adapters: list[decide.Adapter]) -> tuple[Tensor, Tensor, list[float], list[int]]:
+    """Adapters side by side, with their scalings in lora_B: it, lora_A, probabilities of dropout and ranks."""
+    lora_A = torch.cat([lora_A for lora_A, *_ in adapters])
+    lora_B = torch.cat([lora_B * scaling for _, lora_B, _, scaling, _ in adapters], 1)
+    return lora_A, lora_B, [p for *_, p in adapters], [lora_A.shape[0] for lora_A, *_ in adapters]
 
 
-# What PEFT's own forward of a layer calls, by the class of module that calls it.
-_CALLS: dict[type, list[tuple[Any, str]]] = {
-    nn.Linear: [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Linear, "_call_impl"), (F, "linear")],
-    nn.Dropout: [(nn.Dropout, "forward"), (nn.Dropout, "__call__"), (F, "dropout")],
-    nn.Identity: [(nn.Identity, "forward"), (nn.Identity, "__call__")],
-    Conv1D: [(Conv1D, "forward"), (Conv1D, "__call__"), (torch, "addmm")],
-    lora.Linear: [
-        (lora.Linear, name)
-        for name in ("forward", "_cast_input_dtype", "_check_forward_args", "disable_adapters", "merged")
-    ],
-}
-_OWN = tuple(getattr(*call) if is_own(*call) else None for calls in _CALLS.values() for call in calls)
-_LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
+_PATIENCE = 3  # calls of a layer that decline for a lasting reason, until a warning says so
 
 
-def _called() -> tuple[Any, ...]:
-    """What `_OWN` was when this package was imported, now."""
-    return (
-        _LINEAR.forward,
-        _LINEAR.__call__,
-        _LINEAR._call_impl,
-        F.linear,
-        _DROPOUT.forward,
-        _DROPOUT.__call__,
-        F.dropout,
-        _IDENTITY.forward,
-        _IDENTITY.__call__,
-        Conv1D.forward,
-        Conv1D.__call__,
-        torch.addmm,
-        _LORA_LINEAR.forward,
-        _LORA_LINEAR._cast_input_dtype,
-        _LORA_LINEAR._check_forward_args,
-        _LORA_LINEAR.disable_adapters,
-        _LORA_LINEAR.merged,
+def _declined(layer: Any, reason: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    calls = layer._calls
+    calls.declined += 1
+    calls.reason = reason
+    if reason not in decide.PASSING and calls.fused == 0 and calls.declined >= _PATIENCE:
+        _warn_once(reason, layer._patched_name)
+
+
+@functools.cache
+def _warned(reason: str) -> list[str]:
+    return []
+
+
+def _warn_once(reason: str, name: str) -> None:
+    """Say that a layer is not fused, once a reason."""
+    if not (names := _warned(reason)):
+        names.append(name)
+        text = f"torch_fused_lora: {name} and others like it run PEFT's own forward: {reason}; see report.calls()"
+        warnings.warn(text, stacklevel=4)
+
+
+# ------------------------------------------------------------------------------------------------------------ patching
+
+
+def _fused_class(cls: Any) -> type:
+    return class_of(cls, Fused, _forward=cls.forward)
+
+
+Linear = _fused_class(lora.Linear)
+
+
+class _Base(nn.Module):
+    """A base whose output is known, and which notes what it was called with."""
+
+    def __init__(self, y: Tensor):
+        super().__init__()
+        self.y = y
+        self.inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inputs.append(x)
+        return self.y
+
+
+def _is_plain_lora(layer: Any, forward: Any) -> bool:
+    """Whether the forward of a layer's class adds scaling · B(A(dropout(x))) to its base's output and does nothing
+    else: it is tried, with small whole numbers, on a copy of the layer over another base."""
+
+    def linear(*rows: list[float]) -> nn.Linear:
+        weight = torch.tensor(rows, device="cpu", dtype=torch.float32)
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # without random numbers
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return module
+
+    A, B = linear([1.0, -2.0, 3.0], [0.0, 1.0, 2.0]), linear([2.0, 0.0], [-1.0, 1.0], [0.0, 3.0], [1.0, 1.0])
+    x = torch.tensor([[1.0, 2.0, 4.0], [0.0, -1.0, 1.0]], device="cpu")
+    y = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], device="cpu")
+    base = _Base(y.clone())
+    probe = copy.copy(layer)
+    parts = {"lora_A": A, "lora_B": B, "lora_dropout": nn.Identity()}
+    probe.__dict__.update(
+        _modules={name: base if module is layer.base_layer else module for name, module in layer._modules.items()}
+        | {name: nn.ModuleDict({"probe": part}) for name, part in parts.items()},
+        _active_adapter=["probe"],
+        _disable_adapters=False,
+        merged_adapters=[],
+        scaling={"probe": 2.0},
+        lora_variant={},
     )
+    try:
+        with torch.no_grad():
+            found = forward(probe, x)
+    except Exception:  # it wants something else: whatever it is, this is not the forward of a linear layer
+        return False
+    expected = y + 2.0 * F.linear(F.linear(x, A.weight), B.weight)
+    return len(base.inputs) == 1 and base.inputs[0] is x and isinstance(found, Tensor) and torch.equal(found, expected)
 
 
-def _why_replaced(layer: lora.Linear) -> str | None:
-    """Why a layer has to call what somebody replaced for the whole process, or None."""
-    modules = layer.base_layer, *layer.lora_dropout.values()
-    calls = (_CALLS.get(kind, ()) for kind in (lora.Linear, nn.Linear, *map(type, modules)))
-    return why_replaced(dict.fromkeys(itertools.chain.from_iterable(calls)))
+_plain: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
-_NO_DROPOUT: tuple[float, ...] = ()
-_STRIDED, _FLOAT32 = torch.strided, torch.float32  # read faster
+def _why_not(layer: Any) -> str | None:
+    """Why no call of a layer can be fused, or None. What may change from call to call is no reason."""
+    cls = getattr(type(layer), "_original", type(layer))
+    if reason := decide.why_replaced_for(layer):
+        return reason
+    if cls not in _plain:
+        _plain[cls] = cls.forward.__module__.split(".")[0] == "peft" and _is_plain_lora(layer, cls.forward)
+    if not _plain[cls]:
+        return f"a {cls.__module__}.{cls.__qualname__}"
+    reasons = [_why_not_adapter(layer, name) for name in layer.lora_A]
+    return "; ".join(map(str, reasons)) if reasons and all(reasons) else None
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[Any, Any] | str:
-    """A module's weight and bias, None for none; or why reading them would not do what calling the module does.
-
-    FSDP1 puts plain views of its flat parameter in the parameters' place."""
-    fields = module.__dict__
-    parameters = fields["_parameters"]
-    weight = parameters.get("weight")
-    if weight is None:
-        weight = fields.get("weight")
-    bias = parameters.get("bias")
-    if bias is None:
-        bias = fields.get("bias")
-    if type(weight) not in OWN_TYPES or type(bias) not in OWN_TYPES:
-        name, value = ("bias", bias) if type(weight) in OWN_TYPES else ("weight", weight)
-        return f"a {name} that is a {type(value).__qualname__}, a tensor subclass"
-    if weight is not None and weight.layout is not _STRIDED:
-        return f"a weight whose layout is {weight.layout}"
-    if (
-        fields["_forward_hooks"]
-        or fields["_forward_pre_hooks"]
-        or fields["_backward_hooks"]
-        or fields["_backward_pre_hooks"]
-        or "forward" in fields
-    ):
-        return "hooks or a replaced forward"
-    return weight, bias
+def _why_not_adapter(layer: Any, name: str) -> str | None:
+    modules = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    known_hooks = all(hooks.around(module) is not None for module in modules)
+    found = decide.adapter_of(layer, name, *modules, known_hooks)
+    # FSDP2's weights are a subclass's between calls, plain ones within.
+    return found if isinstance(found, str) and decide.SUBCLASS not in found else None
 
 
-def _why_not_all_adapters(layer: lora.Linear) -> str | None:
-    """Why none of the layer's adapters can be fused, or None."""
-    parts = (layer.lora_A, layer.lora_B, layer.lora_dropout)
-    found = [_adapter(layer, name, *(part[name] for part in parts)) for name in layer.lora_A._modules]
-    reasons = [reason for reason in found if isinstance(reason, str)]
-    return "; ".join(reasons) if reasons and len(reasons) == len(found) else None
+def patch_peft(model: nn.Module | None = None, copy_input: bool = False) -> LoRAReport:
+    """Let every plain LoRA layer of ``model`` compute with `torch_fused_lora.lora_linear`, or, over a base that is not
+    exactly an `nn.Linear` or Conv1D, call that base and add the rest by `torch_fused_lora.lora_delta`.
 
+    In place and idempotent: a layer that is patched already is reported as patched. Adapters added, switched, merged or
+    deleted afterwards are followed, those in further layers too, since a patched layer decides anew at each call; a
+    call that the operators do not cover (merged or disabled adapters, mixed batches, variants such as DoRA) runs PEFT's
+    own forward, and so does every call while something that it would have called is replaced for the whole process,
+    such as `nn.Linear.forward`. A declined layer is left exactly as it was. The environment's
+    ``TORCH_FUSED_LORA=off`` declines every layer.
 
-def patch_peft(model: nn.Module, copy_input: bool = False) -> PatchReport:
-    """Let every plain LoRA layer of ``model`` compute with `torch_fused_lora.lora_linear`.
-
-    In place and idempotent: a layer that is patched already is reported as patched. Adapters added, switched,
-    merged or deleted afterwards are followed, since a patched layer decides anew at each call; a call that the
-    operator does not cover (merged or disabled adapters, mixed batches, variants such as DoRA) runs PEFT's own
-    forward, and so does every call while something that it would have called is replaced for the whole process, such
-    as `nn.Linear.forward`. A declined layer is left exactly as it was. The environment's ``TORCH_FUSED_LORA=off``
-    declines every layer.
+    Without a model: every model that PEFT puts LoRA layers into from now on is patched, until `unpatch_peft` is called
+    without one, for scripts that build their model out of reach.
 
     Copies of the model are patched. Pickles are of PEFT's own classes and load without this package, so that a model
     loaded by torch.load, or given to a spawned process, is patched there again by whoever wants that.
@@ -246,33 +265,84 @@ def patch_peft(model: nn.Module, copy_input: bool = False) -> PatchReport:
             (Stock PEFT saves a copy only with dropout or where it casts.) Inside torch.compile it may save no copy.
 
     Returns:
-        A `PatchReport`: the names of patched modules, and a reason for each LoRA layer left to PEFT.
+        A `LoRAReport`: the names of patched modules, a reason for each LoRA layer left to PEFT, and, by its `calls()`,
+        what became of the calls so far.
 
     Raises:
         TypeError: ``model`` is not a module.
     """
-    report = PatchReport([], {}, kind="LoRA layers", owner="PEFT")
-    off = switched_off()
-    for name, layer in _lora_layers(model):
-        if type(layer) not in (lora.Linear, Linear):
-            report.declined[name] = f"a {type(layer).__module__}.{type(layer).__qualname__}"
-            continue
-        base = _base(layer.base_layer)
-        reason = off or (base if isinstance(base, str) else _why_replaced(layer) or _why_not_all_adapters(layer))
-        if reason is None:
-            patch(layer, Linear, name, copy_input)
-            report.patched.append(name)
-        else:
-            unpatch(layer)
-            report.declined[name] = reason
+    report = LoRAReport([], {}, kind="LoRA layers", owner="PEFT")
+    if model is None:
+        _everywhere[:] = [(report, copy_input)]
+    else:
+        _patch_into(report, model, copy_input)
+        _followed[model] = (report, copy_input)
+    if not hasattr(BaseTuner.inject_adapter, "_follows"):
+        BaseTuner.inject_adapter = _and_patch(BaseTuner.inject_adapter)
     return report
 
 
-def unpatch_peft(model: nn.Module) -> None:
-    """Undo `patch_peft`: give every patched layer of ``model`` PEFT's own class back."""
-    for _, module in _lora_layers(model):
-        if type(module) is Linear:
+def _patch_into(report: LoRAReport, model: nn.Module, copy_input: bool) -> None:
+    """Patch a model's layers, and tell the report of them."""
+    layers, off = _lora_layers(model), switched_off()
+    if not any(known() is model for known in report.models):
+        report.models.append(weakref.ref(model))
+    for name, layer in layers:
+        reason = off or _why_not(layer)
+        if reason is None:
+            if not isinstance(layer, Fused):
+                unpatch(layer)  # of this module, before it was reloaded
+                cls: Any = type(layer)
+                patch(layer, _fused_class(cls), _patched_name=name or cls.__name__, _calls=Calls())
+                hooks.rebind(layer, cls.forward, Fused.forward)
+            layer._copy_input = copy_input
+            if name not in report.patched:
+                report.patched.append(name)
+            report.declined.pop(name, None)
+        else:
+            unpatch(layer)
+            report.declined[name] = reason
+
+
+def unpatch_peft(model: nn.Module | None = None) -> None:
+    """Undo `patch_peft`: give every patched layer of ``model`` PEFT's own class back; without a model, patch those that
+    are built from now on no more.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if model is None:
+        _everywhere.clear()
+    else:
+        for _, module in _lora_layers(model):
             unpatch(module)
+        _followed.pop(model, None)
+    if not _everywhere and not _followed and hasattr(BaseTuner.inject_adapter, "_follows"):
+        BaseTuner.inject_adapter = BaseTuner.inject_adapter.__wrapped__
+
+
+# Models that were patched, with what they were patched with; and what those are that PEFT builds, if they are.
+_followed: weakref.WeakKeyDictionary[nn.Module, tuple[LoRAReport, bool]] = weakref.WeakKeyDictionary()
+_everywhere: list[tuple[LoRAReport, bool]] = []
+
+
+def _and_patch(inject_adapter: Any) -> Any:
+    """PEFT's way to put an adapter's layers into a model, whoever asks for it; and then these are patched, if all
+    are, or the model they are in was."""
+
+    @functools.wraps(inject_adapter)
+    def inject_and_patch(tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = inject_adapter(tuner, model, *args, **kwargs)
+        inside = set(model.modules())
+        roots = [root for root in list(_followed) if root in inside or any(part is model for part in root.modules())]
+        for root in roots:
+            _patch_into(_followed[root][0], root, _followed[root][1])
+        for report, copy_input in () if roots else _everywhere:
+            _patch_into(report, model, copy_input)
+        return result
+
+    inject_and_patch._follows = True  # type: ignore[attr-defined]
+    return inject_and_patch
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

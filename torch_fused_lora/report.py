@@ -1,9 +1,15 @@
-"""What patching did to a model, as a readable table."""
+"""What patching did to a model, and what became of the calls since, as readable tables."""
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from .torch_private import has_compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +28,74 @@ class PatchReport:
         if not self.patched and not self.declined:
             return f"no {self.kind} found"
         lines = [f"{len(self.patched)} {self.kind} use torch_fused_lora, {len(self.declined)} stay with {self.owner}"]
-        rows = [(_pattern(name), "fused") for name in self.patched]
-        rows += [(_pattern(name), f"{self.owner}: {reason}") for name, reason in self.declined.items()]
-        counts = Counter(rows)
-        width = max((len(name) for name, _ in counts), default=0)
-        lines += [f"  {count:>4} x {name:<{width}}  {what}" for (name, what), count in counts.items()]
-        return "\n".join(lines)
+        bases = self._bases()
+        rows = [(name, bases.get(name, "fused")) for name in self.patched]
+        rows += [(name, f"{self.owner}: {reason}") for name, reason in self.declined.items()]
+        return "\n".join([*lines, *_table(rows)])
+
+    def _bases(self) -> dict[str, str]:
+        """What the table says of patched modules whose base is called."""
+        return {}
+
+
+@dataclasses.dataclass(slots=True)
+class Calls:
+    """Of one layer: how many calls the operators computed and how many were left to PEFT, and why the last of those.
+    Calls of compiled code are not counted."""
+
+    fused: int = 0
+    declined: int = 0
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if not self.fused and not self.declined:
+            return "compiled, or not called" if has_compiled() else "not called"
+        return f"{self.fused} calls fused" + (f", {self.declined} not: {self.reason}" if self.declined else "")
+
+
+class CallReport(dict[str, Calls]):
+    """`Calls` by the layer's name; ``print`` shows them as a table."""
+
+    def __str__(self) -> str:
+        fused, declined = sum(calls.fused for calls in self.values()), sum(calls.declined for calls in self.values())
+        rows = [(name, str(calls)) for name, calls in self.items()]
+        return "\n".join([f"{fused} calls fused, {declined} left to PEFT", *_table(rows)])
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAReport(PatchReport):
+    """A `PatchReport` of LoRA layers. It follows the layers that are patched later, as `patch_peft` says."""
+
+    models: list[weakref.ref[nn.Module]] = dataclasses.field(default_factory=list)
+
+    def calls(self) -> CallReport:
+        """What became of the calls of each patched layer so far. Further models of `patch_peft` without one are told
+        apart by their number."""
+        return CallReport({name: dataclasses.replace(layer._calls) for name, layer in self._layers().items()})
+
+    def _layers(self) -> dict[str, Any]:
+        models = [model for model in (reference() for reference in self.models) if model is not None]
+        return {
+            name if number == 1 else f"{name} (model {number})": layer
+            for number, model in enumerate(models, 1)
+            for name, layer in model.named_modules()
+            if hasattr(layer, "_calls")
+        }
+
+    def _bases(self) -> dict[str, str]:
+        kinds = {name: type(layer.base_layer) for name, layer in self._layers().items()}
+        return {
+            name: f"fused over {base.__module__}.{base.__qualname__}, which is called"
+            for name, base in kinds.items()
+            if base is not nn.Linear and base.__name__ != "Conv1D"
+        }
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    """Lines of a table of modules and what became of them: one a kind of layer."""
+    counts = Counter((_pattern(name), what) for name, what in rows)
+    width = max((len(name) for name, _ in counts), default=0)
+    return [f"  {count:>4} x {name:<{width}}  {what}" for (name, what), count in counts.items()]
 
 
 def _pattern(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -73,6 +74,13 @@ def _has_no_storage(tensor: Tensor) -> bool:
 
 # Of the vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's.
 is_legacy_batched: Callable[[Tensor], bool] = _private("_C._functorch.is_legacy_batchedtensor", _has_no_storage)
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has compiled anything in this process."""
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+    return bool(counters.get("frames"))
+
 
 # ------------------------------------------------------------------------------------------------------------ autocast
 

@@ -17,7 +17,7 @@ from peft.tuners import lora
 from torch import nn
 
 import torch_fused_lora.peft as fused
-from torch_fused_lora import originals
+from torch_fused_lora import decide, originals
 
 calls: Counter[tuple[str, bool, str]] = Counter()  # (kind, operator ran, test)
 operator_calls = 0
@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     _patch_layers_as_they_are_built()
     _count_operator_calls()
-    for cls in (lora.Linear, fused.Linear):
+    for cls in (lora.Linear, fused.Fused):
         _count_calls(cls, config.getoption("--device"))
     _pass_for_own()
 
@@ -69,15 +69,17 @@ def _patch_layers_as_they_are_built() -> None:
 
 
 def _count_operator_calls() -> None:
-    operator = fused.lora_linear_stacked
+    def counting(operator):
+        @functools.wraps(operator)
+        def counted(*args, **kwargs):
+            global operator_calls
+            operator_calls += 1
+            return operator(*args, **kwargs)
 
-    @functools.wraps(operator)
-    def counted(*args, **kwargs):
-        global operator_calls
-        operator_calls += 1
-        return operator(*args, **kwargs)
+        return counted
 
-    fused.lora_linear_stacked = counted
+    fused.lora_linear_stacked = counting(fused.lora_linear_stacked)
+    fused.lora_delta_stacked = counting(fused.lora_delta_stacked)
 
 
 def _operator_runs() -> int:
@@ -86,12 +88,12 @@ def _operator_runs() -> int:
 
 
 def _count_calls(cls: type[lora.Linear], device: str) -> None:
-    """Count the forward calls of layers of exactly this class; hooks have had their say when forward is entered."""
+    """Count the forward calls of LoRA Linears, patched or not; hooks have had their say when forward is entered."""
     forward = cls.forward
 
     @functools.wraps(forward)
     def counted(layer: lora.Linear, *args, **kwargs):
-        if type(layer) is not cls:  # a subclass that calls super().forward()
+        if isinstance(layer, fused.Fused) is not (cls is fused.Fused):  # a patched one that calls super().forward()
             return forward(layer, *args, **kwargs)
         kind, runs_before = _kind(layer, device, *args, **kwargs), _operator_runs()
         result = forward(layer, *args, **kwargs)
@@ -106,7 +108,7 @@ def _pass_for_own() -> None:
     """A forward that somebody replaced is called, not fused: this plugin's counting one is none of those."""
     is_own = originals.is_own
     originals.is_own = lambda owner, name: (owner, name) == (lora.Linear, "forward") or is_own(owner, name)
-    fused._OWN = fused._called()
+    decide._OWN = decide.called()
 
 
 def _kind(layer: lora.Linear, device: str, x: torch.Tensor, *args: object, **kwargs: object) -> str:

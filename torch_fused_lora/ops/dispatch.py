@@ -202,6 +202,7 @@ class Operator:
     name: str  # the public operator's
     schemas: tuple[str, str]  # of forward and backward; this returns Tensor[], or Tensor where there is one input
     inputs: int  # how many of the forward's leading arguments have gradients
+    adds_to_first = False  # whether the first of them is a term of the output: its gradient, the output's, is passed on
     patch: str = ""  # what puts the operator under a model, for errors
     instead: str  # what to do where mps has no kernels, for errors
 
@@ -222,7 +223,8 @@ class Operator:
 
     @staticmethod
     def backward(*arguments: Any) -> Sequence[Maybe]:
-        """The portable kernel, of arguments that fit: a gradient for each input, None if it was not asked for."""
+        """The portable kernel, of arguments that fit: a gradient for each input (but a first one that is added to),
+        None if it was not asked for."""
         raise NotImplementedError
 
     @staticmethod
@@ -435,18 +437,19 @@ def _recorded(operator: Operator) -> type[torch.autograd.Function]:
             except RuntimeError as error:
                 _explain_change(error, ctx, operator, caller)
                 raise
-            needs = ctx.needs_input_grad[:-1]
+            needs = ctx.needs_input_grad[operator.adds_to_first : -1]
+            passed_on = (grad if ctx.needs_input_grad[0] else None,) if operator.adds_to_first else ()
             # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
             if grad_second is not None or torch.is_grad_enabled() or is_legacy_batched(grad):
                 with _below_autocast():
                     arguments = operator.restore(saved, rest, needs, True)
-                    return *operator.twin_backward(grad, grad_second, *arguments), None
+                    return *passed_on, *operator.twin_backward(grad, grad_second, *arguments), None
             arguments = operator.restore(saved, rest, needs, False)
             if portable and not _watched(grad, _device_type(grad)):
                 found = operator.backward(grad, *arguments)
             else:
                 found = operator.gradients(grad, arguments, needs)
-            return *found, None
+            return *passed_on, *found, None
 
     Recorded.__name__ = Recorded.__qualname__ = operator.name
     return Recorded
@@ -478,7 +481,7 @@ def _refuse_sparse(operator: str, schema: str, arguments: Sequence[Any]) -> None
 def _tell_caller(y: Tensor, caller: str | None) -> Tensor:
     """Leave a patched module's name where `_explain_change` finds it, for a call that goes by the dispatcher: with the
     node of the autograd graph that made ``y``."""
-    if caller and y.requires_grad and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and caller and y.requires_grad:  # a compiler would guard the name
         node: Any = y.grad_fn
         node.metadata["caller"] = caller
     return y

@@ -19,7 +19,13 @@ def by_torch(
 ) -> Tensor:
     """The layer in the calls that PEFT makes, for graphs that hold without this package and for nested tensors: none of
     them depends on x's shape, and dropout is torch's."""
-    y = F.linear(x, weight, bias)
+    return delta_by_torch(F.linear(x, weight, bias), x, lora_A, lora_B, scaling, dropout_p)
+
+
+def delta_by_torch(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout_p: float
+) -> Tensor:
+    """What of `by_torch` comes after the base product."""
     wide = x.to(lora_A.dtype)
     h = F.linear(F.dropout(wide, dropout_p) if dropout_p else wide, lora_A)
     return (y + F.linear(h, lora_B) * scaling).to(y.dtype)
@@ -56,11 +62,27 @@ def forward(
     save_h: bool,
 ) -> Pair:
     """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
-    x_rows, weight, lora_B = packed(flat(x), weight, lora_B)
+    x_rows, weight = packed(flat(x), weight)
+    base = F.linear(x_rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return delta_forward(base, x, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+
+
+def delta_forward(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    save_h: bool,
+) -> Pair:
+    """What of `forward` comes after the base product."""
+    (lora_B,) = packed(lora_B)
     h = low_rank(x, lora_A, seed, dropout_p, ranks)
-    base = F.linear(x_rows, weight, bias)
-    y = (base + (h @ lora_B.t()) * scaling).to(base.dtype)
-    return y.view(*x.shape[:-1], weight.shape[0]), h if save_h else lora_A.new_empty(0)
+    delta = (h @ lora_B.t()).view(y.shape)
+    return (y + delta * scaling).to(y.dtype), h if save_h else lora_A.new_empty(0)
 
 
 def backward(
@@ -78,32 +100,66 @@ def backward(
     needs: Flags,
 ) -> tuple[Maybe, ...]:
     """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
-    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = flat(grad)
-    x_rows: Saved = None if x is None else flat(x)
-    grad_rows, x_rows, weight, lora_A, lora_B = packed(grad_rows, x_rows, weight, lora_A, lora_B)
-    wide_grad = grad_rows.to(lora_A.dtype)
-    z = (wide_grad @ lora_B) * scaling
+    need_x, need_weight, need_bias, *low_rank_needs = needs
+    rows, x_rows, weight = packed(flat(grad), None if x is None else flat(x), weight)
+    grad_x, *low_rank_grads = _low_rank_backward(
+        grad, grad_h, x, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, (need_x, *low_rank_needs)
+    )
+    return (
+        (rows @ weight + grad_x).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1]) if need_x else None,
+        rows.t() @ x_rows if need_weight else None,
+        rows.sum(0) if need_bias else None,
+        *low_rank_grads,
+    )
+
+
+def delta_backward(grad: Tensor, grad_h: Maybe, x: Saved, lora_A: Tensor, *rest: Any) -> tuple[Maybe, ...]:
+    """What of `backward` is not the base's."""
+    grad_x, *others = _low_rank_backward(grad, grad_h, x, lora_A, *rest)
+    if grad_x is not None:
+        grad_x = grad_x.to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
+    return grad_x, *others
+
+
+def _low_rank_backward(
+    grad: Tensor,
+    grad_h: Maybe,
+    x: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Any,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> tuple[Maybe, ...]:
+    """The gradients of x, M x K and not rounded, lora_A, lora_B and scaling."""
+    need_x, need_A, need_B, need_scaling = needs
+    rows, x_rows, lora_A, lora_B = packed(flat(grad), None if x is None else flat(x), lora_A, lora_B)
+    wide = torch.promote_types(grad.dtype, lora_A.dtype)
+    wide_grad, wide_B = rows.to(wide), lora_B.to(wide)
+    z = (wide_grad @ wide_B) * scaling
     if grad_h is not None:
         z = z + grad_h
     grad_x: Saved = None
     grad_A: Saved = None
     if need_x or need_A:
-        masks = _whole_masks(grad.new_empty(len(grad_rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
+        masks = _whole_masks(grad.new_empty(len(rows), lora_A.shape[1]), lora_A, seed, dropout_p, ranks)
         # narrow: a slice of all columns is an alias, which the vmap behind is_grads_batched does not know
         all_z = packed(*(z.narrow(1, rank.start, rank.stop - rank.start) for rank, _ in masks))
     if need_x:
-        parts = [dropped(z @ lora_A[rank], mask) for z, (rank, mask) in zip(all_z, masks, strict=True)]
-        delta = functools.reduce(torch.add, parts)
-        grad_x = (grad_rows @ weight + delta).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
+        parts = [dropped(z @ lora_A[rank].to(wide), mask) for z, (rank, mask) in zip(all_z, masks, strict=True)]
+        grad_x = functools.reduce(torch.add, parts)
     if need_A:
-        wide = x_rows.to(lora_A.dtype)
-        grad_A = torch.cat([z.t() @ dropped(wide, mask) for z, (_, mask) in zip(all_z, masks, strict=True)])
+        wide_x = x_rows.to(wide)
+        grad_A = torch.cat([z.t() @ dropped(wide_x, mask) for z, (_, mask) in zip(all_z, masks, strict=True)])
+        grad_A = grad_A.to(lora_A.dtype)
+    if need_B or need_scaling:
+        product = wide_grad.t() @ h.to(wide)
     return (
         grad_x,
-        grad_rows.t() @ x_rows if need_weight else None,
-        grad_rows.sum(0) if need_bias else None,
         grad_A,
-        (wide_grad.t() @ h) * scaling if need_B else None,
-        ((wide_grad.t() @ h) * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
+        (product * scaling).to(lora_B.dtype) if need_B else None,
+        (product * wide_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
     )

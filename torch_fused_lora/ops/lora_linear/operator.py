@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...torch_private import dispatch_modes
 from .. import dispatch
 from ..dispatch import (
     NAMESPACE,
-    PLAIN_TYPES,
     Flags,
     Floats,
     Ints,
@@ -43,8 +40,9 @@ from ..dispatch import (
     savable,
 )
 from ..dropout import draw_seed
-from ..rows import DTYPES, DTYPES_TEXT, HALF, wide_dtype
+from ..rows import DTYPES, DTYPES_TEXT, HALF
 from . import differentiable, portable
+from .arguments import as_scaling, check_adapters, check_devices, check_options, check_types
 
 
 def lora_linear(
@@ -82,16 +80,9 @@ def lora_linear(
         TypeError: an argument is not a tensor (scaling: a tensor or a number).
         ValueError: a shape, dtype or device that does not fit; a sparse tensor; dropout_p outside [0, 1).
     """
-    if not PLAIN_TYPES.issuperset((type(x), type(weight), type(lora_A), type(lora_B))):
-        for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    check_types(dropout_p, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
-    if not isinstance(dropout_p, (float, numbers.Real)):  # float first: to ask an abstract class is slow
-        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     way = route(x)
     if way is dispatch.BY_TORCH:
         if not (x.is_nested or torch.jit.is_tracing()):  # whose shapes are no numbers
@@ -129,77 +120,12 @@ def lora_linear_stacked(
     else:
         dropout_p = ranks = ()
     if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
-        scaling = _as_scaling(scaling, x)
+        scaling = as_scaling(scaling, x)
     inputs = (x, weight, bias, lora_A, lora_B, scaling)
     return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
 
 
-def _as_scaling(scaling: float | Tensor, x: Tensor) -> Tensor:
-    """`scaling` as the operator takes it: a 0-dim float32 tensor (float64 beside float64)."""
-    wanted = wide_dtype(x.dtype)
-    if isinstance(scaling, Tensor):
-        return scaling if scaling.dtype == wanted or not scaling.is_floating_point() else scaling.to(wanted)
-    if not isinstance(scaling, (float, numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scaling: expected a number or a 0-dim Tensor, got {type(scaling).__name__}")
-    if torch.compiler.is_compiling():
-        # `full` keeps a float that changes from call to call symbolic, torch.tensor(scaling) recompiles. A CPU tensor
-        # would keep CUDA graphs from being captured; the kernels of mps read one while they are encoded.
-        return torch.full((), scaling, dtype=wanted, device=x.device if x.device.type == "cuda" else "cpu")
-    if dispatch_modes() > 0:  # a mode may wrap new tensors: keep them out of the cache
-        return torch.tensor(scaling, dtype=wanted, device="cpu")
-    return _cached_scalar(scaling, wanted)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_scalar(value: float, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
-
-
-def _check_adapters(refuse: Callable[..., NoReturn], name: str, like: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Their dtypes beside that of ``like``, the operand of the full width."""
-    dtype, adapter_dtype = like.dtype, lora_A.dtype
-    if adapter_dtype is not dtype and not (adapter_dtype is _FLOAT32 and dtype in HALF):
-        refuse("lora_A", lora_A, f"{name}'s dtype {dtype}" + (" or torch.float32" if dtype in HALF else ""))
-    if lora_B.dtype is not adapter_dtype:
-        refuse("lora_B", lora_B, f"lora_A's dtype {adapter_dtype}")
-
-
-def _check_options(
-    refuse: Callable[..., NoReturn],
-    name: str,
-    like: Tensor,
-    scaling: float | Tensor,
-    seed: Maybe,
-    dropout_p: Floats,
-    ranks: Ints,
-    r: int,
-) -> None:
-    """Scaling and what concerns dropout, of rank r in all."""
-    if isinstance(scaling, Tensor):
-        if scaling.dim() != 0 or not scaling.is_floating_point():
-            refuse("scaling", scaling, "a 0-dim floating tensor")
-        if not scaling.is_cpu and scaling.device != like.device:
-            refuse("scaling", scaling, f"a tensor on the CPU or on {name}'s device {like.device}")
-    if seed is None:
-        return
-    if seed.shape != () or seed.dtype != torch.int64 or not (seed.is_cpu or seed.device == like.device):
-        refuse("seed", seed, f"a 0-dim int64 tensor on the CPU or on {name}'s device {like.device}")
-    if not all(0.0 <= p < 1.0 for p in dropout_p):
-        refuse("dropout_p", list(dropout_p), "probabilities in [0, 1)")
-    got_ranks = list(ranks) or [r]
-    if sum(got_ranks) != r or len(got_ranks) != len(dropout_p):
-        refuse("ranks", got_ranks, f"one rank for each of the {len(dropout_p)} dropout_p, {r} in all")
-
-
-def _check_devices(refuse: Callable[..., NoReturn], name: str, like: Tensor, **tensors: Maybe) -> None:
-    for other, tensor in tensors.items():
-        if tensor is not None and tensor.device != like.device:
-            refuse(other, tensor, f"{name}'s device {like.device}")
-
-
 _refuse = functools.partial(dispatch.refuse, "lora_linear")
-_FLOAT32 = torch.float32  # read faster
 
 
 class _LoRALinear(dispatch.Operator):
@@ -247,10 +173,10 @@ class _LoRALinear(dispatch.Operator):
         if bias is not None and (bias.shape != (N,) or bias.dtype is not dtype):
             refuse("bias", bias, f"shape ({N},), x's dtype {dtype}")
         if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):
-            _check_devices(refuse, "x", x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
-        _check_adapters(refuse, "x", x, lora_A, lora_B)
+            check_devices(refuse, "x", x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
+        check_adapters(refuse, "x", x, lora_A, lora_B)
         if seed is not None or type(scaling) is not float:
-            _check_options(refuse, "x", x, scaling, seed, dropout_p, ranks, r)
+            check_options(refuse, "x", x, scaling, seed, dropout_p, ranks, r)
 
     @staticmethod
     def check_backward(
@@ -282,9 +208,9 @@ class _LoRALinear(dispatch.Operator):
         N = lora_B.shape[0]
         if grad.dim() < 1 or grad.shape[-1] != N:
             refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
-        _check_devices(refuse, "grad", grad, lora_A=lora_A, lora_B=lora_B)
-        _check_adapters(refuse, "grad", grad, lora_A, lora_B)
-        _check_options(refuse, "grad", grad, scaling, seed, dropout_p, ranks, r)
+        check_devices(refuse, "grad", grad, lora_A=lora_A, lora_B=lora_B)
+        check_adapters(refuse, "grad", grad, lora_A, lora_B)
+        check_options(refuse, "grad", grad, scaling, seed, dropout_p, ranks, r)
         for name, value, needed, shape, like, its_dtype in (
             ("x", x, need_A or need_weight, (*grad.shape[:-1], K), "grad", dtype),
             ("weight", weight, need_x, (N, K), "grad", dtype),
@@ -366,7 +292,7 @@ class _LoRALinear(dispatch.Operator):
 
     def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
         x, weight, lora_A, lora_B, scaling, *rest = arguments
-        return super().gradients(grad, (x, weight, lora_A, lora_B, _as_scaling(scaling, grad), *rest), needs)
+        return super().gradients(grad, (x, weight, lora_A, lora_B, as_scaling(scaling, grad), *rest), needs)
 
 
 _operator = _LoRALinear()

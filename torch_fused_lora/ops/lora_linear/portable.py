@@ -39,21 +39,37 @@ def forward(
 
     Returns (y, h), h None unless it is to be saved.
     """
-    dtype, is_matrix = x.dtype, x.dim() == 2
+    is_matrix = x.dim() == 2
     rows = x if is_matrix else flat(x)
-    if dtype in HALF:
+    if x.dtype in HALF:
         rows, weight = packed(rows, weight)
     y = F.linear(rows, weight, bias)
+    h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+    return y if is_matrix else unflat(y, x), h
+
+
+def add_delta_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    save_h: bool,
+) -> Maybe:
+    """``y += s h Bᵀ`` in place for matrices y and x; returns h, None unless it is to be saved."""
     scale = _number(scaling)
-    way, A, B = choose(rows, lora_A, lora_B, seed is not None)
+    way, A, B = choose(x, lora_A, lora_B, seed is not None)
     if way is WHOLE:
-        h = F.linear(rows if dtype is A.dtype else rows.float(), A)
+        h = F.linear(x if x.dtype is A.dtype else x.float(), A)
         _add_product_(y, h, B.t(), scale)
     elif way is BY_TRITON:
-        h = triton_kernels().add_delta_(y, rows, A, B, scale, _dropouts(seed, dropout_p, ranks, A))
+        h = triton_kernels().add_delta_(y, x, A, B, scale, _dropouts(seed, dropout_p, ranks, A))
     else:
-        h = _add_delta_by_blocks_(y, rows, A, B, scale, seed, dropout_p, ranks, save_h)
-    return y if is_matrix else unflat(y, x), cast(h, lora_A.dtype) if save_h else None
+        h = _add_delta_by_blocks_(y, x, A, B, scale, seed, dropout_p, ranks, save_h)
+    return cast(h, lora_A.dtype) if save_h else None
 
 
 def backward(
@@ -73,49 +89,78 @@ def backward(
 
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
-    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    dtype, is_matrix = grad.dtype, grad.dim() == 2
+    need_x, need_weight, need_bias, *low_rank_needs = needs
+    is_matrix = grad.dim() == 2
     grad_rows = grad if is_matrix else flat(grad)
     x_rows: Saved = x if x is None or is_matrix else flat(x)
-    if dtype in HALF:
+    if grad.dtype in HALF:
         grad_rows, x_rows, weight = packed(grad_rows, x_rows, weight)
-    # grad_h is dB, except where ds needs it unscaled.
-    grad_x: Saved = None
-    grad_A: Saved = None
-    grad_h: Saved = None
-    way, A, B = choose(grad_rows, lora_A, lora_B, seed is not None)
-    scale = _number(scaling)
-    if way is WHOLE:
-        alike = dtype is A.dtype
-        wide = grad_rows if alike else grad_rows.float()
-        if need_x or need_A:
-            z = wide.mm(B)
-        if need_A:
-            grad_A = _product(z.t(), x_rows if alike else x_rows.float(), scale, A)
-        if need_B or need_scaling:
-            grad_h = _product(wide.t(), cast(h, A.dtype), 1.0 if need_scaling else scale, B)
-        if need_x:  # after what is small: the weight drives all else out of a CPU's caches
-            grad_x = grad_rows.mm(weight)
-            _add_product_(grad_x, z, A, scale)
-    elif need_x or need_A or need_B or need_scaling:
-        grad_x = grad_rows.mm(weight) if need_x else None
-        x_side = x_rows if need_A else None
-        if way is BY_TRITON:
-            dropouts = _dropouts(seed, dropout_p, ranks, A)
-            backward = triton_kernels().backward
-            grad_A, grad_h = backward(grad_rows, grad_x, x_side, A, B, scale, h, not need_scaling, dropouts)
-        else:
-            if h is not None and not need_scaling:
-                h = _widened(h, A) * scaling
-            grad_A, grad_h = _backward_by_blocks(grad_rows, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
+    grad_x: Saved
+    grad_x, *low_rank_grads = low_rank_backward(
+        grad_rows, x_rows, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, (need_x, *low_rank_needs)
+    )
     return (
         grad_x if is_matrix or not need_x else unflat(grad_x, grad),
         grad_rows.t().mm(x_rows) if need_weight else None,
         grad_rows.sum(0) if need_bias else None,
+        *low_rank_grads,
+    )
+
+
+def low_rank_backward(
+    grad: Tensor,
+    x: Saved,
+    weight: Saved,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Any,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    needs: Flags,
+) -> tuple[Maybe, ...]:
+    """As `backward`, for matrices, without the gradients of weight and bias: x's (in grad's dtype), lora_A's, lora_B's
+    and scaling's. x's has no part of the base where ``weight`` is None."""
+    need_x, need_A, need_B, need_scaling = needs
+    # grad_h is dB, except where ds needs it unscaled.
+    grad_x: Saved = None
+    grad_A: Saved = None
+    grad_h: Saved = None
+    way, A, B = choose(grad, lora_A, lora_B, seed is not None)
+    scale = _number(scaling)
+    if way is WHOLE:
+        wide = _widened(grad, A)
+        if need_x or need_A:
+            z = wide.mm(B)
+        if need_A:
+            grad_A = _product(z.t(), _widened(x, A), scale, A)
+        if need_B or need_scaling:
+            grad_h = _product(wide.t(), cast(h, A.dtype), 1.0 if need_scaling else scale, B)
+        if need_x:  # after what is small: the weight drives all else out of a CPU's caches
+            grad_x = _base_gradient(grad, weight, A)
+            _add_product_(grad_x, z, A, scale)
+    elif need_x or need_A or need_B or need_scaling:
+        grad_x = _base_gradient(grad, weight, A) if need_x else None
+        x_side = x if need_A else None
+        if way is BY_TRITON:
+            dropouts = _dropouts(seed, dropout_p, ranks, A)
+            by_triton = triton_kernels().backward
+            grad_A, grad_h = by_triton(grad, grad_x, x_side, A, B, scale, h, not need_scaling, dropouts)
+        else:
+            if h is not None and not need_scaling:
+                h = _widened(h, A) * scaling
+            grad_A, grad_h = _backward_by_blocks(grad, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
+    return (
+        grad_x,
         cast(grad_A, lora_A.dtype) if need_A else None,
         cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype) if need_B else None,
         (grad_h * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
     )
+
+
+def _base_gradient(grad: Tensor, weight: Saved, A: Tensor) -> Tensor:
+    return grad.new_zeros(grad.shape[0], A.shape[1]) if weight is None else grad.mm(weight)
 
 
 def _add_delta_by_blocks_(
@@ -233,7 +278,7 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
     if out.dtype is a.dtype:
         out.addmm_(a, b, alpha=scale)
     else:
-        out.copy_(out.float().addmm_(a, b, alpha=scale))
+        out.copy_(out.float().addmm_(a.float(), b.float(), alpha=scale))
 
 
 def _product(a: Tensor, b: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,222 @@
+"""Whether a call of a LoRA layer of PEFT's is one that the operators compute, and of what.
+
+All of it runs on every call of every layer. It reads modules and parameters from their dicts, since
+nn.Module.__getattr__ takes a microsecond a name, and tests nothing twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .ops.dispatch import BY_DISPATCHER, BY_TORCH, OWN_TYPES, Maybe, Route, autocast_enabled, route
+from .ops.rows import DTYPES, HALF
+from .originals import is_own, why_replaced
+from .torch_private import has_global_hook
+
+# lora_A, lora_B, the bias of lora_B's module, scaling, probability of dropout
+Adapter: TypeAlias = tuple[Tensor, Tensor, Maybe, Any, float]
+
+
+class Fused(NamedTuple):
+    """A call that the operators compute. ``base``: the weight, N x K, and bias of a plain base, or None for one that
+    has to be called. ``cast``: whether x goes to the adapters' dtype first."""
+
+    way: Route
+    base: tuple[Tensor, Maybe] | None
+    adapters: list[Adapter]
+    cast: bool
+
+
+DISABLED = "adapters are disabled"
+MERGED = "adapters are merged"
+TRACED = "the call is traced, exported or compiled"
+INACTIVE = "none of the active adapters is this layer's"
+ARGUMENTS = "extra arguments, as for a batch of several adapters"
+GLOBAL_HOOKS = "hooks of all modules are registered"
+NO_TENSOR = "x is no dense tensor"
+PASSING = frozenset((DISABLED, MERGED, TRACED, INACTIVE, ARGUMENTS, GLOBAL_HOOKS, NO_TENSOR))  # of a call, not a layer
+HOOKS = "hooks or a replaced forward"
+SUBCLASS = "a tensor subclass"
+
+_LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
+_STRIDED, _FLOAT32 = torch.strided, torch.float32
+
+
+def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Fused | str:
+    """What a patched layer's call with x is; or why PEFT's own forward has to run. ``hooks_run``: what is `around` the
+    adapters' modules runs already."""
+    if layer._disable_adapters:
+        return DISABLED
+    if layer.merged_adapters:
+        return MERGED
+    if has_global_hook():
+        return GLOBAL_HOOKS
+    if not isinstance(x, Tensor) or x.layout is not _STRIDED:
+        return NO_TENSOR
+    way = route(x)
+    if way is BY_TORCH:
+        return TRACED
+    kind = type(layer)
+    if called() != _OWN or kind._original.forward is not kind._forward:
+        reason = "a function is replaced" if torch.compiler.is_dynamo_compiling() else why_replaced_for(layer)
+        if reason:
+            return reason
+    modules = layer._modules
+    base = _plain_base(modules["base_layer"])
+    dtype = x.dtype
+    autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
+    all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    all_dropouts = modules["lora_dropout"]._modules
+    adapters: list[Adapter] = []
+    adapter_dtype = None
+    for name in layer.active_adapters:
+        if name not in all_A:
+            continue
+        adapter = adapter_of(layer, name, all_A[name], all_B[name], all_dropouts[name], hooks_run)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+        if adapter_dtype is None:
+            adapter_dtype = adapter[0].dtype
+        elif adapter[0].dtype is not adapter_dtype and not autocast:
+            return "adapters of several dtypes"
+        if adapter[1].dtype is not adapter_dtype and not autocast:
+            return f"lora_A is {adapter_dtype}, lora_B {adapter[1].dtype}"
+    if not adapters:
+        return INACTIVE
+    if autocast:
+        return "x is float64 under autocast" if dtype is torch.float64 else Fused(way, base, adapters, False)
+    if adapter_dtype is dtype:
+        cast = False
+    elif not layer.cast_input_dtype_enabled or adapter_dtype not in DTYPES or dtype not in DTYPES:
+        return f"x is {dtype}, adapters are {adapter_dtype}, and PEFT does not cast"
+    else:
+        cast = adapter_dtype is not _FLOAT32 or dtype not in HALF  # else the operators convert what they read
+    if cast or (base is not None and base[0].dtype is not dtype):
+        base = None
+    return Fused(way, base, adapters, cast)
+
+
+def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> str | None:
+    """Why the low-rank term cannot be added to what a base made of x, or None."""
+    if type(y) not in OWN_TYPES or y is None or y.layout is not _STRIDED:
+        return f"the base made a {type(y).__qualname__}"
+    if y.shape[-1] != lora_B.shape[0] or y.shape[:-1] != x.shape[:-1]:
+        return "the base's output is of another shape"
+    if not (y.device == x.device == lora_A.device == lora_B.device):
+        return "the base's output, x and the adapters are on several devices"
+    if autocast:
+        return None if y.dtype in HALF or y.dtype is _FLOAT32 else f"the base made {y.dtype} under autocast"
+    if y.dtype is not x.dtype and not (y.dtype is _FLOAT32 and x.dtype in HALF):
+        return f"the base made {y.dtype} of {x.dtype}"
+    return None
+
+
+def _plain_base(base: nn.Module) -> tuple[Any, Any] | None:
+    """The weight, N x K, and bias of a base that is nothing but a product; None where it has to be called."""
+    if type(base) is not _LINEAR and type(base) is not Conv1D:
+        return None
+    found = _weight_and_bias(base)
+    if isinstance(found, str):
+        return None
+    return found if type(base) is _LINEAR else (found[0].t(), found[1])
+
+
+def adapter_of(layer: Any, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module, hooks_run: bool) -> Adapter | str:
+    """An adapter of a layer; or why it cannot be fused."""
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+    if type(A) is not _LINEAR or type(B) is not _LINEAR:
+        return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
+    p = 0.0
+    if type(dropout) is not _IDENTITY:
+        if type(dropout) is not _DROPOUT or dropout.p >= 1:
+            return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
+        p = dropout.p if dropout.training else 0.0
+    of_A, of_B = _weight_and_bias(A, hooks_run), _weight_and_bias(B, hooks_run)
+    of_dropout = _weight_and_bias(dropout, hooks_run)
+    if isinstance(of_A, str) or isinstance(of_B, str) or isinstance(of_dropout, str):
+        return f"adapter {name!r} has {next(found for found in (of_A, of_B, of_dropout) if isinstance(found, str))}"
+    return of_A[0], of_B[0], of_B[1], layer.scaling[name], p
+
+
+def _weight_and_bias(module: nn.Module, hooks_run: bool = False) -> tuple[Any, Any] | str:
+    """A module's weight and bias, None for none; or why reading them would not do what calling the module does.
+
+    FSDP1 puts plain views of its flat parameter in the parameters' place."""
+    fields = module.__dict__
+    parameters = fields["_parameters"]
+    weight = parameters.get("weight")
+    if weight is None:
+        weight = fields.get("weight")
+    bias = parameters.get("bias")
+    if bias is None:
+        bias = fields.get("bias")
+    if type(weight) not in OWN_TYPES or type(bias) not in OWN_TYPES:
+        name, value = ("bias", bias) if type(weight) in OWN_TYPES else ("weight", weight)
+        return f"a {name} that is a {type(value).__qualname__}, {SUBCLASS}"
+    if weight is not None and weight.layout is not _STRIDED:
+        return f"a weight whose layout is {weight.layout}"
+    if (
+        fields["_forward_hooks"]
+        or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"]
+        or fields["_backward_pre_hooks"]
+        or ("forward" in fields and not hooks_run)
+    ):
+        return HOOKS
+    return weight, bias
+
+
+# ------------------------------------------------------------------------------------- what is replaced for the process
+
+# What PEFT's own forward of a layer calls, by the class of module that calls it.
+_CALLS: dict[type, list[tuple[Any, str]]] = {
+    nn.Linear: [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Linear, "_call_impl"), (F, "linear")],
+    nn.Dropout: [(nn.Dropout, "forward"), (nn.Dropout, "__call__"), (F, "dropout")],
+    nn.Identity: [(nn.Identity, "forward"), (nn.Identity, "__call__")],
+    Conv1D: [(Conv1D, "forward"), (Conv1D, "__call__"), (torch, "addmm")],
+    lora.Linear: [
+        (lora.Linear, name)
+        for name in ("forward", "_cast_input_dtype", "_check_forward_args", "disable_adapters", "merged")
+    ],
+}
+_OWN = tuple(getattr(*call) if is_own(*call) else None for calls in _CALLS.values() for call in calls)
+
+
+def called() -> tuple[Any, ...]:
+    """What `_OWN` was when this package was imported, now."""
+    return (
+        _LINEAR.forward,
+        _LINEAR.__call__,
+        _LINEAR._call_impl,
+        F.linear,
+        _DROPOUT.forward,
+        _DROPOUT.__call__,
+        F.dropout,
+        _IDENTITY.forward,
+        _IDENTITY.__call__,
+        Conv1D.forward,
+        Conv1D.__call__,
+        torch.addmm,
+        _LORA_LINEAR.forward,
+        _LORA_LINEAR._cast_input_dtype,
+        _LORA_LINEAR._check_forward_args,
+        _LORA_LINEAR.disable_adapters,
+        _LORA_LINEAR.merged,
+    )
+
+
+def why_replaced_for(layer: Any) -> str | None:
+    """Why a layer has to call what somebody replaced for the whole process, or None."""
+    modules = layer.base_layer, *layer.lora_dropout.values()
+    calls = [_CALLS.get(kind, ()) for kind in (lora.Linear, nn.Linear, *map(type, modules))]
+    original = getattr(type(layer), "_original", type(layer))
+    return why_replaced(dict.fromkeys([*itertools.chain.from_iterable(calls), (original, "forward")]))
