@@ -15,12 +15,14 @@ from .ops.softmax import softmax
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .check import check_peft
     from .peft import patch_peft, unpatch_peft
 
 extension.load()
 
 __all__ = [
     "LoRALinear",
+    "check_peft",
     "keep_operators",
     "lora_delta",
     "lora_linear",
@@ -35,8 +37,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # PEFT is optional and slow to import: it is imported by whoever patches a model.
-    if name in ("patch_peft", "unpatch_peft"):
-        from . import peft
+    if name in ("patch_peft", "unpatch_peft", "check_peft"):
+        from . import check, peft
 
-        return getattr(peft, name)
+        return getattr(check if name == "check_peft" else peft, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,7 +69,7 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Fused | str:
         if reason:
             return reason
     modules = layer._modules
-    base = _plain_base(modules["base_layer"])
+    base = plain_base(modules["base_layer"])
     dtype = x.dtype
     autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
     all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -119,7 +119,7 @@ def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> 
     return None
 
 
-def _plain_base(base: nn.Module) -> tuple[Any, Any] | None:
+def plain_base(base: nn.Module) -> tuple[Any, Any] | None:
     """The weight, N x K, and bias of a base that is nothing but a product; None where it has to be called."""
     if type(base) is not _LINEAR and type(base) is not Conv1D:
         return None

@@ -93,11 +93,11 @@ class LoRAReport(PatchReport):
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
     """Lines of a table of modules and what became of them: one a kind of layer."""
-    counts = Counter((_pattern(name), what) for name, what in rows)
+    counts = Counter((pattern(name), what) for name, what in rows)
     width = max((len(name) for name, _ in counts), default=0)
     return [f"  {count:>4} x {name:<{width}}  {what}" for (name, what), count in counts.items()]
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
     """A module's name with its layer numbers as ``*``, so that a table has a row a kind of layer."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
