@@ -82,6 +82,11 @@ class LoRAReport(PatchReport):
             if hasattr(layer, "_calls")
         }
 
+    def __str__(self) -> str:
+        calls = self.calls()
+        counted = any(layer.fused or layer.declined for layer in calls.values())
+        return f"{super().__str__()}\n{calls}" if counted else super().__str__()
+
     def _bases(self) -> dict[str, str]:
         kinds = {name: type(layer.base_layer) for name, layer in self._layers().items()}
         return {
