@@ -110,7 +110,8 @@ def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> 
         return f"the base made a {type(y).__qualname__}"
     if y.shape[-1] != lora_B.shape[0] or y.shape[:-1] != x.shape[:-1]:
         return "the base's output is of another shape"
-    if not (y.device == x.device == lora_A.device == lora_B.device):
+    on_cpu = y.is_cpu and x.is_cpu and lora_A.is_cpu and lora_B.is_cpu  # `device` takes three times as long
+    if not on_cpu and not (y.device == x.device == lora_A.device == lora_B.device):
         return "the base's output, x and the adapters are on several devices"
     if autocast:
         return None if y.dtype in HALF or y.dtype is _FLOAT32 else f"the base made {y.dtype} under autocast"

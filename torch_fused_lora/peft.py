@@ -93,7 +93,7 @@ def _over_any_base(layer: Any, x: Tensor, call: decide.Fused) -> Tensor:
     lora_bias = _bias(adapters, y.dtype)
     if lora_bias is not None:
         y = y + lora_bias
-    found = lora_delta_stacked(y, rows, lora_A, lora_B, scaling, dropouts, ranks, layer._patched_name, way)
+    found = lora_delta_stacked(y, rows, lora_A, lora_B, scaling, dropouts, ranks, layer._patched_name, way, True)
     return found if found.dtype is y.dtype else found.to(y.dtype)
 
 

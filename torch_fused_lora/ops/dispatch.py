@@ -438,18 +438,20 @@ def _recorded(operator: Operator) -> type[torch.autograd.Function]:
                 _explain_change(error, ctx, operator, caller)
                 raise
             needs = ctx.needs_input_grad[operator.adds_to_first : -1]
-            passed_on = (grad if ctx.needs_input_grad[0] else None,) if operator.adds_to_first else ()
             # The vmap of `torch.autograd.grad(is_grads_batched=True)`, older than torch.func's, knows aten calls only.
             if grad_second is not None or torch.is_grad_enabled() or is_legacy_batched(grad):
                 with _below_autocast():
                     arguments = operator.restore(saved, rest, needs, True)
-                    return *passed_on, *operator.twin_backward(grad, grad_second, *arguments), None
-            arguments = operator.restore(saved, rest, needs, False)
-            if portable and not _watched(grad, _device_type(grad)):
-                found = operator.backward(grad, *arguments)
+                    found = operator.twin_backward(grad, grad_second, *arguments)
             else:
-                found = operator.gradients(grad, arguments, needs)
-            return *passed_on, *found, None
+                arguments = operator.restore(saved, rest, needs, False)
+                if portable and not _watched(grad, _device_type(grad)):
+                    found = operator.backward(grad, *arguments)
+                else:
+                    found = operator.gradients(grad, arguments, needs)
+            if operator.adds_to_first:
+                return grad if ctx.needs_input_grad[0] else None, *found, None
+            return *found, None
 
     Recorded.__name__ = Recorded.__qualname__ = operator.name
     return Recorded

@@ -97,6 +97,7 @@ def lora_delta_stacked(
     ranks: Ints = (),
     caller: str | None = None,
     way: Route | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """`lora_delta` for stacked adapters, as `lora_linear_stacked` is `lora_linear`."""
     if way is None:
@@ -108,7 +109,8 @@ def lora_delta_stacked(
         dropout_p = ranks = ()
     if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
         scaling = as_scaling(scaling, x)
-    return _operator.call(way, caller, (y, x, lora_A, lora_B, scaling), seed, dropout_p, ranks, False)
+    inputs = (y, x, lora_A, lora_B, scaling)
+    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
 
 
 class _LoRADelta(dispatch.Operator):

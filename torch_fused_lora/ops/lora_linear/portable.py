@@ -89,21 +89,23 @@ def backward(
 
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
-    need_x, need_weight, need_bias, *low_rank_needs = needs
+    need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
     is_matrix = grad.dim() == 2
     grad_rows = grad if is_matrix else flat(grad)
     x_rows: Saved = x if x is None or is_matrix else flat(x)
     if grad.dtype in HALF:
         grad_rows, x_rows, weight = packed(grad_rows, x_rows, weight)
-    grad_x: Saved
-    grad_x, *low_rank_grads = low_rank_backward(
-        grad_rows, x_rows, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, (need_x, *low_rank_needs)
+    low_rank_needs = need_x, need_A, need_B, need_scaling
+    grad_x, grad_A, grad_B, grad_scaling = low_rank_backward(
+        grad_rows, x_rows, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, low_rank_needs
     )
     return (
         grad_x if is_matrix or not need_x else unflat(grad_x, grad),
         grad_rows.t().mm(x_rows) if need_weight else None,
         grad_rows.sum(0) if need_bias else None,
-        *low_rank_grads,
+        grad_A,
+        grad_B,
+        grad_scaling,
     )
 
 
@@ -119,7 +121,7 @@ def low_rank_backward(
     dropout_p: Floats,
     ranks: Ints,
     needs: Flags,
-) -> tuple[Maybe, ...]:
+) -> tuple[Saved, Maybe, Maybe, Maybe]:
     """As `backward`, for matrices, without the gradients of weight and bias: x's (in grad's dtype), lora_A's, lora_B's
     and scaling's. x's has no part of the base where ``weight`` is None."""
     need_x, need_A, need_B, need_scaling = needs
@@ -130,18 +132,21 @@ def low_rank_backward(
     way, A, B = choose(grad, lora_A, lora_B, seed is not None)
     scale = _number(scaling)
     if way is WHOLE:
-        wide = _widened(grad, A)
+        wide = grad if grad.dtype is A.dtype else grad.float()
         if need_x or need_A:
             z = wide.mm(B)
         if need_A:
-            grad_A = _product(z.t(), _widened(x, A), scale, A)
+            grad_A = _product(z.t(), x if x.dtype is A.dtype else x.float(), scale, A)
         if need_B or need_scaling:
             grad_h = _product(wide.t(), cast(h, A.dtype), 1.0 if need_scaling else scale, B)
-        if need_x:  # after what is small: the weight drives all else out of a CPU's caches
-            grad_x = _base_gradient(grad, weight, A)
+        if need_x and weight is None:
+            grad_x = cast((z * scale).mm(A), grad.dtype)
+        elif need_x:  # after what is small: the weight drives all else out of a CPU's caches
+            grad_x = grad.mm(weight)
             _add_product_(grad_x, z, A, scale)
     elif need_x or need_A or need_B or need_scaling:
-        grad_x = _base_gradient(grad, weight, A) if need_x else None
+        if need_x:
+            grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if weight is None else grad.mm(weight)
         x_side = x if need_A else None
         if way is BY_TRITON:
             dropouts = _dropouts(seed, dropout_p, ranks, A)
@@ -157,10 +162,6 @@ def low_rank_backward(
         cast(grad_h * scaling if need_scaling else grad_h, lora_B.dtype) if need_B else None,
         (grad_h * lora_B).sum().to(scaling.device, scaling.dtype) if need_scaling else None,
     )
-
-
-def _base_gradient(grad: Tensor, weight: Saved, A: Tensor) -> Tensor:
-    return grad.new_zeros(grad.shape[0], A.shape[1]) if weight is None else grad.mm(weight)
 
 
 def _add_delta_by_blocks_(
@@ -278,7 +279,9 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0
     if out.dtype is a.dtype:
         out.addmm_(a, b, alpha=scale)
     else:
-        out.copy_(out.float().addmm_(a.float(), b.float(), alpha=scale))
+        if a.dtype is not torch.float32:
+            a, b = a.float(), b.float()
+        out.copy_(out.float().addmm_(a, b, alpha=scale))
 
 
 def _product(a: Tensor, b: Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
