@@ -38,7 +38,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # PEFT is optional and slow to import: it is imported by whoever patches a model.
     if name in ("patch_peft", "unpatch_peft", "check_peft"):
-        from . import check, peft
+        from . import peft  # first: it says what to install
 
-        return getattr(check if name == "check_peft" else peft, name)
+        if name == "check_peft":
+            from . import check as peft  # type: ignore[no-redef]
+        return getattr(peft, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import peft
 from .decide import plain_base
 from .ops.dispatch import autocast_enabled
 from .ops.rows import HALF, wide_dtype
-from .peft import Fused
 from .report import Calls, pattern
 
 _ROUNDINGS = 4  # to a half dtype, of each way at most: of h, of the term, of it scaled (or of the base), of the sum
@@ -78,7 +78,7 @@ def check_peft(model: nn.Module, *args: Any, **batch: Any) -> CheckReport:
     Raises:
         ValueError: no layer of ``model`` is patched.
     """
-    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, peft.Fused)}
     if not layers:
         raise ValueError("model: expected one that torch_fused_lora.patch_peft has patched, got none of its layers")
     report = CheckReport()
@@ -119,7 +119,7 @@ def _compare(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> L
     counted, layer._calls = layer._calls, Calls()
     try:
         with torch.enable_grad():
-            y, own_y = Fused.forward(layer, x), layer._original.forward(layer, x)
+            y, own_y = peft.Fused.forward(layer, x), layer._original.forward(layer, x)
         reason = layer._calls.reason
     finally:
         layer._calls = counted

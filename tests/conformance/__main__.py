@@ -89,8 +89,8 @@ def compare(stock: dict[str, str], patched: dict[str, str]) -> list[str]:
 
 def check_share(calls: list[tuple[str, bool, str, int]]) -> list[str]:
     """Whether the operator was under test at all: it has to have run in nearly every plain call."""
-    plain = sum(count for kind, _, _, count in calls if kind == "plain")
-    left = Counter({test: count for kind, fused, test, count in calls if kind == "plain" and not fused})
+    plain = sum(count for kind, _, _, count in calls if kind.startswith("plain"))
+    left = Counter({test: count for kind, fused, test, count in calls if kind.startswith("plain") and not fused})
     share = 1 - left.total() / plain if plain else 0.0
     if share >= MIN_FUSED_SHARE:
         return []

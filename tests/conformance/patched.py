@@ -107,7 +107,11 @@ def _count_calls(cls: type[lora.Linear], device: str) -> None:
 def _pass_for_own() -> None:
     """A forward that somebody replaced is called, not fused: this plugin's counting one is none of those."""
     is_own = originals.is_own
-    originals.is_own = lambda owner, name: (owner, name) == (lora.Linear, "forward") or is_own(owner, name)
+
+    def passes(owner, name: str) -> bool:
+        return (name == "forward" and owner.forward is lora.Linear.forward) or is_own(owner, name)
+
+    originals.is_own = passes
     decide._OWN = decide.called()
 
 
@@ -127,6 +131,8 @@ def _kind(layer: lora.Linear, device: str, x: torch.Tensor, *args: object, **kwa
         return "no active adapter"
     if variants:
         return f"variant: {', '.join(sorted(variants))}"
+    if type(layer.base_layer) is fused._Base:
+        return "tried by patch_peft"
     if type(layer.base_layer) is not nn.Linear:
         return f"plain over {type(layer.base_layer).__name__}"
     return "plain"
