@@ -79,7 +79,7 @@ is_legacy_batched: Callable[[Tensor], bool] = _private("_C._functorch.is_legacy_
 def has_compiled() -> bool:
     """Whether torch.compile has compiled anything in this process."""
     counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
-    return bool(counters.get("frames"))
+    return bool(counters)
 
 
 # ------------------------------------------------------------------------------------------------------------ autocast
