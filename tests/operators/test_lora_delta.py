@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -10,12 +11,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import torch_fused_lora as tfl
 from tests.budget import examples
+from tests.operators.test_autograd import CPU, check_gradients
 from tests.operators.test_lora_linear import DTYPES as ADAPTERS
 from tests.operators.test_lora_linear import LAYOUTS, AllocationsOf, laid_out, seeded_masks
 from tests.reference import HALF, Delta
+from torch_fused_lora.ops.dropout import operator as dropout
 from torch_fused_lora.ops.lora_delta.operator import _LoRADelta, lora_delta_stacked
 from torch_fused_lora.ops.lora_linear.ways import block_rows
 
@@ -186,3 +191,284 @@ def test_scaling_changes_live(device):
 def test_float64_scaling_is_not_rounded_to_float32():
     tensors = operands((torch.float64,) * 3, needs=False)
     Delta(*tensors, 1 / 3).output().check(tfl.lora_delta(*tensors, 1 / 3))
+
+
+# ------------------------------------------------------------------------------ what it leaves alone, and what it keeps
+
+
+def test_in_place_use_of_y_and_of_the_result(device):
+    """Neither is saved, and the result is no view."""
+    leaves = operands(lead=(2, 3), device=device)
+    expected = torch.autograd.grad(tfl.lora_delta(*leaves).relu().sum(), leaves)
+    y = leaves[0] * 1.0
+    found = tfl.lora_delta(y, *leaves[1:])
+    y.zero_(), found.relu_()
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), leaves), expected)
+
+
+def test_y_may_be_x(device):
+    _, x, A, B = operands(sizes=(8, 8, 2), device=device)
+    found = tfl.lora_delta(x, x, A, B, 0.5)
+    grad = torch.randn_like(found)
+    exact = Delta(x, x, A, B, 0.5)
+    exact.output().check(found.detach())
+    through_x = exact.gradients(grad)["x"]
+    through_x.value, through_x.magnitude = through_x.value + grad.cpu(), through_x.magnitude + grad.cpu().abs()
+    through_x.check(torch.autograd.grad(found, x, grad)[0])
+
+
+def kept_for_backward(call):
+    """What a call saves, a tensor an address."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        call()
+    return saved
+
+
+@pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32])
+def test_half_of_what_stock_keeps_for_backward(device, y_dtype):
+    """x itself, the adapters and h: no y, no mask, no dropped or converted copy."""
+    dtypes = y_dtype, torch.bfloat16, torch.float32
+    y, x, A, B = operands(dtypes, (64,), (96, 48, 4), device)
+    ours, others = (
+        kept_for_backward(lambda function=function: function(y, x, A, B, 2.0, 0.5, training=True))
+        for function in (tfl.lora_delta, stock)
+    )
+    assert y.data_ptr() not in ours
+    own = {t.data_ptr() for t in (x, A, B)}
+    extra = [tuple(t.shape) for address, t in ours.items() if address not in own]
+    assert sorted(extra) == [()] * (device.type == "mps") + [(64, 4)]  # scaling (for a Metal kernel), h
+    assert sum(t.nbytes for t in ours.values()) <= sum(t.nbytes for t in others.values()) / 2
+
+
+def test_a_frozen_adapter_input_side_keeps_no_x(device):
+    y, x, A, B = operands(device=device)
+    A.requires_grad_(False)
+    assert x.data_ptr() not in kept_for_backward(lambda: tfl.lora_delta(y, x, A, B))
+
+
+@pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32])
+def test_no_full_width_temporary(y_dtype):
+    """Beyond the results nothing of M x K or M x N is allocated: mixed dtypes and dropout go by blocks of rows."""
+    rows, (K, N, r) = 140_000, (64, 48, 4)  # more than four blocks
+    y, x, A, B = operands((y_dtype, torch.bfloat16, torch.float32), (rows,), (K, N, r), needs=False)
+    dropout = torch.tensor(3), (0.5,), ()
+    with AllocationsOf(rows * min(K, N)) as forward:
+        _, h = _LoRADelta.forward(y, x, A, B, 1.0, *dropout, True)
+    with AllocationsOf(rows * min(K, N)) as backward:
+        _LoRADelta.backward(y, x, A, B, 1.0, h, *dropout, (True, True, True, False))
+    assert len(forward.found) == 1, forward.found  # the result
+    assert len(backward.found) == 1, backward.found  # dx
+
+
+@pytest.mark.parametrize("mode", ["alone", "profiled"])
+def test_operands_made_in_inference_mode_train(device, mode):
+    normal = operands(device=device)
+    with torch.inference_mode():
+        y, x = (t.clone() for t in normal[:2])
+
+    def gradients(y, x):
+        torch.manual_seed(2)
+        with torch.profiler.profile() if mode == "profiled" else contextlib.nullcontext():
+            found = tfl.lora_delta(y, x, *normal[2:], 0.5, 0.5, training=True)
+            first = torch.autograd.grad(found.sin().sum(), normal[2:], create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), normal[2:])
+
+    torch.testing.assert_close(gradients(y, x), gradients(*(t.detach() for t in normal[:2])))
+
+
+def test_after_inference_mode(device):
+    """What inference_mode leaves in caches must still serve training."""
+    leaves = operands(device=device)
+    with torch.inference_mode():
+        assert tfl.lora_delta(*leaves, 0.123).is_inference()
+    tfl.lora_delta(*leaves, 0.123).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_draws_the_same_mask_again(device, use_reentrant):
+    leaves = operands(device=device)
+
+    def gradients(call):
+        torch.manual_seed(4)
+        for leaf in leaves:
+            leaf.grad = None
+        call().sin().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    def run(*tensors):
+        return tfl.lora_delta(*tensors, 0.5, 0.5, training=True)
+
+    expected = gradients(lambda: run(*leaves))
+    found = gradients(lambda: checkpoint(run, *leaves, use_reentrant=use_reentrant))
+    torch.testing.assert_close(found, expected)
+
+
+# --------------------------------------------------------------------------------------------------------- derivatives
+
+
+def exact_operands(lead=(4,), needs=(True,) * 5, device=CPU):
+    """As exact as the device can: all five that have gradients."""
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    tensors = [*operands((dtype,) * 3, lead, (3, 5, 2), device), torch.randn((), dtype=dtype, device=device)]
+    return [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+
+
+def seeded(dropout_p):
+    def call(*arguments):
+        torch.manual_seed(11)
+        return tfl.lora_delta(*arguments, dropout_p=dropout_p, training=True)
+
+    return call
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("lead", [(), (4,), (2, 2)])
+def test_gradcheck_and_gradgradcheck(device, lead, dropout_p):
+    check_gradients(gradcheck, seeded(dropout_p), exact_operands(lead, device=device))
+    check_gradients(gradgradcheck, seeded(dropout_p), exact_operands(lead, device=device))
+
+
+@pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=5) if any(n)])
+def test_every_subset_of_gradients(device, needs):
+    """Right to second order for each of the 31 ways to ask; in particular where x is not kept (lora_A frozen)."""
+    check_gradients(gradcheck, tfl.lora_delta, exact_operands(needs=needs, device=device), fast_mode=True)
+    if device.type == "cpu":  # the double backward is the same aten calls everywhere
+        check_gradients(gradgradcheck, tfl.lora_delta, exact_operands(needs=needs), fast_mode=True)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_second_order_on_mps_is_the_cpus(mps, dropout_p, monkeypatch):
+    """Against float64 on the CPU, whose gradients test_gradcheck_and_gradgradcheck establishes."""
+    monkeypatch.setattr(dropout, "_cpu_mask", lambda *arguments: dropout.gpu_mask(*arguments).numpy())
+
+    def second_order(arguments):
+        first = torch.autograd.grad(seeded(dropout_p)(*arguments).sin().sum(), arguments, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), arguments)
+
+    exact = exact_operands()
+    narrow = [t.detach().float().to(mps).requires_grad_() for t in exact]
+    for order, expected in zip(second_order(narrow), second_order(exact), strict=True):
+        for a, e in zip(order, expected, strict=True):
+            torch.testing.assert_close(a.detach().cpu().double(), e.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_backward_operator_alone_is_differentiable():
+    (grad, x, A, B, s), h = exact_operands(), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    for seed, dropout_p in ((None, []), (torch.tensor(3), [0.4])):
+
+        def backward(*arguments, seed=seed, dropout_p=dropout_p):
+            return tuple(ops.lora_delta_backward(*arguments, seed, dropout_p, [], [True] * 4))
+
+        assert gradcheck(backward, (grad, x, A, B, s, h))
+
+
+@pytest.mark.parametrize("dtypes", [dtypes for dtypes in DTYPES if dtypes[1] in HALF])
+def test_half_dtypes_to_second_order(dtypes):
+    """A double backward equals the one through the same values in float64, but for a few roundings."""
+    tensors = operands(dtypes, (4,), (3, 5, 2), needs=False)
+
+    def second_order(function, wide):
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in tensors]
+        loss = function(*leaves, 0.5).double().square().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.double().square().sum() for g in first), leaves)
+        assert wide or [t.dtype for t in (*first, *second)] == [t.dtype for t in tensors] * 2
+        return [t.detach().double() for t in (*first, *second)]
+
+    for a, e in zip(second_order(tfl.lora_delta, False), second_order(stock, True), strict=True):
+        torch.testing.assert_close(a, e, rtol=0.05, atol=0.05 * float(e.abs().max()))
+
+
+def loss_by_function(y, x, A, B):
+    return tfl.lora_delta(y, x, A, B, 0.7).sin().sum()
+
+
+def loss_by_operator(y, x, A, B):
+    return ops.lora_delta(y, x, A, B, torch.tensor(0.7, dtype=x.dtype)).sin().sum()
+
+
+LOSSES = pytest.mark.parametrize("loss", [loss_by_function, loss_by_operator])
+
+
+@LOSSES
+def test_func_grad_vmap_and_jvp(device, loss):
+    tensors = [t.detach() for t in exact_operands(device=device)[:4]]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    y, x, A, B = tensors
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*tensors)
+    torch.testing.assert_close(found, expected)
+    by_rows = (0, 0, None, None)
+    per_sample = torch.vmap(torch.func.grad(loss, argnums=2), in_dims=by_rows)(*tensors)
+    torch.testing.assert_close(per_sample.sum(0), expected[2])
+    torch.testing.assert_close(torch.vmap(loss, in_dims=by_rows)(*tensors).sum(), loss(*tensors))
+    stacked = torch.vmap(loss, in_dims=(None, None, 0, 1))(y, x, torch.stack([A, 2 * A]), torch.stack([B, B], 1))
+    torch.testing.assert_close(stacked[1], loss(y, x, 2 * A, B))
+    only_y = torch.vmap(loss, in_dims=(2, None, None, None))(torch.stack([y, 2 * y], 2), x, A, B)
+    torch.testing.assert_close(only_y[1], loss(2 * y, x, A, B))
+
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    directional = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
+    _, jvp = torch.func.jvp(loss, tuple(tensors), tangents)
+    torch.testing.assert_close(jvp, directional)
+    for i in range(4):
+        reverse, forward = (jac(loss, argnums=i)(*tensors) for jac in (torch.func.jacrev, torch.func.jacfwd))
+        torch.testing.assert_close(reverse, forward)
+
+
+@LOSSES
+def test_forward_mode_is_right(loss):
+    """Never a zero or missing tangent."""
+    tensors = [t.detach() for t in exact_operands()[:4]]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    for i, e in enumerate(torch.autograd.grad(loss(*leaves), leaves)):
+        tangent = torch.randn_like(e)
+        with forward_ad.dual_level():
+            primals = list(tensors)
+            primals[i] = forward_ad.make_dual(primals[i], tangent)
+            found = forward_ad.unpack_dual(loss(*primals)).tangent
+        torch.testing.assert_close(found, (e * tangent).sum())
+
+
+def test_vmap_over_dropout_follows_its_randomness():
+    y, x, A, B, s = (t.detach() for t in exact_operands((6, 4)))
+    same = y[:1].expand(6, 4, 5), x[:1].expand(6, 4, 3)
+
+    def call(y, x):
+        return tfl.lora_delta(y, x, A, B, 1.0, 0.5, training=True)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(call)(y, x)
+    found = torch.vmap(call, randomness="same")(*same)
+    assert all(torch.equal(found[0], row) for row in found)
+    found = torch.vmap(call, randomness="different")(*same)
+    assert not torch.equal(found[0], found[1])
+    seeds = torch.arange(6)
+    by_seed = torch.vmap(lambda y, x, seed: ops.lora_delta(y, x, A, B, s, 0.5, seed))(y, x, seeds)
+    one_by_one = [ops.lora_delta(y[i], x[i], A, B, s, 0.5, seeds[i]) for i in range(6)]
+    torch.testing.assert_close(by_seed, torch.stack(one_by_one))
+
+
+def test_batched_gradients(device):
+    leaves = exact_operands(device=device)
+    found = tfl.lora_delta(*leaves)
+    grads = torch.randn(7, *found.shape).to(found)
+    batched = torch.autograd.grad(found, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for g, one in zip(batched, torch.autograd.grad(found, leaves, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(g[i], one)
+
+
+def test_only_what_is_asked_for_is_computed(device):
+    """The backward operator returns the gradients asked for and no others; h is not needed without dB."""
+    grad, x, A, B, s = (t.detach() for t in exact_operands(device=device))
+    for needs, h in (
+        ((True, True, False, False), None),
+        ((False, False, True, False), torch.randn(4, 2).to(A)),
+        ((False,) * 4, None),
+    ):
+        found = ops.lora_delta_backward(grad, x if needs[1] else None, A, B, s, h, None, [], [], needs)
+        assert [g.shape for g in found] == [t.shape for t, need in zip((x, A, B, s), needs, strict=True) if need]
