@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 
@@ -11,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_fused_lora as tfl
 from tests.budget import examples
 from tests.operators.test_autograd import CPU, check_gradients
+from tests.operators.test_compile import BACKENDS, OPCHECKS
 from tests.operators.test_lora_linear import DTYPES as ADAPTERS
 from tests.operators.test_lora_linear import LAYOUTS, AllocationsOf, laid_out, seeded_masks
 from tests.reference import HALF, Delta
@@ -433,6 +438,14 @@ def test_forward_mode_is_right(loss):
         torch.testing.assert_close(found, (e * tangent).sum())
 
 
+def test_the_result_is_contiguous_under_transforms():
+    y, x, A, B = (t.detach() for t in exact_operands()[:4])
+    transposed = y.mT.contiguous().mT
+    found, tangent = torch.func.jvp(lambda y: tfl.lora_delta(y, x, A, B), (transposed,), (transposed,))
+    assert found.is_contiguous()
+    assert torch.equal(tangent, transposed)
+
+
 def test_vmap_over_dropout_follows_its_randomness():
     y, x, A, B, s = (t.detach() for t in exact_operands((6, 4)))
     same = y[:1].expand(6, 4, 5), x[:1].expand(6, 4, 3)
@@ -472,3 +485,436 @@ def test_only_what_is_asked_for_is_computed(device):
     ):
         found = ops.lora_delta_backward(grad, x if needs[1] else None, A, B, s, h, None, [], [], needs)
         assert [g.shape for g in found] == [t.shape for t, need in zip((x, A, B, s), needs, strict=True) if need]
+
+
+# ------------------------------------------------------------------------------------------------ who sees a call of it
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "lead", "needs"),
+    [
+        ((torch.float64,) * 3, (), True),
+        ((torch.float32,) * 3, (2, 3), False),
+        ((torch.float32,) * 3, (0,), True),
+        ((torch.bfloat16, torch.bfloat16, torch.float32), (2, 3), True),
+        ((torch.float32, torch.bfloat16, torch.float32), (4,), True),
+        ((torch.float32, torch.float16, torch.float16), (4,), False),
+    ],
+)
+def test_opcheck(device, dtypes, lead, needs):
+    skip_float64_on_mps(device, dtypes)
+    opcheck = functools.partial(torch.library.opcheck, test_utils=OPCHECKS[device.type])
+    y, x, A, B = operands(dtypes, lead, (3, 5, 2), device, needs)
+    s = torch.tensor(0.5, dtype=torch.promote_types(x.dtype, torch.float32), requires_grad=needs)
+    seed = torch.tensor(4)
+    opcheck(ops.lora_delta, (y, x, A, B, s))
+    transposed = y.detach().mT.contiguous().mT if y.dim() > 1 else y
+    opcheck(ops.lora_delta, (transposed, x, A, B, s, 0.5, seed))
+    opcheck(ops.lora_delta_forward, (y, x, A, B, s, None, [], [], not needs))
+    opcheck(ops.lora_delta_forward, (y, x, A, B, s, seed, [0.5, 0.0], [1, 1], False))
+    grad, h = torch.randn(*lead, 5).to(y), torch.randn(math.prod(lead), 2).to(A)
+    opcheck(ops.lora_delta_backward, (grad, x, A, B, s, h, None, [], [], [True] * 4))
+    opcheck(ops.lora_delta_backward, (grad, x, A, B, s, None, seed, [0.5], [], [True, True, False, False]))
+
+
+CALLS = pytest.mark.parametrize("call", [tfl.lora_delta, ops.lora_delta], ids=["function", "operator"])
+
+
+@CALLS
+@pytest.mark.parametrize(
+    ("y_dtype", "x_dtype", "dtype"),
+    [
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.bfloat16),
+    ],
+)
+def test_autocast(device, call, y_dtype, x_dtype, dtype):
+    """x and the adapters are cast to its dtype, and y unless it is float32, as torch's addition keeps it."""
+    tensors = operands((y_dtype, x_dtype, torch.float32), device=device)
+    cast = [t.detach().to(dtype) for t in tensors]
+    if y_dtype == torch.float32:
+        cast[0] = tensors[0].detach()
+    with torch.autocast(device.type, dtype):
+        found = call(*tensors, torch.tensor(0.5))
+        expected = stock(cast[0], *tensors[1:], 0.5)
+    assert found.dtype == expected.dtype == cast[0].dtype
+    exact = Delta(*cast, 0.5)
+    exact.output().check(found.detach())
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)
+    grad = torch.randn(6, 5).to(found)
+    for name, leaf, gradient in zip(NAMES, tensors, torch.autograd.grad(found, tensors, grad), strict=False):
+        assert gradient.dtype == leaf.dtype
+        if name == "y":
+            assert torch.equal(gradient, grad.to(leaf.dtype))
+        elif leaf.dtype in (torch.float32, dtype):  # a float32 leaf gets the half gradient widened
+            exact.gradients(grad)[name].check(gradient.to(dtype), name)
+
+
+def test_autocast_leaves_float64_alone():
+    tensors = operands((torch.float64,) * 3, needs=False)
+    with torch.autocast("cpu"):
+        Delta(*tensors, 0.5).output().check(tfl.lora_delta(*tensors, 0.5))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_inside_autocast_keeps_its_dtypes(device, create_graph):
+    tensors = operands(device=device)
+    total = tfl.lora_delta(*tensors, 0.5).sin().sum()
+
+    def gradients(autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(total, tensors, retain_graph=True, create_graph=create_graph)
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+
+
+def compiled(function, backend="aot_eager", keep=True, **options):
+    """As it is in the context of `keep_operators`, or outside."""
+    torch.compiler.reset()  # dynamo counts the recompilations of a function over the whole process
+    run = torch.compile(function, backend=backend, fullgraph=True, **options)
+
+    def call(*arguments):
+        with tfl.keep_operators() if keep else contextlib.nullcontext():
+            return run(*arguments)
+
+    return call
+
+
+KEEP = pytest.mark.parametrize("keep", [True, False], ids=["keep_operators", "by itself"])
+
+
+@BACKENDS
+@KEEP
+@pytest.mark.parametrize("dtypes", [DTYPES[1], (torch.bfloat16, torch.bfloat16, torch.float32), WIDER[1]])
+def test_compile_without_a_graph_break(device, backend, keep, dtypes):
+    y, *rest = operands(dtypes, (2, 3), (3, 5, 2), device)
+    y = y.detach().mT.contiguous().mT.requires_grad_()  # in memory as a result must not be
+    call = compiled(lambda *tensors: tfl.lora_delta(*tensors, 0.5), backend, keep)
+    found = call(y, *rest)
+    assert found.is_contiguous()
+    check_call(Delta(y, *rest, 0.5), dict(zip(NAMES, (y, *rest), strict=False)), found, torch.randn(2, 3, 5).to(found))
+    with torch.no_grad():
+        Delta(y, *rest, 0.5).output().check(call(y, *rest))
+
+
+@BACKENDS
+@KEEP
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_dropout(device, backend, keep, checkpointed):
+    """The compiled mask is one mask: dx is zero exactly where the adapter's input was dropped."""
+    y, x, A, B = operands(lead=(8,), sizes=(64, 5, 4), device=device)
+
+    def run(y, x):
+        return tfl.lora_delta(y, x, A, B, 1.0, 0.5, training=True)
+
+    def checkpoint_run(y, x):
+        return checkpoint(run, y, x, use_reentrant=False)
+
+    found = compiled(checkpoint_run if checkpointed else run, backend, keep)(y, x)
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    dropped = grad == 0
+    assert 0.3 < dropped.float().mean() < 0.7
+    torch.testing.assert_close(found, y + (x * ~dropped * 2) @ A.T @ B.T)
+
+
+@KEEP
+def test_what_a_compiler_sees(device, keep):
+    """Torch's own calls by itself, where kernels are portable: inductor fuses them."""
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled(tfl.lora_delta, backend, keep)(*operands(device=device))
+    assert ("torch_fused_lora.lora_delta_forward.default" in targets) == (keep or device.type == "mps")
+
+
+def test_compiled_calls_are_compiled_once(device):
+    """Whatever the number of rows and the scaling; and where functorch transforms them."""
+    y, x, A, B = operands(device=device)
+    counter = CompileCounter()
+    call = compiled(lambda y, x, s: tfl.lora_delta(y, x, A, B, s), counter, dynamic=True)
+    for rows, scaling in ((6, 0.5), (9, 1.5), (12, 2.5)):  # other numbers than K, N and r
+        y, x = torch.randn(rows, 5, device=device), torch.randn(rows, 8, device=device)
+        scaling = torch.tensor(scaling)
+        torch.testing.assert_close(call(y, x, scaling), tfl.lora_delta(y, x, A, B, scaling))
+    assert counter.frame_count == 1
+    gradient = torch.func.grad(lambda A: tfl.lora_delta(y, x, A, B, 0.5).sin().sum())
+    torch.testing.assert_close(compiled(gradient)(A.detach()), gradient(A.detach()))
+
+
+def test_stacked_adapters_compile(device):
+    y, x, A, B = operands(sizes=(3, 5, 3), device=device)
+    call = compiled(lora_delta_stacked)
+    expected = lora_delta_stacked(y, x, A, B, 1.0)
+    torch.testing.assert_close(call(y, x, A, B, 1.0, (0.0, 0.0), (1, 2)), expected)
+    torch.autograd.grad(call(y, x, A, B, 1.0, (0.5, 0.5), (1, 2)).sum(), (y, x, A, B))
+
+
+def test_flops_are_those_of_the_stock_calls():
+    def flops(function, tensors):
+        forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with forward:
+            found = function(*tensors, 0.5)
+        with backward:
+            found.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    for needs in itertools.product((False, True), repeat=4):
+        tensors = [t.requires_grad_(need) for t, need in zip(operands(lead=(2, 5), needs=False), needs, strict=True)]
+        if any(needs):
+            assert flops(tfl.lora_delta, tensors) == flops(stock, tensors)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        ops.lora_delta(*operands(lead=(4,), needs=False), torch.tensor(1.0))
+    assert counter.get_total_flops() == 2 * 4 * 2 * (8 + 5)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_selective_checkpointing_saves_the_operator(dropout_p):
+    """The forward is not computed again where a policy lists it, and gradients are those without."""
+    leaves = operands()
+
+    def run(*tensors):
+        return tfl.lora_delta(*tensors, 0.5, dropout_p, training=True)
+
+    def gradients(call):
+        torch.manual_seed(3)
+        with FlopCounterMode(display=False) as counter:
+            return torch.autograd.grad(call(*leaves).sin().sum(), leaves), counter.get_total_flops()
+
+    plain, flops = gradients(run)
+    for policy, expected in (([ops.lora_delta_forward.default], flops), ([], flops + 2 * 6 * 2 * (8 + 5))):
+        context = functools.partial(create_selective_checkpoint_contexts, policy)
+        found = gradients(lambda *t, c=context: checkpoint(run, *t, use_reentrant=False, context_fn=c))
+        torch.testing.assert_close(found, (plain, expected))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_fake_and_meta_tensors(dtypes):
+    """Shapes and dtypes alone, and nothing of them in the cache of scalings."""
+    for mode, device in ((FakeTensorMode(), "cpu"), (contextlib.nullcontext(), "meta")):
+        with mode:
+            tensors = operands(dtypes, (2, 3), device=device)
+            found = tfl.lora_delta(*tensors, 0.777, 0.5, training=True)
+            assert (found.shape, found.dtype, found.device.type) == ((2, 3, 5), dtypes[0], device)
+            gradients = torch.autograd.grad(found.sum(), tensors)
+            assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in tensors]
+    tensors = operands(dtypes)
+    assert all(type(g) is torch.Tensor for g in torch.autograd.grad(tfl.lora_delta(*tensors, 0.777).sum(), tensors))
+
+
+def test_a_profile_names_the_operator(device):
+    tensors = operands(device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        tfl.lora_delta(*tensors).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"torch_fused_lora::lora_delta_forward", "torch_fused_lora::lora_delta_backward"} <= names
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def good(**changes):
+    tensors = dict(zip(NAMES, operands(lead=(2,), sizes=(4, 3, 2), needs=False), strict=False))
+    assert not changes.keys() - {*NAMES}
+    return tensors | {"scaling": torch.tensor(1.0)} | changes
+
+
+BAD_TENSORS = {
+    "y too narrow": ("y", torch.randn(2, 2), r"shape \(2, 3\)"),
+    "y broadcasts": ("y", torch.randn(3), r"shape \(2, 3\)"),
+    "y of one row": ("y", torch.randn(1, 3), r"shape \(2, 3\)"),
+    "y in another shape": ("y", torch.randn(1, 2, 3), r"shape \(2, 3\)"),
+    "y 0-dim": ("y", torch.tensor(1.0), r"shape \(2, 3\)"),
+    "y half": ("y", torch.randn(2, 3).half(), "x's dtype torch.float32"),
+    "y double": ("y", torch.randn(2, 3).double(), "x's dtype torch.float32"),
+    "y integer": ("y", torch.ones(2, 3, dtype=torch.int64), "x's dtype torch.float32"),
+    "y on another device": ("y", torch.randn(2, 3, device="meta"), "device"),
+    "x 0-dim": ("x", torch.tensor(1.0), r"shape \(\.\.\., K\)"),
+    "x integer": ("x", torch.ones(2, 4, dtype=torch.int64), "float16, bfloat16"),
+    "x complex": ("x", torch.randn(2, 4, dtype=torch.complex64), "float16, bfloat16"),
+    "lora_A columns": ("lora_A", torch.randn(2, 3), r"shape \(r, 4\)"),
+    "lora_A rank 0": ("lora_A", torch.randn(0, 4), "r >= 1"),
+    "lora_A 1-D": ("lora_A", torch.randn(4), r"shape \(r, 4\)"),
+    "lora_A half over float": ("lora_A", torch.randn(2, 4).half(), "x's dtype torch.float32"),
+    "lora_A double": ("lora_A", torch.randn(2, 4).double(), "x's dtype torch.float32"),
+    "lora_A device": ("lora_A", torch.randn(2, 4, device="meta"), "device"),
+    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \(N, 2\)"),
+    "lora_B 1-D": ("lora_B", torch.randn(3), r"shape \(N, 2\)"),
+    "lora_B dtype": ("lora_B", torch.randn(3, 2).bfloat16(), "lora_A's dtype"),
+    "scaling 1-D": ("scaling", torch.ones(1), "0-dim"),
+    "scaling integer": ("scaling", torch.tensor(1), "floating"),
+}
+
+
+@CALLS
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors(device, call, case):
+    name, value, expected = BAD_TENSORS[case]
+    skip_float64_on_mps(device, (value.dtype,))
+    arguments = {n: t.to(device) for n, t in good().items()}
+    arguments[name] = value if value.is_meta else value.to(device)
+    with pytest.raises(ValueError, match=f"lora_delta: {name}: expected .*{expected}") as caught:
+        call(*arguments.values())
+    assert f"shape {tuple(value.shape)}, {value.dtype}, on {arguments[name].device}" in str(caught.value)
+
+
+@CALLS
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_bad_dtypes_over_a_half_x(device, call, dtypes):
+    one, other = dtypes
+    y, x, A, B = (t.to(device) for t in operands((one,) * 3, needs=False))
+    expected = f"x's dtype {one} or torch.float32; got .*{other}"
+    with pytest.raises(ValueError, match=f"lora_delta: y: expected {expected}"):
+        call(y.to(other), x, A, B, torch.tensor(1.0))
+    for its_y in (y, y.float()):
+        with pytest.raises(ValueError, match=f"lora_delta: lora_A: expected {expected}"):
+            call(its_y, x, A.to(other), B.to(other), torch.tensor(1.0))
+
+
+def test_narrow_rows_name_what_they_do_not_fit(device):
+    arguments = good(x=torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"lora_A: expected shape \(r, 3\) with r >= 1, since x is \(2, 3\); got"):
+        tfl.lora_delta(*(t.to(device) for t in arguments.values()))
+
+
+INFERENCE = pytest.mark.parametrize(
+    ("context", "error"), [(contextlib.nullcontext, ValueError), (torch.inference_mode, (ValueError, RuntimeError))]
+)
+
+
+@INFERENCE
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_an_operand_left_on_the_cpu(mps, name, context, error):
+    """In inference mode the operator's kernel alone checks: in C++, whose error is a RuntimeError."""
+    arguments = {n: t if n == name else t.to(mps) for n, t in good().items()}
+    for call in (tfl.lora_delta, ops.lora_delta):
+        with context(), pytest.raises(error, match=rf"lora_delta: (y|{name}): expected .*(mps|device)"):
+            call(*arguments.values())
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
+def test_dropout_outside_its_range(p):
+    with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\)"):
+        tfl.lora_delta(*good().values(), dropout_p=p, training=True)
+    with pytest.raises(ValueError, match=r"dropout_p: expected probabilities in \[0, 1\)"):
+        ops.lora_delta_forward(*good().values(), torch.tensor(1), [p], [], False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("y", None), ("x", [[1.0]]), ("lora_A", "A"), ("lora_B", 3), ("scaling", "2"), ("scaling", None)],
+)
+def test_wrong_types(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected a"):
+        tfl.lora_delta(**good(**{name: value}))
+    with pytest.raises(TypeError, match="dropout_p: expected a number"):
+        tfl.lora_delta(**good(), dropout_p="0.1")
+
+
+def test_the_operator_wants_a_seed_for_dropout_and_ranks_that_add_up():
+    with pytest.raises(ValueError, match="seed"):
+        ops.lora_delta(*good().values(), 0.5)
+    for seed in (torch.tensor(1, dtype=torch.int32), torch.tensor([1]), torch.tensor(1, device="meta")):
+        with pytest.raises(ValueError, match="seed: expected a 0-dim int64 tensor on the CPU"):
+            ops.lora_delta(*good().values(), 0.5, seed)
+    for ranks in ([1, 2], [2]):
+        with pytest.raises(ValueError, match="ranks"):
+            ops.lora_delta_forward(*good().values(), torch.tensor(1), [0.5, 0.5], ranks, False)
+
+
+def good_for_backward(device="cpu"):
+    tensors = good()
+    tensors["grad"] = tensors.pop("y")
+    on_device = {name: t.to(device) for name, t in (tensors | {"h": torch.randn(2, 2)}).items()}
+    return on_device | {"seed": None, "dropout_p": [], "ranks": [], "needs": [True] * 4}
+
+
+BAD_BACKWARD = {
+    "grad columns": ("grad", torch.randn(2, 4), r"shape \(\.\.\., 3\)"),
+    "grad 0-dim": ("grad", torch.tensor(1.0), r"shape \(\.\.\., 3\)"),
+    "grad integer": ("grad", torch.ones(2, 3, dtype=torch.int64), "float16, bfloat16"),
+    "x missing": ("x", None, r"shape \(2, 4\), .*; got None"),
+    "x rows": ("x", torch.randn(3, 4), r"shape \(2, 4\)"),
+    "x in another shape": ("x", torch.randn(2, 1, 4), r"shape \(2, 4\)"),
+    "x integer": ("x", torch.ones(2, 4, dtype=torch.int64), "grad's dtype torch.float32"),
+    "lora_A 1-D": ("lora_A", torch.randn(4), r"shape \(r, "),
+    "lora_A rank 0": ("lora_A", torch.randn(0, 4), r"shape \(r, "),
+    "lora_A integer": ("lora_A", torch.ones(2, 4, dtype=torch.int64), "torch.float32"),
+    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \("),
+    "lora_B dtype": ("lora_B", torch.randn(3, 2).half(), "lora_A's dtype torch.float32"),
+    "scaling 1-D": ("scaling", torch.ones(1), "a 0-dim"),
+    "scaling integer": ("scaling", torch.tensor(1), "a 0-dim"),
+    "h missing": ("h", None, r"shape \(2, 2\), .*; got None"),
+    "h rows": ("h", torch.randn(3, 2), r"shape \(2, 2\)"),
+    "h dtype": ("h", torch.randn(2, 2).half(), "lora_A's dtype torch.float32"),
+    "seed integer": ("seed", torch.tensor(1, dtype=torch.int32), "a 0-dim int64 tensor on the CPU"),
+    "needs": ("needs", [True] * 5, "4 flags"),
+}
+
+
+@INFERENCE
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_bad_arguments_of_the_backward_operator(device, case, context, error):
+    name, value, expected = BAD_BACKWARD[case]
+    on_device = isinstance(value, torch.Tensor) and name != "seed"
+    with context(), pytest.raises(error, match=f"lora_delta_backward: {name}: expected .*{expected}"):
+        ops.lora_delta_backward(**good_for_backward(device) | {name: value.to(device) if on_device else value})
+
+
+@INFERENCE
+def test_a_half_gradient_wants_a_half_x(device, context, error):
+    """Over a float32 one both halves fit."""
+    arguments = good_for_backward(device)
+    for name in ("x", "lora_A", "lora_B", "h"):
+        arguments[name] = arguments[name].bfloat16()
+    assert len(ops.lora_delta_backward(**arguments)) == 4
+    arguments["grad"] = arguments["grad"].bfloat16()
+    with context(), pytest.raises(error, match=r"x: expected .*grad's dtype torch\.bfloat16"):
+        ops.lora_delta_backward(**arguments | {"x": arguments["x"].float()})
+
+
+@INFERENCE
+@pytest.mark.parametrize("name", ["grad", "x", "lora_A", "lora_B", "h"])
+def test_an_operand_of_backward_left_on_the_cpu(mps, name, context, error):
+    arguments = good_for_backward(mps)
+    named = "lora_A" if name == "grad" and error is ValueError else name  # whichever differs from grad
+    with context(), pytest.raises(error, match=f"lora_delta_backward: {named}: expected .*(mps|device)"):
+        ops.lora_delta_backward(**arguments | {name: arguments[name].cpu()})
+
+
+def test_operands_of_backward_that_are_not_needed_may_be_anything(device):
+    arguments = good_for_backward(device)
+    expected = ops.lora_delta_backward(**arguments)[0]
+    found = ops.lora_delta_backward(**arguments | {"x": None, "h": None, "needs": [True, False, False, False]})
+    torch.testing.assert_close(found, [expected])
+    with pytest.raises(ValueError, match=r"lora_delta_backward: h: expected shape \(2, 2\)"):
+        ops.lora_delta_backward(**arguments | {"h": None, "needs": [False, False, False, True]})
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "mkldnn"])
+@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_operands(name, layout):
+    tensor = good()[name]
+    sparse = tensor.to_mkldnn() if layout == "mkldnn" else tensor.to_sparse(layout=getattr(torch, layout))
+    for call in (tfl.lora_delta, ops.lora_delta):
+        with pytest.raises(ValueError, match=f"lora_delta: {name}: expected a dense tensor; got .*{layout}"):
+            call(**good(**{name: sparse}))
+    name = "grad" if name == "y" else name
+    with pytest.raises(ValueError, match=f"lora_delta_backward: {name}: expected a dense tensor; got .*{layout}"):
+        ops.lora_delta_backward(**good_for_backward() | {name: sparse})
+
+
+@pytest.mark.parametrize("case", ["y broadcasts", "y half", "lora_A columns", "lora_B transposed"])
+def test_bad_tensors_raise_while_tracing_and_under_transforms(case):
+    name, value, expected = BAD_TENSORS[case]
+    arguments = list(good(**{name: value}).values())
+    with pytest.raises(Exception, match=expected):
+        compiled(tfl.lora_delta, keep=False)(*arguments)
+    with pytest.raises(ValueError, match=expected):
+        torch.func.grad(lambda x: tfl.lora_delta(arguments[0], x, *arguments[2:]).sum())(arguments[1])
