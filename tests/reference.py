@@ -60,9 +60,78 @@ class Exact:
         )
 
 
+class _LowRank:
+    """The term s x̃ Aᵀ Bᵀ and its gradients, of the operands that both kinds of a call have."""
+
+    x: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    masks: list[tuple[slice, Tensor | None]]
+    launches: int
+
+    def _low_rank_operands(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        x, A, B = (_double(t) for t in (self.x, self.lora_A, self.lora_B))
+        return _rows(x), A, B, float(self.scaling)
+
+    def _h(self, x: Tensor, A: Tensor) -> Tensor:
+        parts = [(x if mask is None else x * mask) @ A[rank].T for rank, mask in self.masks]
+        return torch.cat(parts, 1)
+
+    def _low_rank(self) -> tuple[Tensor, Tensor]:
+        """The term, and its magnitude."""
+        x, A, B, s = self._low_rank_operands()
+        return s * self._h(x, A) @ B.T, abs(s) * self._h(x.abs(), A.abs()) @ B.abs().T
+
+    def _low_rank_gradients(self, g: Tensor) -> tuple[Tensor, Tensor, dict[str, Exact]]:
+        """Of (term * g).sum(): z = s dY B; mask ⊙ (z A), which is x's, and its magnitude; dA = zᵀ x̃; dB = s dYᵀ h."""
+        x, A, B, s = self._low_rank_operands()
+        (M, K), (N, r) = x.shape, B.shape
+        xa, Aa, Ba, ga, sa = x.abs(), A.abs(), B.abs(), g.abs(), abs(s)
+        z, za = s * g @ B, sa * ga @ Ba
+        h, ha = self._h(x, A), self._h(xa, Aa)
+        delta, delta_a, dA, dA_a = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(A), torch.zeros_like(A)
+        for rank, mask in self.masks:
+            m = 1.0 if mask is None else mask
+            delta += m * (z[:, rank] @ A[rank])
+            delta_a += m * (za[:, rank] @ Aa[rank])
+            dA[rank] += z[:, rank].T @ (m * x)
+            dA_a[rank] += za[:, rank].T @ (m * xa)
+        dB_a, ds_a = sa * ga.T @ ha, (ga.T @ ha * Ba).sum()
+        half = UNIT[self.lora_A.dtype] if self.lora_A.dtype in HALF else 0.0
+        others = {
+            "lora_A": Exact(dA, dA_a, M + N, self._if_half(dA_a)),
+            "lora_B": Exact(s * g.T @ h, dB_a, M + K, self._if_half(dB_a)),
+            # A float32 number, whatever h was rounded to.
+            "scaling": Exact((g.T @ h * B).sum(), ds_a * (1 + half / UNIT[torch.float32]), M + K + N * r),
+        }
+        return delta, delta_a, others
+
+    def _added(self, to: Tensor | float, magnitude: Tensor) -> Tensor:
+        """What is rounded on the way where a term is added: a half h or z, and what every launch but the last adds up
+        to."""
+        return self._if_half(magnitude) + (self.launches - 1) * (to + magnitude)
+
+    def _if_half(self, magnitude: Tensor) -> Tensor:
+        """What a half h or z carries on, where the adapters are half."""
+        return magnitude if self.lora_A.dtype in HALF else torch.zeros_like(magnitude)
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().cpu().double()
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _all_ranks() -> list[tuple[slice, Tensor | None]]:
+    return [(slice(None), None)]
+
+
 @dataclasses.dataclass
-class Layer:
-    """The operands of one call, with the float64 reference of its output and gradients.
+class Layer(_LowRank):
+    """The operands of one call of lora_linear, with the float64 reference of its output and gradients.
 
     ``masks``: for each adapter its slice of the rank and what multiplies x on its way into lora_A (None: 1).
     ``launches`` add to y, and to dx, one after the other: all but the last round what the next one adds to.
@@ -74,64 +143,44 @@ class Layer:
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
-    masks: list[tuple[slice, Tensor | None]] = dataclasses.field(default_factory=lambda: [(slice(None), None)])
+    masks: list[tuple[slice, Tensor | None]] = dataclasses.field(default_factory=_all_ranks)
     launches: int = 1
-
-    def _operands(self) -> tuple[Tensor, ...]:
-        operands = (self.x, self.weight, self.lora_A, self.lora_B)
-        x, W, A, B = (t.detach().cpu().double() for t in operands)
-        b = self.bias.detach().cpu().double() if self.bias is not None else x.new_zeros(len(W))
-        return x.reshape(math.prod(x.shape[:-1]), W.shape[1]), W, b, A, B
-
-    def _h(self, x: Tensor, A: Tensor) -> Tensor:
-        parts = [(x if mask is None else x * mask) @ A[rank].T for rank, mask in self.masks]
-        return torch.cat(parts, 1)
 
     def output(self) -> Exact:
         """y = x Wᵀ + b + s x̃ Aᵀ Bᵀ. A half base product is rounded; so is h where the adapters are half.
 
         On mps the bias of a single row, or of a long sum, is added to what is rounded already.
         """
-        x, W, b, A, B = self._operands()
+        x, W = _rows(_double(self.x)), _double(self.weight)
+        b = x.new_zeros(len(W)) if self.bias is None else _double(self.bias)
         product, off = self._product(x, W.T)
         if self.x.is_mps and self.bias is not None and (len(x) == 1 or x.shape[1] >= LONG_SUM):
             off = self._round(product, off)
-        base, s = product + b, float(self.scaling)
-        delta_magnitude = abs(s) * self._h(x.abs(), A.abs()) @ B.abs().T
+        base = product + b
+        delta, magnitude = self._low_rank()
         return Exact(
-            base + s * self._h(x, A) @ B.T,
-            x.abs() @ W.abs().T + b.abs() + delta_magnitude,
-            W.shape[1] + A.shape[0],
-            self._rounded(base, off, delta_magnitude),
+            base + delta,
+            x.abs() @ W.abs().T + b.abs() + magnitude,
+            W.shape[1] + len(self.lora_A),
+            self._round(base, off) + self._added(base.abs(), magnitude),
         ).reshape(*self.x.shape[:-1], len(W))
 
     def gradients(self, grad: Tensor) -> dict[str, Exact]:
-        """The gradients of (y * grad).sum(): z = s dY B; dx = dY W + mask ⊙ (z A); dA = zᵀ x̃; dB = s dYᵀ h."""
-        x, W, _, A, B = self._operands()
-        g, s = grad.cpu().double().reshape(len(x), len(W)), float(self.scaling)
-        (M, K), N, r = x.shape, len(W), len(A)
-        xa, Wa, Aa, Ba, ga, sa = x.abs(), W.abs(), A.abs(), B.abs(), g.abs(), abs(s)
-        z, za = s * g @ B, sa * ga @ Ba
-        h, ha = self._h(x, A), self._h(xa, Aa)
-        delta, delta_a, dA, dA_a = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(A), torch.zeros_like(A)
-        for rank, mask in self.masks:
-            m = 1.0 if mask is None else mask
-            delta += m * (z[:, rank] @ A[rank])
-            delta_a += m * (za[:, rank] @ Aa[rank])
-            dA[rank] += z[:, rank].T @ (m * x)
-            dA_a[rank] += za[:, rank].T @ (m * xa)
-        dB_a, ds_a = sa * ga.T @ ha, (ga.T @ ha * Ba).sum()
+        """The gradients of (y * grad).sum(): dx = dY W + mask ⊙ (z A); dW = dYᵀ x."""
+        x, W, g = _rows(_double(self.x)), _double(self.weight), _rows(_double(grad))
+        delta, delta_a, others = self._low_rank_gradients(g)
         (base, base_off), (dW, dW_off) = self._product(g, W), self._product(g.T, x)
-        half = UNIT[self.lora_A.dtype] if self.lora_A.dtype in HALF else 0.0
-        dx_rounded = self._rounded(base, base_off, delta_a)
+        dx = Exact(
+            base + delta,
+            g.abs() @ W.abs() + delta_a,
+            len(W) + len(self.lora_A),
+            self._round(base, base_off) + self._added(base.abs(), delta_a),
+        )
         return {
-            "x": Exact(base + delta, ga @ Wa + delta_a, N + r, dx_rounded).reshape(*self.x.shape),
-            "weight": Exact(dW, ga.T @ xa, M, dW_off),
-            "bias": Exact(g.sum(0), ga.sum(0), M),
-            "lora_A": Exact(dA, dA_a, M + N, self._if_half(dA_a)),
-            "lora_B": Exact(s * g.T @ h, dB_a, M + K, self._if_half(dB_a)),
-            # A float32 number, whatever h was rounded to.
-            "scaling": Exact((g.T @ h * B).sum(), ds_a * (1 + half / UNIT[torch.float32]), M + K + N * r),
+            "x": dx.reshape(*self.x.shape),
+            "weight": Exact(dW, g.abs().T @ x.abs(), len(x), dW_off),
+            "bias": Exact(g.sum(0), g.abs().sum(0), len(x)),
+            **others,
         }
 
     def _product(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,11 +199,27 @@ class Layer:
         """How far off is what is computed of ``value``, once it is rounded: see `_product`."""
         return off + value.abs() + UNIT[self.x.dtype] * off
 
-    def _rounded(self, base: Tensor, off: Tensor, delta_magnitude: Tensor) -> Tensor:
-        """The base product, a half h or z, and what every launch but the last adds up to."""
-        between = (self.launches - 1) * (base.abs() + delta_magnitude)
-        return self._round(base, off) + self._if_half(delta_magnitude) + between
 
-    def _if_half(self, magnitude: Tensor) -> Tensor:
-        """What a half h or z carries on, where the adapters are half."""
-        return magnitude if self.lora_A.dtype in HALF else torch.zeros_like(magnitude)
+@dataclasses.dataclass
+class Delta(_LowRank):
+    """As `Layer`, of one call of lora_delta."""
+
+    y: Tensor
+    x: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    masks: list[tuple[slice, Tensor | None]] = dataclasses.field(default_factory=_all_ranks)
+    launches: int = 1
+
+    def output(self) -> Exact:
+        """y + s x̃ Aᵀ Bᵀ, rounded once. A half h is rounded beside a half y only: over a float32 one it is float32."""
+        y, (delta, magnitude) = _rows(_double(self.y)), self._low_rank()
+        rounded = self._added(y.abs(), magnitude)
+        return Exact(y + delta, y.abs() + magnitude, sum(self.lora_A.shape), rounded).reshape(*self.y.shape)
+
+    def gradients(self, grad: Tensor) -> dict[str, Exact]:
+        """The gradients of (result * grad).sum() but y's, which is grad."""
+        delta, magnitude, others = self._low_rank_gradients(_rows(_double(grad)))
+        dx = Exact(delta, magnitude, sum(self.lora_B.shape), self._added(0.0, magnitude))
+        return {"x": dx.reshape(*self.x.shape), **others}

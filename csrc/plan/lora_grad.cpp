@@ -79,7 +79,8 @@ void assemble(const GradProblem& p, const Slice& slice, const GradConfiguration&
 
 Plan<GradConfiguration> plan(const GradProblem& p) {
   Plan<GradConfiguration> plan = {too_large({{"x", p.x}, {"dy", p.dy}})};
-  if (!plan.error.empty()) return plan;
+  const Tiles tiles(p, tiles_of(p.r));
+  if (!plan.error.empty() || tiles.A + tiles.B == 0) return plan;
   const GradConfiguration shared = choose(p);
   // Without dropout one launch covers all ranks; with it, one launch an adapter.
   for_each_slice(p.dropout, p.r, UINT32_MAX, [&](const Slice& slice) {

@@ -65,6 +65,7 @@ def _operators_in_compiled_code(request):
         (torch.float32, None, (2, 3), False),
         (torch.float32, None, (0,), True),
         (torch.bfloat16, torch.float32, (2, 3), True),
+        (torch.bfloat16, torch.float32, (4,), False),
         (torch.float16, None, (4,), True),
     ],
 )

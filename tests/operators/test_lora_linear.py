@@ -254,10 +254,11 @@ def test_float64_scaling_is_not_rounded_to_float32():
 @pytest.mark.parametrize(("K", "N"), [(0, 3), (4, 0)])
 def test_empty_dimensions(device, K, N):
     x, W, b, A, B = (torch.randn(s, device=device, requires_grad=True) for s in ((2, K), (N, K), (N,), (2, K), (N, 2)))
-    y = tfl.lora_linear(x, W, b, A, B)
+    scaling = torch.tensor(1.0, requires_grad=True)
+    y = tfl.lora_linear(x, W, b, A, B, scaling)
     torch.testing.assert_close(y.detach(), b.expand(2, N))
     y.sum().backward()
-    for leaf, gradient in ((x, 0), (W, 0), (b, 2), (A, 0), (B, 0)):
+    for leaf, gradient in ((x, 0), (W, 0), (b, 2), (A, 0), (B, 0), (scaling, 0)):
         assert torch.equal(leaf.grad, torch.full_like(leaf, gradient))
 
 

@@ -222,6 +222,11 @@ class Operator:
         raise NotImplementedError
 
     @staticmethod
+    def unneeded(*arguments: Any) -> Tensor:
+        """What stands in the forward's results for a second one that nothing needs, of no elements."""
+        raise NotImplementedError
+
+    @staticmethod
     def backward(*arguments: Any) -> Sequence[Maybe]:
         """The portable kernel, of arguments that fit: a gradient for each input (but a first one that is added to),
         None if it was not asked for."""
@@ -341,7 +346,8 @@ class Operator:
         results = self.forward(x, *arguments)
         if isinstance(results, Tensor):
             return results
-        return tuple(x.new_empty(0) if result is None else result for result in results)
+        y, second = results
+        return y, self.unneeded(x, *arguments) if second is None else second
 
     def _portable_backward(self, *arguments: Any) -> Any:
         self._check_backward(*arguments)

@@ -220,6 +220,10 @@ class _LoRADelta(dispatch.Operator):
     twin_backward = staticmethod(differentiable.delta_backward)
 
     @staticmethod
+    def unneeded(y: Tensor, x: Tensor, lora_A: Tensor, *_: Any) -> Tensor:
+        return lora_A.new_empty(0)
+
+    @staticmethod
     def shapes(y: Tensor, x: Tensor, lora_A: Tensor, *options: Any) -> Pair:
         *_, save_h = options
         h_shape = (math.prod(x.shape[:-1]), lora_A.shape[0]) if save_h else (0,)

@@ -25,10 +25,10 @@ def by_torch(
 def delta_by_torch(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout_p: float
 ) -> Tensor:
-    """What of `by_torch` comes after the base product."""
+    """What of `by_torch` comes after the base product. The sum is laid out as its first term, which is contiguous."""
     wide = x.to(lora_A.dtype)
     h = F.linear(F.dropout(wide, dropout_p) if dropout_p else wide, lora_A)
-    return (y + F.linear(h, lora_B) * scaling).to(y.dtype)
+    return (F.linear(h, lora_B) * scaling + y).to(y.dtype)
 
 
 def _whole_masks(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> list[tuple[slice, Maybe]]:
@@ -78,11 +78,11 @@ def delta_forward(
     ranks: Ints,
     save_h: bool,
 ) -> Pair:
-    """What of `forward` comes after the base product."""
+    """What of `forward` comes after the base product. The sum is laid out as its first term, which is contiguous."""
     (lora_B,) = packed(lora_B)
     h = low_rank(x, lora_A, seed, dropout_p, ranks)
     delta = (h @ lora_B.t()).view(y.shape)
-    return (y + delta * scaling).to(y.dtype), h if save_h else lora_A.new_empty(0)
+    return (delta * scaling + y).to(y.dtype), h if save_h else lora_A.new_empty(0)
 
 
 def backward(

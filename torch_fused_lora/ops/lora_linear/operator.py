@@ -225,6 +225,10 @@ class _LoRALinear(dispatch.Operator):
     twin_backward = staticmethod(differentiable.backward)
 
     @staticmethod
+    def unneeded(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, *_: Any) -> Tensor:
+        return lora_A.new_empty(0)
+
+    @staticmethod
     def shapes(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, *options: Any) -> Pair:
         *_, save_h = options
         h_shape = (math.prod(x.shape[:-1]), lora_A.shape[0]) if save_h else (0,)

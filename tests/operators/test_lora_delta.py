@@ -1,0 +1,920 @@
+"""lora_delta: its numbers, what it leaves alone and what it keeps, its derivatives, who sees it, and its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import torch_fused_lora as tfl
+from tests.budget import examples
+from tests.operators.test_autograd import CPU, check_gradients
+from tests.operators.test_compile import BACKENDS, OPCHECKS
+from tests.operators.test_lora_linear import DTYPES as ADAPTERS
+from tests.operators.test_lora_linear import LAYOUTS, AllocationsOf, laid_out, seeded_masks
+from tests.reference import HALF, Delta
+from torch_fused_lora.ops.dropout import operator as dropout
+from torch_fused_lora.ops.lora_delta.operator import _LoRADelta, lora_delta_stacked
+from torch_fused_lora.ops.lora_linear.ways import block_rows
+
+ops = torch.ops.torch_fused_lora
+NAMES = ("y", "x", "lora_A", "lora_B", "scaling")
+# Of y, x and the adapters: y as x, or float32 over a half x.
+WIDER = [(torch.float32, dtype, adapter_dtype) for dtype in HALF for adapter_dtype in (dtype, torch.float32)]
+DTYPES = [*((dtype, dtype, adapter_dtype) for dtype, adapter_dtype in ADAPTERS), *WIDER]
+
+
+def operands(dtypes=(torch.float32,) * 3, lead=(6,), sizes=(8, 5, 2), device="cpu", needs=True):
+    """y, x, lora_A and lora_B for sizes K, N and r."""
+    (K, N, r), (y_dtype, x_dtype, adapter_dtype) = sizes, dtypes
+    shapes = ((*lead, N), y_dtype), ((*lead, K), x_dtype), ((r, K), adapter_dtype), ((N, r), adapter_dtype)
+    return [torch.randn(shape).to(device, dtype).requires_grad_(needs) for shape, dtype in shapes]
+
+
+def stock(y, x, lora_A, lora_B, scaling=1.0, dropout_p=0.0, training=False):
+    """As PEFT adds an adapter's term."""
+    h = F.linear(F.dropout(x.to(lora_A.dtype), dropout_p, training), lora_A)
+    return (y + F.linear(h, lora_B) * scaling).to(y.dtype)
+
+
+def skip_float64_on_mps(device, dtypes):
+    if device.type == "mps" and torch.float64 in dtypes:
+        pytest.skip("mps has no float64")
+
+
+def check_call(exact: Delta, leaves: dict[str, torch.Tensor], found: torch.Tensor, grad: torch.Tensor) -> None:
+    """A call's output and its gradients in ``leaves``, by their names, against float64."""
+    exact.output().check(found.detach())
+    gradients = torch.autograd.grad(found, list(leaves.values()), grad)
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        assert (gradient.dtype, gradient.device) == (leaf.dtype, leaf.device)
+        if name == "y":
+            assert torch.equal(gradient, grad)
+        else:
+            exact.gradients(grad)[name].check(gradient, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_output_and_gradients(device):
+    on_cpu = device.type == "cpu"
+
+    @settings(max_examples=examples(150 if on_cpu else 40))
+    @given(
+        lead=st.sampled_from([(), (1,), (7,), (33,), (0,), (2, 3), (2, 0, 3), (2, 1, 2, 5)]),
+        sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 3, 8, 17])),
+        dtypes=st.sampled_from(DTYPES if on_cpu else DTYPES[1:]),
+        layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 5),
+        scaling=st.sampled_from([0.0, 1.0, -0.37, 2.0]),
+        scaling_on=st.sampled_from([None, "cpu", device]),
+        dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+        needs=st.lists(st.booleans(), min_size=5, max_size=5),
+    )
+    def check(lead, sizes, dtypes, layouts, scaling, scaling_on, dropout_p, needs):
+        (K, N, r), (y_dtype, x_dtype, adapter_dtype) = sizes, dtypes
+        torch.manual_seed(K * 100 + N)
+        tensors = {
+            "y": laid_out((*lead, N), y_dtype, layouts[0], device=device),
+            "x": laid_out((*lead, K), x_dtype, layouts[1], device=device),
+            "lora_A": laid_out((r, K), adapter_dtype, layouts[2], K**-0.5, device),
+            "lora_B": laid_out((N, r), adapter_dtype, layouts[3], device=device),
+        }
+        wide = torch.promote_types(x_dtype, torch.float32)
+        exact_scaling = float(torch.tensor(scaling, dtype=wide))  # float32 holds what the operator sees of a float
+        exact = Delta(*tensors.values(), exact_scaling, seeded_masks(5, tensors["x"], [r], [dropout_p]))
+        if scaling_on is not None:
+            tensors["scaling"] = torch.tensor(scaling, dtype=wide, device=scaling_on)
+        leaves = {name: t for (name, t), need in zip(tensors.items(), needs, strict=False) if need}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+
+        before = tensors["y"].detach().clone()
+        found = tfl.lora_delta(**{"scaling": scaling} | tensors, dropout_p=dropout_p, training=True)
+        assert (found.dtype, found.device.type, found.requires_grad) == (y_dtype, device.type, bool(leaves))
+        assert found.is_contiguous()
+        assert not found._is_view()
+        assert found.numel() == 0 or found.data_ptr() != tensors["y"].data_ptr()
+        if leaves:
+            check_call(exact, leaves, found, laid_out(tuple(found.shape), y_dtype, layouts[4], device=device))
+        else:
+            exact.output().check(found)
+        assert torch.equal(tensors["y"].detach(), before)
+
+    check()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[1:])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_many_row_blocks(device, dtypes, dropout_p):
+    """More rows than a block (of the portable kernels) or a tile (of Metal's) holds, and not a multiple of it:
+    nothing is lost or doubled at a seam."""
+    K, N, r = (1200, 200, 5) if device.type == "cpu" else (130, 70, 5)
+    rows = 2 * block_rows(torch.empty(r, K), torch.empty(N, r)) + 17 if device.type == "cpu" else 1041
+    tensors = operands(dtypes, (rows,), (K, N, r), device)
+    exact = Delta(*tensors, 0.5, seeded_masks(3, tensors[1], [r], [dropout_p]))
+    found = tfl.lora_delta(*tensors, 0.5, dropout_p, training=True)
+    check_call(exact, dict(zip(NAMES, tensors, strict=False)), found, torch.randn(rows, N).to(found))
+
+
+@pytest.mark.parametrize("dropout_p", [(), (0.3, 0.0, 0.6)])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_stacked_adapters(device, dtypes, dropout_p):
+    """Several adapters in one call, each with its rank and its own dropout, which on mps is a launch each."""
+    skip_float64_on_mps(device, dtypes)
+    ranks = [2, 1, 4]
+    tensors = operands(dtypes, (6,), (24, 10, 7), device)
+    masks = seeded_masks(1, tensors[1], ranks, list(dropout_p)) if dropout_p else [(slice(None), None)]
+    exact = Delta(*tensors, 1.0, masks, 1 if device.type == "cpu" else len(masks))
+    found = lora_delta_stacked(*tensors, 1.0, dropout_p, ranks)
+    check_call(exact, dict(zip(NAMES, tensors, strict=False)), found, torch.randn(6, 10).to(found))
+
+
+@pytest.mark.parametrize(
+    ("lead", "sizes"), [((0,), (8, 5, 2)), ((2, 0, 3), (8, 5, 2)), ((3,), (0, 5, 2)), ((3,), (8, 0, 2))]
+)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_empty(device, dtypes, lead, sizes, dropout_p):
+    """Without rows, columns of x or columns of y; with every gradient."""
+    skip_float64_on_mps(device, dtypes)
+    tensors = operands(dtypes, lead, sizes, device)
+    scaling = torch.tensor(0.5, dtype=torch.promote_types(dtypes[1], torch.float32), requires_grad=True)
+    found = tfl.lora_delta(*tensors, scaling, dropout_p, training=True)
+    assert torch.equal(found, tensors[0])
+    gradients = torch.autograd.grad(found, (*tensors, scaling), torch.ones_like(found))
+    for leaf, gradient in zip((*tensors, scaling), gradients, strict=True):
+        assert torch.equal(gradient, torch.full_like(leaf, leaf is tensors[0]))
+
+
+@pytest.mark.parametrize("dtypes", [(half,) * 2 + (torch.float32,) for half in HALF])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_the_sum_is_rounded_once(device, dtypes, rows):
+    """Element for element but for ties of the float32 sums, which are few; to round the term first would show."""
+    y, x, A, B = operands(dtypes, (rows,), (64, 48, 8), needs=False)
+    term = F.linear(F.linear(x.float(), A), B) * 0.3
+    found = tfl.lora_delta(*(t.to(device) for t in (y, x, A, B)), 0.3).cpu()
+    assert (found != (y + term).to(y.dtype)).float().mean() < 0.01
+    assert (found != y + term.to(y.dtype)).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_scaling_that_is_no_number(device, dtypes, as_tensor, value):
+    """It multiplies the low-rank term. torch's addmm takes an alpha of NaN for 0, at some sizes."""
+    skip_float64_on_mps(device, dtypes)
+    wide = torch.promote_types(dtypes[1], torch.float32)
+    scaling = torch.tensor(value, dtype=wide, device=device) if as_tensor else value
+    for rows, K, N in ((1, 8, 6), (200, 8, 300)):
+        tensors = [t.detach().abs().requires_grad_() for t in operands(dtypes, (rows,), (K, N, 4), device)]
+        found = tfl.lora_delta(*tensors, scaling)
+        assert found.isnan().all() if math.isnan(value) else (found == math.inf).all()
+        _, *others = torch.autograd.grad(found.sum(), tensors)
+        assert not any(gradient.isfinite().any() for gradient in others)
+
+
+def test_scaling_changes_live(device):
+    y, *rest = operands(device=device, needs=False)
+    term = tfl.lora_delta(y, *rest) - y
+    for scaling in (2.0, 2, torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64), torch.tensor(2.0).bfloat16()):
+        torch.testing.assert_close(tfl.lora_delta(y, *rest, scaling), y + 2 * term)
+
+
+def test_float64_scaling_is_not_rounded_to_float32():
+    tensors = operands((torch.float64,) * 3, needs=False)
+    Delta(*tensors, 1 / 3).output().check(tfl.lora_delta(*tensors, 1 / 3))
+
+
+# ------------------------------------------------------------------------------ what it leaves alone, and what it keeps
+
+
+def test_in_place_use_of_y_and_of_the_result(device):
+    """Neither is saved, and the result is no view."""
+    leaves = operands(lead=(2, 3), device=device)
+    expected = torch.autograd.grad(tfl.lora_delta(*leaves).relu().sum(), leaves)
+    y = leaves[0] * 1.0
+    found = tfl.lora_delta(y, *leaves[1:])
+    y.zero_(), found.relu_()
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), leaves), expected)
+
+
+def test_y_may_be_x(device):
+    _, x, A, B = operands(sizes=(8, 8, 2), device=device)
+    found = tfl.lora_delta(x, x, A, B, 0.5)
+    grad = torch.randn_like(found)
+    exact = Delta(x, x, A, B, 0.5)
+    exact.output().check(found.detach())
+    through_x = exact.gradients(grad)["x"]
+    through_x.value, through_x.magnitude = through_x.value + grad.cpu(), through_x.magnitude + grad.cpu().abs()
+    through_x.check(torch.autograd.grad(found, x, grad)[0])
+
+
+def kept_for_backward(call):
+    """What a call saves, a tensor an address."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        call()
+    return saved
+
+
+@pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32])
+def test_half_of_what_stock_keeps_for_backward(device, y_dtype):
+    """x itself, the adapters and h: no y, no mask, no dropped or converted copy."""
+    dtypes = y_dtype, torch.bfloat16, torch.float32
+    y, x, A, B = operands(dtypes, (64,), (96, 48, 4), device)
+    ours, others = (
+        kept_for_backward(lambda function=function: function(y, x, A, B, 2.0, 0.5, training=True))
+        for function in (tfl.lora_delta, stock)
+    )
+    assert y.data_ptr() not in ours
+    own = {t.data_ptr() for t in (x, A, B)}
+    extra = [tuple(t.shape) for address, t in ours.items() if address not in own]
+    assert sorted(extra) == [()] * (device.type == "mps") + [(64, 4)]  # scaling (for a Metal kernel), h
+    assert sum(t.nbytes for t in ours.values()) <= sum(t.nbytes for t in others.values()) / 2
+
+
+def test_a_frozen_adapter_input_side_keeps_no_x(device):
+    y, x, A, B = operands(device=device)
+    A.requires_grad_(False)
+    assert x.data_ptr() not in kept_for_backward(lambda: tfl.lora_delta(y, x, A, B))
+
+
+@pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32])
+def test_no_full_width_temporary(y_dtype):
+    """Beyond the results nothing of M x K or M x N is allocated: mixed dtypes and dropout go by blocks of rows."""
+    rows, (K, N, r) = 140_000, (64, 48, 4)  # more than four blocks
+    y, x, A, B = operands((y_dtype, torch.bfloat16, torch.float32), (rows,), (K, N, r), needs=False)
+    dropout = torch.tensor(3), (0.5,), ()
+    with AllocationsOf(rows * min(K, N)) as forward:
+        _, h = _LoRADelta.forward(y, x, A, B, 1.0, *dropout, True)
+    with AllocationsOf(rows * min(K, N)) as backward:
+        _LoRADelta.backward(y, x, A, B, 1.0, h, *dropout, (True, True, True, False))
+    assert len(forward.found) == 1, forward.found  # the result
+    assert len(backward.found) == 1, backward.found  # dx
+
+
+@pytest.mark.parametrize("mode", ["alone", "profiled"])
+def test_operands_made_in_inference_mode_train(device, mode):
+    normal = operands(device=device)
+    with torch.inference_mode():
+        y, x = (t.clone() for t in normal[:2])
+
+    def gradients(y, x):
+        torch.manual_seed(2)
+        with torch.profiler.profile() if mode == "profiled" else contextlib.nullcontext():
+            found = tfl.lora_delta(y, x, *normal[2:], 0.5, 0.5, training=True)
+            first = torch.autograd.grad(found.sin().sum(), normal[2:], create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), normal[2:])
+
+    torch.testing.assert_close(gradients(y, x), gradients(*(t.detach() for t in normal[:2])))
+
+
+def test_after_inference_mode(device):
+    """What inference_mode leaves in caches must still serve training."""
+    leaves = operands(device=device)
+    with torch.inference_mode():
+        assert tfl.lora_delta(*leaves, 0.123).is_inference()
+    tfl.lora_delta(*leaves, 0.123).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_draws_the_same_mask_again(device, use_reentrant):
+    leaves = operands(device=device)
+
+    def gradients(call):
+        torch.manual_seed(4)
+        for leaf in leaves:
+            leaf.grad = None
+        call().sin().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    def run(*tensors):
+        return tfl.lora_delta(*tensors, 0.5, 0.5, training=True)
+
+    expected = gradients(lambda: run(*leaves))
+    found = gradients(lambda: checkpoint(run, *leaves, use_reentrant=use_reentrant))
+    torch.testing.assert_close(found, expected)
+
+
+# --------------------------------------------------------------------------------------------------------- derivatives
+
+
+def exact_operands(lead=(4,), needs=(True,) * 5, device=CPU):
+    """As exact as the device can: all five that have gradients."""
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    tensors = [*operands((dtype,) * 3, lead, (3, 5, 2), device), torch.randn((), dtype=dtype, device=device)]
+    return [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+
+
+def seeded(dropout_p):
+    def call(*arguments):
+        torch.manual_seed(11)
+        return tfl.lora_delta(*arguments, dropout_p=dropout_p, training=True)
+
+    return call
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("lead", [(), (4,), (2, 2)])
+def test_gradcheck_and_gradgradcheck(device, lead, dropout_p):
+    check_gradients(gradcheck, seeded(dropout_p), exact_operands(lead, device=device))
+    check_gradients(gradgradcheck, seeded(dropout_p), exact_operands(lead, device=device))
+
+
+@pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=5) if any(n)])
+def test_every_subset_of_gradients(device, needs):
+    """Right to second order for each of the 31 ways to ask; in particular where x is not kept (lora_A frozen)."""
+    check_gradients(gradcheck, tfl.lora_delta, exact_operands(needs=needs, device=device), fast_mode=True)
+    if device.type == "cpu":  # the double backward is the same aten calls everywhere
+        check_gradients(gradgradcheck, tfl.lora_delta, exact_operands(needs=needs), fast_mode=True)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_second_order_on_mps_is_the_cpus(mps, dropout_p, monkeypatch):
+    """Against float64 on the CPU, whose gradients test_gradcheck_and_gradgradcheck establishes."""
+    monkeypatch.setattr(dropout, "_cpu_mask", lambda *arguments: dropout.gpu_mask(*arguments).numpy())
+
+    def second_order(arguments):
+        first = torch.autograd.grad(seeded(dropout_p)(*arguments).sin().sum(), arguments, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), arguments)
+
+    exact = exact_operands()
+    narrow = [t.detach().float().to(mps).requires_grad_() for t in exact]
+    for order, expected in zip(second_order(narrow), second_order(exact), strict=True):
+        for a, e in zip(order, expected, strict=True):
+            torch.testing.assert_close(a.detach().cpu().double(), e.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_backward_operator_alone_is_differentiable():
+    (grad, x, A, B, s), h = exact_operands(), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    for seed, dropout_p in ((None, []), (torch.tensor(3), [0.4])):
+
+        def backward(*arguments, seed=seed, dropout_p=dropout_p):
+            return tuple(ops.lora_delta_backward(*arguments, seed, dropout_p, [], [True] * 4))
+
+        assert gradcheck(backward, (grad, x, A, B, s, h))
+
+
+@pytest.mark.parametrize("dtypes", [dtypes for dtypes in DTYPES if dtypes[1] in HALF])
+def test_half_dtypes_to_second_order(dtypes):
+    """A double backward equals the one through the same values in float64, but for a few roundings."""
+    tensors = operands(dtypes, (4,), (3, 5, 2), needs=False)
+
+    def second_order(function, wide):
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in tensors]
+        loss = function(*leaves, 0.5).double().square().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.double().square().sum() for g in first), leaves)
+        assert wide or [t.dtype for t in (*first, *second)] == [t.dtype for t in tensors] * 2
+        return [t.detach().double() for t in (*first, *second)]
+
+    for a, e in zip(second_order(tfl.lora_delta, False), second_order(stock, True), strict=True):
+        torch.testing.assert_close(a, e, rtol=0.05, atol=0.05 * float(e.abs().max()))
+
+
+def loss_by_function(y, x, A, B):
+    return tfl.lora_delta(y, x, A, B, 0.7).sin().sum()
+
+
+def loss_by_operator(y, x, A, B):
+    return ops.lora_delta(y, x, A, B, torch.tensor(0.7, dtype=x.dtype)).sin().sum()
+
+
+LOSSES = pytest.mark.parametrize("loss", [loss_by_function, loss_by_operator])
+
+
+@LOSSES
+def test_func_grad_vmap_and_jvp(device, loss):
+    tensors = [t.detach() for t in exact_operands(device=device)[:4]]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    y, x, A, B = tensors
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*tensors)
+    torch.testing.assert_close(found, expected)
+    by_rows = (0, 0, None, None)
+    per_sample = torch.vmap(torch.func.grad(loss, argnums=2), in_dims=by_rows)(*tensors)
+    torch.testing.assert_close(per_sample.sum(0), expected[2])
+    torch.testing.assert_close(torch.vmap(loss, in_dims=by_rows)(*tensors).sum(), loss(*tensors))
+    stacked = torch.vmap(loss, in_dims=(None, None, 0, 1))(y, x, torch.stack([A, 2 * A]), torch.stack([B, B], 1))
+    torch.testing.assert_close(stacked[1], loss(y, x, 2 * A, B))
+    only_y = torch.vmap(loss, in_dims=(2, None, None, None))(torch.stack([y, 2 * y], 2), x, A, B)
+    torch.testing.assert_close(only_y[1], loss(2 * y, x, A, B))
+
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    directional = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
+    _, jvp = torch.func.jvp(loss, tuple(tensors), tangents)
+    torch.testing.assert_close(jvp, directional)
+    for i in range(4):
+        reverse, forward = (jac(loss, argnums=i)(*tensors) for jac in (torch.func.jacrev, torch.func.jacfwd))
+        torch.testing.assert_close(reverse, forward)
+
+
+@LOSSES
+def test_forward_mode_is_right(loss):
+    """Never a zero or missing tangent."""
+    tensors = [t.detach() for t in exact_operands()[:4]]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    for i, e in enumerate(torch.autograd.grad(loss(*leaves), leaves)):
+        tangent = torch.randn_like(e)
+        with forward_ad.dual_level():
+            primals = list(tensors)
+            primals[i] = forward_ad.make_dual(primals[i], tangent)
+            found = forward_ad.unpack_dual(loss(*primals)).tangent
+        torch.testing.assert_close(found, (e * tangent).sum())
+
+
+def test_the_result_is_contiguous_under_transforms():
+    y, x, A, B = (t.detach() for t in exact_operands()[:4])
+    transposed = y.mT.contiguous().mT
+    found, tangent = torch.func.jvp(lambda y: tfl.lora_delta(y, x, A, B), (transposed,), (transposed,))
+    assert found.is_contiguous()
+    assert torch.equal(tangent, transposed)
+
+
+def test_vmap_over_dropout_follows_its_randomness():
+    y, x, A, B, s = (t.detach() for t in exact_operands((6, 4)))
+    same = y[:1].expand(6, 4, 5), x[:1].expand(6, 4, 3)
+
+    def call(y, x):
+        return tfl.lora_delta(y, x, A, B, 1.0, 0.5, training=True)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(call)(y, x)
+    found = torch.vmap(call, randomness="same")(*same)
+    assert all(torch.equal(found[0], row) for row in found)
+    found = torch.vmap(call, randomness="different")(*same)
+    assert not torch.equal(found[0], found[1])
+    seeds = torch.arange(6)
+    by_seed = torch.vmap(lambda y, x, seed: ops.lora_delta(y, x, A, B, s, 0.5, seed))(y, x, seeds)
+    one_by_one = [ops.lora_delta(y[i], x[i], A, B, s, 0.5, seeds[i]) for i in range(6)]
+    torch.testing.assert_close(by_seed, torch.stack(one_by_one))
+
+
+def test_batched_gradients(device):
+    leaves = exact_operands(device=device)
+    found = tfl.lora_delta(*leaves)
+    grads = torch.randn(7, *found.shape).to(found)
+    batched = torch.autograd.grad(found, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for g, one in zip(batched, torch.autograd.grad(found, leaves, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(g[i], one)
+
+
+def test_only_what_is_asked_for_is_computed(device):
+    """The backward operator returns the gradients asked for and no others; h is not needed without dB."""
+    grad, x, A, B, s = (t.detach() for t in exact_operands(device=device))
+    for needs, h in (
+        ((True, True, False, False), None),
+        ((False, False, True, False), torch.randn(4, 2).to(A)),
+        ((False,) * 4, None),
+    ):
+        found = ops.lora_delta_backward(grad, x if needs[1] else None, A, B, s, h, None, [], [], needs)
+        assert [g.shape for g in found] == [t.shape for t, need in zip((x, A, B, s), needs, strict=True) if need]
+
+
+# ------------------------------------------------------------------------------------------------ who sees a call of it
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "lead", "needs"),
+    [
+        ((torch.float64,) * 3, (), True),
+        ((torch.float32,) * 3, (2, 3), False),
+        ((torch.float32,) * 3, (0,), True),
+        ((torch.bfloat16, torch.bfloat16, torch.float32), (2, 3), True),
+        ((torch.float32, torch.bfloat16, torch.float32), (4,), True),
+        ((torch.float32, torch.float16, torch.float16), (4,), False),
+    ],
+)
+def test_opcheck(device, dtypes, lead, needs):
+    skip_float64_on_mps(device, dtypes)
+    opcheck = functools.partial(torch.library.opcheck, test_utils=OPCHECKS[device.type])
+    y, x, A, B = operands(dtypes, lead, (3, 5, 2), device, needs)
+    s = torch.tensor(0.5, dtype=torch.promote_types(x.dtype, torch.float32), requires_grad=needs)
+    seed = torch.tensor(4)
+    opcheck(ops.lora_delta, (y, x, A, B, s))
+    transposed = y.detach().mT.contiguous().mT if y.dim() > 1 else y
+    opcheck(ops.lora_delta, (transposed, x, A, B, s, 0.5, seed))
+    opcheck(ops.lora_delta_forward, (y, x, A, B, s, None, [], [], not needs))
+    opcheck(ops.lora_delta_forward, (y, x, A, B, s, seed, [0.5, 0.0], [1, 1], False))
+    grad, h = torch.randn(*lead, 5).to(y), torch.randn(math.prod(lead), 2).to(A)
+    opcheck(ops.lora_delta_backward, (grad, x, A, B, s, h, None, [], [], [True] * 4))
+    opcheck(ops.lora_delta_backward, (grad, x, A, B, s, None, seed, [0.5], [], [True, True, False, False]))
+
+
+CALLS = pytest.mark.parametrize("call", [tfl.lora_delta, ops.lora_delta], ids=["function", "operator"])
+
+
+@CALLS
+@pytest.mark.parametrize(
+    ("y_dtype", "x_dtype", "dtype"),
+    [
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.bfloat16),
+    ],
+)
+def test_autocast(device, call, y_dtype, x_dtype, dtype):
+    """x and the adapters are cast to its dtype, and y unless it is float32, as torch's addition keeps it."""
+    tensors = operands((y_dtype, x_dtype, torch.float32), device=device)
+    cast = [t.detach().to(dtype) for t in tensors]
+    if y_dtype == torch.float32:
+        cast[0] = tensors[0].detach()
+    with torch.autocast(device.type, dtype):
+        found = call(*tensors, torch.tensor(0.5))
+        expected = stock(cast[0], *tensors[1:], 0.5)
+    assert found.dtype == expected.dtype == cast[0].dtype
+    exact = Delta(*cast, 0.5)
+    exact.output().check(found.detach())
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)
+    grad = torch.randn(6, 5).to(found)
+    for name, leaf, gradient in zip(NAMES, tensors, torch.autograd.grad(found, tensors, grad), strict=False):
+        assert gradient.dtype == leaf.dtype
+        if name == "y":
+            assert torch.equal(gradient, grad.to(leaf.dtype))
+        elif leaf.dtype in (torch.float32, dtype):  # a float32 leaf gets the half gradient widened
+            exact.gradients(grad)[name].check(gradient.to(dtype), name)
+
+
+def test_autocast_leaves_float64_alone():
+    tensors = operands((torch.float64,) * 3, needs=False)
+    with torch.autocast("cpu"):
+        Delta(*tensors, 0.5).output().check(tfl.lora_delta(*tensors, 0.5))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_inside_autocast_keeps_its_dtypes(device, create_graph):
+    tensors = operands(device=device)
+    total = tfl.lora_delta(*tensors, 0.5).sin().sum()
+
+    def gradients(autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(total, tensors, retain_graph=True, create_graph=create_graph)
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+
+
+def compiled(function, backend="aot_eager", keep=True, **options):
+    """As it is in the context of `keep_operators`, or outside."""
+    torch.compiler.reset()  # dynamo counts the recompilations of a function over the whole process
+    run = torch.compile(function, backend=backend, fullgraph=True, **options)
+
+    def call(*arguments):
+        with tfl.keep_operators() if keep else contextlib.nullcontext():
+            return run(*arguments)
+
+    return call
+
+
+KEEP = pytest.mark.parametrize("keep", [True, False], ids=["keep_operators", "by itself"])
+
+
+@BACKENDS
+@KEEP
+@pytest.mark.parametrize("dtypes", [DTYPES[1], (torch.bfloat16, torch.bfloat16, torch.float32), WIDER[1]])
+def test_compile_without_a_graph_break(device, backend, keep, dtypes):
+    y, *rest = operands(dtypes, (2, 3), (3, 5, 2), device)
+    y = y.detach().mT.contiguous().mT.requires_grad_()  # in memory as a result must not be
+    call = compiled(lambda *tensors: tfl.lora_delta(*tensors, 0.5), backend, keep)
+    found = call(y, *rest)
+    assert found.is_contiguous()
+    check_call(Delta(y, *rest, 0.5), dict(zip(NAMES, (y, *rest), strict=False)), found, torch.randn(2, 3, 5).to(found))
+    with torch.no_grad():
+        Delta(y, *rest, 0.5).output().check(call(y, *rest))
+
+
+@BACKENDS
+@KEEP
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_dropout(device, backend, keep, checkpointed):
+    """The compiled mask is one mask: dx is zero exactly where the adapter's input was dropped."""
+    y, x, A, B = operands(lead=(8,), sizes=(64, 5, 4), device=device)
+
+    def run(y, x):
+        return tfl.lora_delta(y, x, A, B, 1.0, 0.5, training=True)
+
+    def checkpoint_run(y, x):
+        return checkpoint(run, y, x, use_reentrant=False)
+
+    found = compiled(checkpoint_run if checkpointed else run, backend, keep)(y, x)
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    dropped = grad == 0
+    assert 0.3 < dropped.float().mean() < 0.7
+    torch.testing.assert_close(found, y + (x * ~dropped * 2) @ A.T @ B.T)
+
+
+@KEEP
+def test_what_a_compiler_sees(device, keep):
+    """Torch's own calls by itself, where kernels are portable: inductor fuses them."""
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled(tfl.lora_delta, backend, keep)(*operands(device=device))
+    assert ("torch_fused_lora.lora_delta_forward.default" in targets) == (keep or device.type == "mps")
+
+
+def test_compiled_calls_are_compiled_once(device):
+    """Whatever the number of rows and the scaling; and where functorch transforms them."""
+    y, x, A, B = operands(device=device)
+    counter = CompileCounter()
+    call = compiled(lambda y, x, s: tfl.lora_delta(y, x, A, B, s), counter, dynamic=True)
+    for rows, scaling in ((6, 0.5), (9, 1.5), (12, 2.5)):  # other numbers than K, N and r
+        y, x = torch.randn(rows, 5, device=device), torch.randn(rows, 8, device=device)
+        scaling = torch.tensor(scaling)
+        torch.testing.assert_close(call(y, x, scaling), tfl.lora_delta(y, x, A, B, scaling))
+    assert counter.frame_count == 1
+    gradient = torch.func.grad(lambda A: tfl.lora_delta(y, x, A, B, 0.5).sin().sum())
+    torch.testing.assert_close(compiled(gradient)(A.detach()), gradient(A.detach()))
+
+
+def test_stacked_adapters_compile(device):
+    y, x, A, B = operands(sizes=(3, 5, 3), device=device)
+    call = compiled(lora_delta_stacked)
+    expected = lora_delta_stacked(y, x, A, B, 1.0)
+    torch.testing.assert_close(call(y, x, A, B, 1.0, (0.0, 0.0), (1, 2)), expected)
+    torch.autograd.grad(call(y, x, A, B, 1.0, (0.5, 0.5), (1, 2)).sum(), (y, x, A, B))
+
+
+def test_flops_are_those_of_the_stock_calls():
+    def flops(function, tensors):
+        forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with forward:
+            found = function(*tensors, 0.5)
+        with backward:
+            found.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    for needs in itertools.product((False, True), repeat=4):
+        tensors = [t.requires_grad_(need) for t, need in zip(operands(lead=(2, 5), needs=False), needs, strict=True)]
+        if any(needs):
+            assert flops(tfl.lora_delta, tensors) == flops(stock, tensors)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        ops.lora_delta(*operands(lead=(4,), needs=False), torch.tensor(1.0))
+    assert counter.get_total_flops() == 2 * 4 * 2 * (8 + 5)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_selective_checkpointing_saves_the_operator(dropout_p):
+    """The forward is not computed again where a policy lists it, and gradients are those without."""
+    leaves = operands()
+
+    def run(*tensors):
+        return tfl.lora_delta(*tensors, 0.5, dropout_p, training=True)
+
+    def gradients(call):
+        torch.manual_seed(3)
+        with FlopCounterMode(display=False) as counter:
+            return torch.autograd.grad(call(*leaves).sin().sum(), leaves), counter.get_total_flops()
+
+    plain, flops = gradients(run)
+    for policy, expected in (([ops.lora_delta_forward.default], flops), ([], flops + 2 * 6 * 2 * (8 + 5))):
+        context = functools.partial(create_selective_checkpoint_contexts, policy)
+        found = gradients(lambda *t, c=context: checkpoint(run, *t, use_reentrant=False, context_fn=c))
+        torch.testing.assert_close(found, (plain, expected))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_fake_and_meta_tensors(dtypes):
+    """Shapes and dtypes alone, and nothing of them in the cache of scalings."""
+    for mode, device in ((FakeTensorMode(), "cpu"), (contextlib.nullcontext(), "meta")):
+        with mode:
+            tensors = operands(dtypes, (2, 3), device=device)
+            found = tfl.lora_delta(*tensors, 0.777, 0.5, training=True)
+            assert (found.shape, found.dtype, found.device.type) == ((2, 3, 5), dtypes[0], device)
+            gradients = torch.autograd.grad(found.sum(), tensors)
+            assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in tensors]
+    tensors = operands(dtypes)
+    assert all(type(g) is torch.Tensor for g in torch.autograd.grad(tfl.lora_delta(*tensors, 0.777).sum(), tensors))
+
+
+def test_a_profile_names_the_operator(device):
+    tensors = operands(device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        tfl.lora_delta(*tensors).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"torch_fused_lora::lora_delta_forward", "torch_fused_lora::lora_delta_backward"} <= names
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def good(**changes):
+    tensors = dict(zip(NAMES, operands(lead=(2,), sizes=(4, 3, 2), needs=False), strict=False))
+    assert not changes.keys() - {*NAMES}
+    return tensors | {"scaling": torch.tensor(1.0)} | changes
+
+
+BAD_TENSORS = {
+    "y too narrow": ("y", torch.randn(2, 2), r"shape \(2, 3\)"),
+    "y broadcasts": ("y", torch.randn(3), r"shape \(2, 3\)"),
+    "y of one row": ("y", torch.randn(1, 3), r"shape \(2, 3\)"),
+    "y in another shape": ("y", torch.randn(1, 2, 3), r"shape \(2, 3\)"),
+    "y 0-dim": ("y", torch.tensor(1.0), r"shape \(2, 3\)"),
+    "y half": ("y", torch.randn(2, 3).half(), "x's dtype torch.float32"),
+    "y double": ("y", torch.randn(2, 3).double(), "x's dtype torch.float32"),
+    "y integer": ("y", torch.ones(2, 3, dtype=torch.int64), "x's dtype torch.float32"),
+    "y on another device": ("y", torch.randn(2, 3, device="meta"), "device"),
+    "x 0-dim": ("x", torch.tensor(1.0), r"shape \(\.\.\., K\)"),
+    "x integer": ("x", torch.ones(2, 4, dtype=torch.int64), "float16, bfloat16"),
+    "x complex": ("x", torch.randn(2, 4, dtype=torch.complex64), "float16, bfloat16"),
+    "lora_A columns": ("lora_A", torch.randn(2, 3), r"shape \(r, 4\)"),
+    "lora_A rank 0": ("lora_A", torch.randn(0, 4), "r >= 1"),
+    "lora_A 1-D": ("lora_A", torch.randn(4), r"shape \(r, 4\)"),
+    "lora_A half over float": ("lora_A", torch.randn(2, 4).half(), "x's dtype torch.float32"),
+    "lora_A double": ("lora_A", torch.randn(2, 4).double(), "x's dtype torch.float32"),
+    "lora_A device": ("lora_A", torch.randn(2, 4, device="meta"), "device"),
+    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \(N, 2\)"),
+    "lora_B 1-D": ("lora_B", torch.randn(3), r"shape \(N, 2\)"),
+    "lora_B dtype": ("lora_B", torch.randn(3, 2).bfloat16(), "lora_A's dtype"),
+    "scaling 1-D": ("scaling", torch.ones(1), "0-dim"),
+    "scaling integer": ("scaling", torch.tensor(1), "floating"),
+}
+
+
+@CALLS
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors(device, call, case):
+    name, value, expected = BAD_TENSORS[case]
+    skip_float64_on_mps(device, (value.dtype,))
+    arguments = {n: t.to(device) for n, t in good().items()}
+    arguments[name] = value if value.is_meta else value.to(device)
+    with pytest.raises(ValueError, match=f"lora_delta: {name}: expected .*{expected}") as caught:
+        call(*arguments.values())
+    assert f"shape {tuple(value.shape)}, {value.dtype}, on {arguments[name].device}" in str(caught.value)
+
+
+@CALLS
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_bad_dtypes_over_a_half_x(device, call, dtypes):
+    one, other = dtypes
+    y, x, A, B = (t.to(device) for t in operands((one,) * 3, needs=False))
+    expected = f"x's dtype {one} or torch.float32; got .*{other}"
+    with pytest.raises(ValueError, match=f"lora_delta: y: expected {expected}"):
+        call(y.to(other), x, A, B, torch.tensor(1.0))
+    for its_y in (y, y.float()):
+        with pytest.raises(ValueError, match=f"lora_delta: lora_A: expected {expected}"):
+            call(its_y, x, A.to(other), B.to(other), torch.tensor(1.0))
+
+
+def test_narrow_rows_name_what_they_do_not_fit(device):
+    arguments = good(x=torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"lora_A: expected shape \(r, 3\) with r >= 1, since x is \(2, 3\); got"):
+        tfl.lora_delta(*(t.to(device) for t in arguments.values()))
+
+
+INFERENCE = pytest.mark.parametrize(
+    ("context", "error"), [(contextlib.nullcontext, ValueError), (torch.inference_mode, (ValueError, RuntimeError))]
+)
+
+
+@INFERENCE
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_an_operand_left_on_the_cpu(mps, name, context, error):
+    """In inference mode the operator's kernel alone checks: in C++, whose error is a RuntimeError."""
+    arguments = {n: t if n == name else t.to(mps) for n, t in good().items()}
+    for call in (tfl.lora_delta, ops.lora_delta):
+        with context(), pytest.raises(error, match=rf"lora_delta: (y|{name}): expected .*(mps|device)"):
+            call(*arguments.values())
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
+def test_dropout_outside_its_range(p):
+    with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\)"):
+        tfl.lora_delta(*good().values(), dropout_p=p, training=True)
+    with pytest.raises(ValueError, match=r"dropout_p: expected probabilities in \[0, 1\)"):
+        ops.lora_delta_forward(*good().values(), torch.tensor(1), [p], [], False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("y", None), ("x", [[1.0]]), ("lora_A", "A"), ("lora_B", 3), ("scaling", "2"), ("scaling", None)],
+)
+def test_wrong_types(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected a"):
+        tfl.lora_delta(**good(**{name: value}))
+    with pytest.raises(TypeError, match="dropout_p: expected a number"):
+        tfl.lora_delta(**good(), dropout_p="0.1")
+
+
+def test_the_operator_wants_a_seed_for_dropout_and_ranks_that_add_up():
+    with pytest.raises(ValueError, match="seed"):
+        ops.lora_delta(*good().values(), 0.5)
+    for seed in (torch.tensor(1, dtype=torch.int32), torch.tensor([1]), torch.tensor(1, device="meta")):
+        with pytest.raises(ValueError, match="seed: expected a 0-dim int64 tensor on the CPU"):
+            ops.lora_delta(*good().values(), 0.5, seed)
+    for ranks in ([1, 2], [2]):
+        with pytest.raises(ValueError, match="ranks"):
+            ops.lora_delta_forward(*good().values(), torch.tensor(1), [0.5, 0.5], ranks, False)
+
+
+def good_for_backward(device="cpu"):
+    tensors = good()
+    tensors["grad"] = tensors.pop("y")
+    on_device = {name: t.to(device) for name, t in (tensors | {"h": torch.randn(2, 2)}).items()}
+    return on_device | {"seed": None, "dropout_p": [], "ranks": [], "needs": [True] * 4}
+
+
+BAD_BACKWARD = {
+    "grad columns": ("grad", torch.randn(2, 4), r"shape \(\.\.\., 3\)"),
+    "grad 0-dim": ("grad", torch.tensor(1.0), r"shape \(\.\.\., 3\)"),
+    "grad integer": ("grad", torch.ones(2, 3, dtype=torch.int64), "float16, bfloat16"),
+    "x missing": ("x", None, r"shape \(2, 4\), .*; got None"),
+    "x rows": ("x", torch.randn(3, 4), r"shape \(2, 4\)"),
+    "x in another shape": ("x", torch.randn(2, 1, 4), r"shape \(2, 4\)"),
+    "x integer": ("x", torch.ones(2, 4, dtype=torch.int64), "grad's dtype torch.float32"),
+    "lora_A 1-D": ("lora_A", torch.randn(4), r"shape \(r, "),
+    "lora_A rank 0": ("lora_A", torch.randn(0, 4), r"shape \(r, "),
+    "lora_A integer": ("lora_A", torch.ones(2, 4, dtype=torch.int64), "torch.float32"),
+    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \("),
+    "lora_B dtype": ("lora_B", torch.randn(3, 2).half(), "lora_A's dtype torch.float32"),
+    "scaling 1-D": ("scaling", torch.ones(1), "a 0-dim"),
+    "scaling integer": ("scaling", torch.tensor(1), "a 0-dim"),
+    "h missing": ("h", None, r"shape \(2, 2\), .*; got None"),
+    "h rows": ("h", torch.randn(3, 2), r"shape \(2, 2\)"),
+    "h dtype": ("h", torch.randn(2, 2).half(), "lora_A's dtype torch.float32"),
+    "seed integer": ("seed", torch.tensor(1, dtype=torch.int32), "a 0-dim int64 tensor on the CPU"),
+    "needs": ("needs", [True] * 5, "4 flags"),
+}
+
+
+@INFERENCE
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_bad_arguments_of_the_backward_operator(device, case, context, error):
+    name, value, expected = BAD_BACKWARD[case]
+    on_device = isinstance(value, torch.Tensor) and name != "seed"
+    with context(), pytest.raises(error, match=f"lora_delta_backward: {name}: expected .*{expected}"):
+        ops.lora_delta_backward(**good_for_backward(device) | {name: value.to(device) if on_device else value})
+
+
+@INFERENCE
+def test_a_half_gradient_wants_a_half_x(device, context, error):
+    """Over a float32 one both halves fit."""
+    arguments = good_for_backward(device)
+    for name in ("x", "lora_A", "lora_B", "h"):
+        arguments[name] = arguments[name].bfloat16()
+    assert len(ops.lora_delta_backward(**arguments)) == 4
+    arguments["grad"] = arguments["grad"].bfloat16()
+    with context(), pytest.raises(error, match=r"x: expected .*grad's dtype torch\.bfloat16"):
+        ops.lora_delta_backward(**arguments | {"x": arguments["x"].float()})
+
+
+@INFERENCE
+@pytest.mark.parametrize("name", ["grad", "x", "lora_A", "lora_B", "h"])
+def test_an_operand_of_backward_left_on_the_cpu(mps, name, context, error):
+    arguments = good_for_backward(mps)
+    named = "lora_A" if name == "grad" and error is ValueError else name  # whichever differs from grad
+    with context(), pytest.raises(error, match=f"lora_delta_backward: {named}: expected .*(mps|device)"):
+        ops.lora_delta_backward(**arguments | {name: arguments[name].cpu()})
+
+
+def test_operands_of_backward_that_are_not_needed_may_be_anything(device):
+    arguments = good_for_backward(device)
+    expected = ops.lora_delta_backward(**arguments)[0]
+    found = ops.lora_delta_backward(**arguments | {"x": None, "h": None, "needs": [True, False, False, False]})
+    torch.testing.assert_close(found, [expected])
+    with pytest.raises(ValueError, match=r"lora_delta_backward: h: expected shape \(2, 2\)"):
+        ops.lora_delta_backward(**arguments | {"h": None, "needs": [False, False, False, True]})
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "mkldnn"])
+@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_operands(name, layout):
+    tensor = good()[name]
+    sparse = tensor.to_mkldnn() if layout == "mkldnn" else tensor.to_sparse(layout=getattr(torch, layout))
+    for call in (tfl.lora_delta, ops.lora_delta):
+        with pytest.raises(ValueError, match=f"lora_delta: {name}: expected a dense tensor; got .*{layout}"):
+            call(**good(**{name: sparse}))
+    name = "grad" if name == "y" else name
+    with pytest.raises(ValueError, match=f"lora_delta_backward: {name}: expected a dense tensor; got .*{layout}"):
+        ops.lora_delta_backward(**good_for_backward() | {name: sparse})
+
+
+@pytest.mark.parametrize("case", ["y broadcasts", "y half", "lora_A columns", "lora_B transposed"])
+def test_bad_tensors_raise_while_tracing_and_under_transforms(case):
+    name, value, expected = BAD_TENSORS[case]
+    arguments = list(good(**{name: value}).values())
+    with pytest.raises(Exception, match=expected):
+        compiled(tfl.lora_delta, keep=False)(*arguments)
+    with pytest.raises(ValueError, match=expected):
+        torch.func.grad(lambda x: tfl.lora_delta(arguments[0], x, *arguments[2:]).sum())(arguments[1])
