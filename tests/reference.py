@@ -78,7 +78,7 @@ class _LowRank:
         parts = [(x if mask is None else x * mask) @ A[rank].T for rank, mask in self.masks]
         return torch.cat(parts, 1)
 
-    def _low_rank(self) -> tuple[Tensor, Tensor]:
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         """The term, and its magnitude."""
         x, A, B, s = self._low_rank_operands()
         return s * self._h(x, A) @ B.T, abs(s) * self._h(x.abs(), A.abs()) @ B.abs().T
@@ -157,7 +157,7 @@ class Layer(_LowRank):
         if self.x.is_mps and self.bias is not None and (len(x) == 1 or x.shape[1] >= LONG_SUM):
             off = self._round(product, off)
         base = product + b
-        delta, magnitude = self._low_rank()
+        delta, magnitude = self.low_rank()
         return Exact(
             base + delta,
             x.abs() @ W.abs().T + b.abs() + magnitude,
@@ -214,7 +214,7 @@ class Delta(_LowRank):
 
     def output(self) -> Exact:
         """y + s x̃ Aᵀ Bᵀ, rounded once. A half h is rounded beside a half y only: over a float32 one it is float32."""
-        y, (delta, magnitude) = _rows(_double(self.y)), self._low_rank()
+        y, (delta, magnitude) = _rows(_double(self.y)), self.low_rank()
         rounded = self._added(y.abs(), magnitude)
         return Exact(y + delta, y.abs() + magnitude, sum(self.lora_A.shape), rounded).reshape(*self.y.shape)
 

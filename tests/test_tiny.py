@@ -27,6 +27,7 @@ def test_the_operator(device):
     x, W, b, A, B = (torch.randn(shape).to(device) for shape in ((12, 16), (24, 16), (24,), (4, 16), (24, 4)))
     y = tfl.lora_linear(x, W, b, A, B, scaling=0.5)
     Layer(x, W, b, A, B, 0.5).output().check(y)  # against float64
+    close(tfl.lora_delta(F.linear(x, W, b), x, A, B, scaling=0.5), y)  # after a base of any kind
 
 
 def test_its_gradients():

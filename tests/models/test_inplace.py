@@ -85,6 +85,7 @@ def test_a_call_without_a_module_names_the_operator():
     W, A, B = torch.randn(16, 16), torch.randn(4, 16).requires_grad_(), torch.randn(16, 4)
     for name, call in (
         ("lora_linear", lambda x: tfl.lora_linear(x, W, None, A, B)),
+        ("lora_delta", lambda x: tfl.lora_delta(W[:2], x, A, B)),
         ("rms_norm", lambda x: tfl.rms_norm(x, A[0])),
     ):
         x = torch.randn(2, 16)

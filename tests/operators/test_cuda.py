@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import torch_fused_lora as tfl
+from tests.operators.test_lora_delta import DTYPES as DELTA_DTYPES
+from tests.operators.test_lora_delta import NAMES, operands
 from tests.operators.test_lora_linear import DTYPES, seeded_masks
 from tests.operators.test_rms_norm import DTYPES as ROW_DTYPES
 from tests.operators.test_rms_norm import EPS
 from tests.operators.test_rms_norm import exact as exact_rms_norm
-from tests.reference import HALF, Layer
+from tests.reference import HALF, UNIT, Delta, Layer
 from torch_fused_lora.doctor import self_test
 from torch_fused_lora.ops.dropout import keep_mask
 from torch_fused_lora.ops.dropout.operator import gpu_mask
@@ -54,6 +56,33 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows, columns):
             if dtype in HALF and name == "y":  # of a single row, torch's own product is rounded before the bias
                 exact.rounded = exact.rounded + (x.double() @ W.double().T).abs()
             exact.check(found[name].cpu(), name)
+
+
+@pytest.mark.parametrize("dtypes", DELTA_DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [1, 77, 1500])
+def test_lora_delta_against_float64(dtypes, dropout_p, rows):
+    (y_dtype, x_dtype, adapter_dtype), (K, N, r) = dtypes, (136, 96, 5)
+    y, *others = operands(dtypes, (rows,), (K, N, r), CUDA)
+    exact = Delta(y, *others, 0.5, seeded_masks(3, others[0], [r], [dropout_p]))
+    by_triton = dropout_p > 0 or (rows > 16 and adapter_dtype == torch.float32)
+    before = y.detach().clone()
+    found = tfl.lora_delta(y, *others, 0.5, dropout_p, training=True)
+    assert torch.equal(y, before)
+    output = exact.output()
+    if x_dtype in HALF and by_triton:
+        output.terms += (2 + 3) * 2**8
+    elif y_dtype == torch.float32 and adapter_dtype in HALF:  # a product of halves is a half h, as the stock one
+        output.magnitude = output.magnitude + UNIT[adapter_dtype] / UNIT[torch.float32] * exact.low_rank()[1]
+    output.check(found.detach())
+    grad = torch.randn(rows, N).to(found)
+    gradient, *gradients = torch.autograd.grad(found, (y, *others), grad)
+    assert torch.equal(gradient, grad)
+    for name, gradient in zip(NAMES[1:], gradients, strict=False):
+        expected = exact.gradients(grad)[name]
+        if y_dtype in HALF and by_triton:
+            expected.terms += (2 + 3) * 2**8
+        expected.check(gradient, name)
 
 
 @pytest.mark.parametrize(("rows", "columns", "outputs"), [(0, 64, 48), (40, 0, 48), (40, 64, 0)])

@@ -59,6 +59,16 @@ def lora_call(dtype=torch.float32, **options):
     return Call(lambda x, A, B, W, b: tfl.lora_linear(x, W, b, A, B, 0.5, **options), A, B, W, b)
 
 
+def delta_call(dtype=torch.float32, wider=False, **options):
+    """Over a base of this dtype; ``wider``: that gives float32."""
+
+    def call(x, W, A, B):
+        y = nn.functional.linear(x, W)
+        return tfl.lora_delta(y.float() if wider else y, x, A, B, 0.5, **options)
+
+    return Call(call, torch.randn(N, K).to(dtype), torch.randn(R, K), torch.randn(N, R))
+
+
 MODELS = {
     "peft": peft_layer,
     "peft, half base": lambda: peft_layer(HALF_BASE),
@@ -67,6 +77,9 @@ MODELS = {
     "LoRALinear": lora_layer,
     "LoRALinear, half base": lambda: lora_layer(HALF_BASE),
     "lora_linear": lora_call,
+    "lora_delta": delta_call,
+    "lora_delta, half base": lambda: delta_call(HALF_BASE),
+    "lora_delta, float32 over a half base": lambda: delta_call(HALF_BASE, wider=True),
     "rms_norm": lambda: Call(tfl.rms_norm, torch.randn(K)),
     "rms_norm without weight": lambda: Call(tfl.rms_norm),
     "softmax": lambda: Call(tfl.softmax),
@@ -76,6 +89,7 @@ WITH_DROPOUT = {
     "peft, two adapters": lambda: peft_layer(adapters=2, lora_dropout=0.5),
     "LoRALinear": lambda: lora_layer(lora_dropout=0.5),
     "lora_linear": lambda: lora_call(dropout_p=0.5, training=True),
+    "lora_delta": lambda: delta_call(dropout_p=0.5, training=True),
 }
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 grad_modes = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
@@ -187,7 +201,9 @@ def test_a_saved_export_runs_without_this_package(tmp_path):
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
-@pytest.mark.parametrize("name", ["peft", "peft, two adapters", "LoRALinear", "lora_linear", "rms_norm", "softmax"])
+@pytest.mark.parametrize(
+    "name", ["peft", "peft, two adapters", "LoRALinear", "lora_linear", "lora_delta", "rms_norm", "softmax"]
+)
 def test_keep_operators(name, strict, tmp_path):
     build = MODELS[name]
     model, x = build().eval(), inputs(build, 4)

@@ -20,7 +20,8 @@ import torch
 
 import torch_fused_lora as tfl
 from tests import ROOT
-from tests.reference import Layer
+from tests.operators import test_lora_delta as delta
+from tests.reference import Delta, Layer
 from torch_fused_lora.mps import extension
 from torch_fused_lora.ops.dispatch import Operator
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
@@ -168,6 +169,33 @@ def test_a_chain_of_layers_is_encoded_without_waiting(start, M, dropout_p):
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("M", [1, 70])
+@pytest.mark.parametrize(
+    ("dtypes", "casts"),
+    [
+        ((torch.float32, torch.float32, torch.float32), (0, 0)),
+        ((torch.bfloat16, torch.bfloat16, torch.float32), (0, 0)),
+        ((torch.float32, torch.bfloat16, torch.float32), (1, 1)),  # x
+        ((torch.float32, torch.bfloat16, torch.bfloat16), (4, 6)),  # x, A, B and h; back: these, dA and dB
+    ],
+)
+def test_lora_delta_is_one_dispatch_beside_a_copy(start, M, dropout_p, dtypes, casts):
+    leaves = delta.operands(dtypes, (M,), (24, 20, 4), torch.device("mps"))
+    for _ in range(2):  # the first compiles
+        start()
+        found = tfl.lora_delta(*leaves, 0.5, dropout_p, training=True)
+        forward, grad = counters(), torch.ones_like(found)
+        start()
+        torch.autograd.grad(found, leaves, grad)
+        backward = counters()
+    assert families(forward.dispatches) == {"lora_delta": 1}
+    assert families(backward.dispatches) == {"lora_delta": 1, "lora_grad": 1}
+    for seen, call, count in ((forward, "aten::copy_", casts[0]), (backward, "aten::new_zeros", casts[1])):
+        assert seen.stable_calls == {call: 1} | ({"aten::to": count} if count else {})
+        assert (seen.command_blocks, seen.synchronisations, seen.commits) == (1, 0, 0)
+
+
 @pytest.mark.parametrize(("M", "H"), [(3, 64), (300, 64), (3, 5000)])
 def test_row_operators_are_one_dispatch_each_way(start, M, H):
     """The weight's gradient may take one more, which adds up the partial sums of several threadgroups."""
@@ -226,6 +254,18 @@ def test_x_is_copied_once_where_it_is_no_matrix(layout, dropout_p):
         layer.output().check(y.detach())
         for name, gradient in found.items():
             layer.gradients(grad)[name].check(gradient, name)
+
+
+@pytest.mark.parametrize("layout", MATRICES | NO_MATRICES)
+@pytest.mark.parametrize("of", ["y", "x", "grad"])
+def test_lora_delta_reads_every_layout_as_it_is(layout, of):
+    tensors = dict.fromkeys(("y", "x", "grad"), (MATRICES | NO_MATRICES)[layout]())
+    y, x, grad = (t if name == of else torch.randn(t.shape, device="mps") for name, t in tensors.items())
+    leaves = y, x, torch.randn(4, 24, device="mps"), torch.randn(24, 4, device="mps")
+    leaves = dict(zip(delta.NAMES, (t.detach().requires_grad_() for t in leaves), strict=False))
+    before = extension.contiguous_copies
+    delta.check_call(Delta(*leaves.values(), 0.5), leaves, tfl.lora_delta(*leaves.values(), 0.5), grad)
+    assert extension.contiguous_copies == before
 
 
 @pytest.mark.parametrize("layout", NO_MATRICES)
@@ -378,6 +418,21 @@ def test_operands_may_go_right_after_the_call(start):
     for name, gradient in zip(("x", "lora_A", "lora_B"), found, strict=True):
         exact[name].check(gradient, name)
     del y, found, gradient
+    gc.collect()
+    torch.mps.synchronize()
+    assert counters().live_buffers == before
+
+
+def test_converted_operands_may_go_right_after_the_call(start):
+    """Those of lora_delta over a float32 y, which nobody else holds."""
+    gc.collect()
+    start()
+    before = counters().live_buffers
+    on_cpu = delta.operands(delta.WIDER[0], (12,), (24, 20, 4), needs=False)
+    leaves = dict(zip(delta.NAMES, (t.to("mps").requires_grad_() for t in on_cpu), strict=False))
+    found = tfl.lora_delta(*leaves.values(), 0.5)
+    delta.check_call(Delta(*on_cpu, 0.5), leaves, found, torch.randn(12, 20, device="mps"))
+    del leaves, found
     gc.collect()
     torch.mps.synchronize()
     assert counters().live_buffers == before
@@ -536,7 +591,12 @@ import torch_fused_lora as tfl
 a = torch.ones(8, 8)
 print(tfl.lora_linear(a, a, None, a, a)[0, 0].item())
 a = a.to("mps")
-for call in (lambda: tfl.lora_linear(a, a, None, a, a), lambda: tfl.rms_norm(a), lambda: tfl.softmax(a)):
+for call in (
+    lambda: tfl.lora_linear(a, a, None, a, a),
+    lambda: tfl.lora_delta(a, a, a, a),
+    lambda: tfl.rms_norm(a),
+    lambda: tfl.softmax(a),
+):
     try:
         call()
     except NotImplementedError as error:
@@ -544,7 +604,7 @@ for call in (lambda: tfl.lora_linear(a, a, None, a, a), lambda: tfl.rms_norm(a),
 """
     on_cpu, *on_mps = in_a_process(script)
     assert on_cpu == "72.0"
-    assert [line.split(":")[0] for line in on_mps] == ["lora_linear", "rms_norm", "softmax"]
+    assert [line.split(":")[0] for line in on_mps] == ["lora_linear", "lora_delta", "rms_norm", "softmax"]
     assert all("it is not built (nonexistent is missing): on the Mac, pip install" in line for line in on_mps)
 
 

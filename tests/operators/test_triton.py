@@ -16,23 +16,30 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+# The interpreter multiplies no bfloat16: float16, and a plain product.
+INTERPRETED = """
+import torch
+from torch_fused_lora.ops.lora_linear import triton as kernels, ways
+ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=True), 0
+tl = kernels.tl
+kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+"""
+
+
+def interpret(script: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED + script], check=True, cwd=ROOT, env=environment)
+
 
 def test_triton_kernels():
     """What an NVIDIA GPU does with many half rows and float32 adapters, executed by Triton's interpreter on the CPU
-    (test_cuda.py does it on a GPU): ragged blocks, several blocks of rank, strided operands. The interpreter
-    multiplies no bfloat16: float16, and a plain product."""
-    script = """
-import torch
+    (test_cuda.py does it on a GPU): ragged blocks, several blocks of rank, strided operands."""
+    interpret("""
 from tests.reference import Layer
 from tests.operators.test_lora_linear import laid_out
 import torch_fused_lora as tfl
 from torch_fused_lora.ops.dropout.operator import draw_seed, gpu_mask
-from torch_fused_lora.ops.lora_linear import ways
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
-from torch_fused_lora.ops.lora_linear import triton as kernels
-ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=True), 0
-tl = kernels.tl
-kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 for M, K, N, r, dtype, layout in (
     (70, 130, 200, 5, torch.float16, "contiguous"),
     (600, 96, 80, 70, torch.float16, "strided"),
@@ -83,9 +90,41 @@ for M, K, N, ranks, dropouts, dtype, adapter_dtype in (
     for name, found in zip(("x", "weight", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, operands, grad)):
         if name in exact:
             exact[name].check(found, name)
-"""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)
+""")
+
+
+def test_lora_delta():
+    """The same kernels add to what they did not make, which may be float32; its gradients are aten calls then, which
+    draw the mask that the kernels drew."""
+    interpret("""
+from tests.operators.test_lora_delta import NAMES, check_call, operands
+from tests.operators.test_lora_linear import seeded_masks
+from tests.reference import Delta
+from torch_fused_lora.ops.dropout import operator as dropout
+from torch_fused_lora.ops.lora_delta.operator import lora_delta_stacked
+dropout._cpu_mask = lambda *arguments: dropout.gpu_mask(*arguments).numpy()
+seen = []
+for name in ("add_delta_", "backward"):
+    def counting(*arguments, name=name, kernel=getattr(kernels, name)):
+        seen.append(name)
+        return kernel(*arguments)
+    setattr(kernels, name, counting)
+half, wide = torch.float16, torch.float32
+for dtypes, (K, N), dropouts, reached in (
+    ((half, half, wide), (130, 200), (0.0,), ["add_delta_", "backward"]),
+    ((half, half, half), (96, 80), (0.6, 0.0, 0.1), ["add_delta_", "backward"]),
+    ((wide, half, wide), (130, 72), (0.0,), ["add_delta_"]),
+    ((wide, half, half), (136, 72), (0.3,), ["add_delta_"]),
+    ((wide, half, wide), (136, 72), (0.3, 0.6), ["add_delta_"]),
+):
+    ranks = [3, 2, 4][:len(dropouts)]
+    tensors = operands(dtypes, (70,), (K, N, sum(ranks)))
+    exact = Delta(*tensors, 0.5, seeded_masks(3, tensors[1], ranks, dropouts), len(ranks))
+    found = lora_delta_stacked(*tensors, 0.5, dropouts, ranks)
+    check_call(exact, dict(zip(NAMES, tensors)), found, torch.randn(70, N).to(found))
+    assert seen == reached, (dtypes, seen)
+    seen.clear()
+""")
 
 
 @pytest.mark.parametrize("seed", [None, "*i64"])
@@ -96,11 +135,12 @@ def test_triton_kernels_compile_for_an_nvidia_gpu(seed):
     tensors = {} if seed is None else {"seed": seed}
     tiles = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_C": 128, "BLOCK_R": 16, "TRANSPOSED": False, "DROPS": True}
     scales = {"scale": "fp32", "scale_2": "fp32"}
-    for name, types in {
-        "_product_kernel": {"out": "*fp32", "rows": "*bf16", "small": "*fp32"},
-        "_accumulate_kernel": {"out": "*fp16", "a": "*fp32", "b": "*fp32"},
-        "_sums_kernel": {"out": "*fp32", "small": "*fp32", "rows": "*bf16", "small_2": "*fp32", "rows_2": "*bf16"},
-    }.items():
+    for name, types in (
+        ("_product_kernel", {"out": "*fp32", "rows": "*bf16", "small": "*fp32"}),
+        ("_accumulate_kernel", {"out": "*fp16", "a": "*fp32", "b": "*fp32"}),
+        ("_accumulate_kernel", {"out": "*fp32", "a": "*fp32", "b": "*bf16"}),
+        ("_sums_kernel", {"out": "*fp32", "small": "*fp32", "rows": "*bf16", "small_2": "*fp32", "rows_2": "*bf16"}),
+    ):
         kernel = getattr(kernels, name)
         constants = {key: value for key, value in (tiles | number).items() if key in kernel.arg_names}
         types = {key: value for key, value in (types | tensors | scales).items() if key in kernel.arg_names}

@@ -30,6 +30,11 @@ def lora_call():
     return lambda x: tfl.lora_linear(x, W, None, A, B, 0.5)
 
 
+def delta_call():
+    W, A, B = torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
+    return lambda x: tfl.lora_delta(nn.functional.linear(x, W), x, A, B, 0.5)
+
+
 def norm(dtype=torch.float32):
     layer = nn.RMSNorm(8, eps=1e-6)
     tfl.patch_norms(layer)
@@ -75,6 +80,7 @@ ON_NESTED = {
     "peft, half base": lambda: peft_layer(torch.bfloat16).eval(),
     "LoRALinear": lora_layer,
     "lora_linear": lora_call,
+    "lora_delta": delta_call,
     "softmax": lambda: tfl.softmax,
 }
 

@@ -1,5 +1,5 @@
-"""What other code is written against stays as it was in 0.1.0: public names, the operators' schemas and the keys of
-state_dict."""
+"""What other code is written against stays as it was when it came: public names, the operators' schemas and the keys
+of state_dict."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch_fused_lora as tfl
 NAMES = [
     "LoRALinear",
     "keep_operators",
+    "lora_delta",
     "lora_linear",
     "patch_norms",
     "patch_peft",
@@ -22,6 +23,10 @@ NAMES = [
     "unpatch_peft",
 ]
 SCHEMAS = {
+    "lora_delta": "(Tensor y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, float dropout_p=0., "
+    "Tensor? seed=None) -> Tensor",
+    "lora_delta_backward": "(Tensor grad, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? h, "
+    "Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
     "lora_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, "
     "float dropout_p=0., Tensor? seed=None) -> Tensor",
     "lora_linear_backward": "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling, "
