@@ -33,7 +33,7 @@ from tests.operators.test_autograd import (
 from tests.operators.test_compile import BACKENDS, OPCHECKS
 from tests.operators.test_lora_linear import DTYPES as ADAPTERS
 from tests.operators.test_lora_linear import LAYOUTS, AllocationsOf, laid_out, seeded_masks
-from tests.reference import HALF, Delta
+from tests.reference import HALF, UNIT, Delta
 from torch_fused_lora.ops.lora_delta.operator import _LoRADelta, lora_delta_stacked
 from torch_fused_lora.ops.lora_linear.ways import block_rows
 
@@ -574,6 +574,26 @@ def test_compile_without_a_graph_break(device, backend, keep, dtypes):
     check_call(Delta(y, *rest, 0.5), dict(zip(NAMES, (y, *rest), strict=False)), found, torch.randn(2, 3, 5).to(found))
     with torch.no_grad():
         Delta(y, *rest, 0.5).output().check(call(y, *rest))
+
+
+@BACKENDS
+@KEEP
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_autocast(device, backend, keep, y_dtype):
+    """What a base makes of a float32 x is half there."""
+    y, *rest = operands((y_dtype, torch.float32, torch.float32), device=device)
+
+    def run(*tensors):
+        with torch.autocast(device.type, torch.bfloat16):
+            return tfl.lora_delta(*tensors, 0.5)
+
+    found = compiled(run, backend, keep)(y, *rest)
+    dtype = torch.float32 if y_dtype == torch.float32 else torch.bfloat16
+    assert found.dtype == run(y, *rest).dtype == dtype
+    exact = Delta(y.detach().to(dtype), *(t.detach().bfloat16() for t in rest), 0.5).output()
+    if not keep:  # torch's own calls round h and the term
+        exact.magnitude = exact.magnitude + 2 * UNIT[torch.bfloat16] / UNIT[torch.float32] * exact.magnitude
+    exact.check(found.detach())
 
 
 @BACKENDS
