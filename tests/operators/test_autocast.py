@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,18 +52,23 @@ def test_autocast(device, call, base, dtype):
         exact[name].check(g.to(dtype), name)  # exact: a float32 leaf gets the half gradient widened
 
 
-def test_the_fake_agrees(device):
+@pytest.mark.parametrize("keep", [True, False], ids=["keep_operators", "by itself"])
+def test_compiled_calls_agree(device, keep):
     a = operands(device=device)
+    a["x"] = a["x"].bfloat16()  # what the layer before it made there
 
     def layer(*arguments):
         with torch.autocast(device.type, torch.bfloat16):
             return tfl.lora_linear(*arguments, 0.5)
 
     for backend in ("aot_eager", "inductor")[: 2 if device.type == "cpu" else 1]:  # the emulator has no inductor
-        with tfl.keep_operators():
+        with tfl.keep_operators() if keep else contextlib.nullcontext():
             compiled = torch.compile(layer, backend=backend, fullgraph=True)(*a.values())
         assert compiled.dtype == torch.bfloat16
-        torch.testing.assert_close(compiled, layer(*a.values()))
+        if keep:
+            torch.testing.assert_close(compiled, layer(*a.values()))
+        else:  # torch's own calls round h and the term
+            torch.testing.assert_close(compiled, layer(*a.values()), rtol=0.02, atol=0.1)
 
 
 def test_backward_inside_autocast_keeps_its_dtypes(device):

@@ -34,12 +34,47 @@ def check_gradients(check, layer, arguments, **options):
         assert check(layer, arguments, **options)
 
 
-def seeded(dropout_p):
-    def layer(*arguments):
-        torch.manual_seed(11)
-        return tfl.lora_linear(*arguments, dropout_p=dropout_p, training=True)
+def check_second_order_on(device, layer, exact, monkeypatch):
+    """Against float64 on the CPU, with the masks of a GPU."""
+    monkeypatch.setattr(dropout, "_cpu_mask", lambda *arguments: dropout.gpu_mask(*arguments).numpy())
 
-    return layer
+    def second_order(arguments):
+        first = torch.autograd.grad(layer(*arguments).sin().sum(), arguments, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), arguments)
+
+    narrow = [t.detach().float().to(device).requires_grad_() for t in exact]
+    for order, expected in zip(second_order(narrow), second_order(exact), strict=True):
+        for a, e in zip(order, expected, strict=True):
+            torch.testing.assert_close(a.detach().cpu().double(), e.detach(), rtol=1e-3, atol=1e-3)
+
+
+def check_forward_mode(loss, tensors):
+    """Never a zero or missing tangent."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    for i, e in enumerate(torch.autograd.grad(loss(*leaves), leaves)):
+        tangent = torch.randn_like(e)
+        with forward_ad.dual_level():
+            primals = list(tensors)
+            primals[i] = forward_ad.make_dual(primals[i], tangent)
+            found = forward_ad.unpack_dual(loss(*primals)).tangent
+        torch.testing.assert_close(found, (e * tangent).sum())
+
+
+def check_batched_gradients(y, leaves):
+    """By the vmap that is older than torch.func's."""
+    grads = torch.randn(7, *y.shape).to(y)
+    batched = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for g, one in zip(batched, torch.autograd.grad(y, leaves, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(g[i], one)
+
+
+def seeded(dropout_p, layer=tfl.lora_linear):
+    def call(*arguments):
+        torch.manual_seed(11)
+        return layer(*arguments, dropout_p=dropout_p, training=True)
+
+    return call
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -51,19 +86,8 @@ def test_gradcheck_and_gradgradcheck(device, lead, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_second_order_on_mps_is_the_cpus(mps, dropout_p, monkeypatch):
-    """Against float64 on the CPU, whose gradients test_gradcheck_and_gradgradcheck establishes."""
-    monkeypatch.setattr(dropout, "_cpu_mask", lambda *arguments: dropout.gpu_mask(*arguments).numpy())
-
-    def second_order(arguments):
-        y = seeded(dropout_p)(*arguments)
-        first = torch.autograd.grad(y.sin().sum(), arguments, create_graph=True)
-        return first, torch.autograd.grad(sum(g.square().sum() for g in first), arguments)
-
-    exact = operands()
-    narrow = [t.detach().float().to(mps).requires_grad_() for t in exact]
-    for order, expected in zip(second_order(narrow), second_order(exact), strict=True):
-        for a, e in zip(order, expected, strict=True):
-            torch.testing.assert_close(a.detach().cpu().double(), e.detach(), rtol=1e-3, atol=1e-3)
+    """The CPU's gradients test_gradcheck_and_gradgradcheck establishes."""
+    check_second_order_on(mps, seeded(dropout_p), operands(), monkeypatch)
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=6) if any(n)])
@@ -146,17 +170,8 @@ def test_func_grad_vmap_and_jvp(device, loss):
 
 @LOSSES
 def test_forward_mode_is_right(loss):
-    """Never a zero or missing tangent."""
     x, W, b, A, B, _ = (t.detach() for t in operands())
-    leaves = [t.clone().requires_grad_() for t in (x, A, B)]
-    expected = torch.autograd.grad(loss(*leaves, W, b), leaves)
-    for i, e in enumerate(expected):
-        tangent = torch.randn_like(e)
-        with forward_ad.dual_level():
-            primals = [x, A, B]
-            primals[i] = forward_ad.make_dual(primals[i], tangent)
-            found = forward_ad.unpack_dual(loss(*primals, W, b)).tangent
-        torch.testing.assert_close(found, (e * tangent).sum())
+    check_forward_mode(lambda *tensors: loss(*tensors, W, b), (x, A, B))
 
 
 def test_vmap_over_dropout_follows_its_randomness():
@@ -179,12 +194,7 @@ def test_vmap_over_dropout_follows_its_randomness():
 
 def test_batched_gradients(device):
     x, W, b, A, B, s = operands(device=device)
-    y = tfl.lora_linear(x, W, b, A, B, s)
-    grads = torch.randn(7, *y.shape).to(y)
-    batched = torch.autograd.grad(y, (x, A, B), grads, is_grads_batched=True, retain_graph=True)
-    for i, grad in enumerate(grads):
-        for g, one in zip(batched, torch.autograd.grad(y, (x, A, B), grad, retain_graph=True), strict=True):
-            torch.testing.assert_close(g[i], one)
+    check_batched_gradients(tfl.lora_linear(x, W, b, A, B, s), (x, A, B))
 
 
 def test_after_inference_mode(device):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,18 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_fused_lora as tfl
 from tests.budget import examples
-from tests.operators.test_autograd import CPU, check_gradients
+from tests.operators.test_autograd import (
+    CPU,
+    check_batched_gradients,
+    check_forward_mode,
+    check_gradients,
+    check_second_order_on,
+    seeded,
+)
 from tests.operators.test_compile import BACKENDS, OPCHECKS
 from tests.operators.test_lora_linear import DTYPES as ADAPTERS
 from tests.operators.test_lora_linear import LAYOUTS, AllocationsOf, laid_out, seeded_masks
-from tests.reference import HALF, Delta
-from torch_fused_lora.ops.dropout import operator as dropout
+from tests.reference import HALF, UNIT, Delta
 from torch_fused_lora.ops.lora_delta.operator import _LoRADelta, lora_delta_stacked
 from torch_fused_lora.ops.lora_linear.ways import block_rows
 
@@ -320,19 +328,11 @@ def exact_operands(lead=(4,), needs=(True,) * 5, device=CPU):
     return [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
 
 
-def seeded(dropout_p):
-    def call(*arguments):
-        torch.manual_seed(11)
-        return tfl.lora_delta(*arguments, dropout_p=dropout_p, training=True)
-
-    return call
-
-
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("lead", [(), (4,), (2, 2)])
 def test_gradcheck_and_gradgradcheck(device, lead, dropout_p):
-    check_gradients(gradcheck, seeded(dropout_p), exact_operands(lead, device=device))
-    check_gradients(gradgradcheck, seeded(dropout_p), exact_operands(lead, device=device))
+    for check in (gradcheck, gradgradcheck):
+        check_gradients(check, seeded(dropout_p, tfl.lora_delta), exact_operands(lead, device=device))
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=5) if any(n)])
@@ -345,18 +345,8 @@ def test_every_subset_of_gradients(device, needs):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_second_order_on_mps_is_the_cpus(mps, dropout_p, monkeypatch):
-    """Against float64 on the CPU, whose gradients test_gradcheck_and_gradgradcheck establishes."""
-    monkeypatch.setattr(dropout, "_cpu_mask", lambda *arguments: dropout.gpu_mask(*arguments).numpy())
-
-    def second_order(arguments):
-        first = torch.autograd.grad(seeded(dropout_p)(*arguments).sin().sum(), arguments, create_graph=True)
-        return first, torch.autograd.grad(sum(g.square().sum() for g in first), arguments)
-
-    exact = exact_operands()
-    narrow = [t.detach().float().to(mps).requires_grad_() for t in exact]
-    for order, expected in zip(second_order(narrow), second_order(exact), strict=True):
-        for a, e in zip(order, expected, strict=True):
-            torch.testing.assert_close(a.detach().cpu().double(), e.detach(), rtol=1e-3, atol=1e-3)
+    """The CPU's gradients test_gradcheck_and_gradgradcheck establishes."""
+    check_second_order_on(mps, seeded(dropout_p, tfl.lora_delta), exact_operands(), monkeypatch)
 
 
 def test_the_backward_operator_alone_is_differentiable():
@@ -426,16 +416,7 @@ def test_func_grad_vmap_and_jvp(device, loss):
 
 @LOSSES
 def test_forward_mode_is_right(loss):
-    """Never a zero or missing tangent."""
-    tensors = [t.detach() for t in exact_operands()[:4]]
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    for i, e in enumerate(torch.autograd.grad(loss(*leaves), leaves)):
-        tangent = torch.randn_like(e)
-        with forward_ad.dual_level():
-            primals = list(tensors)
-            primals[i] = forward_ad.make_dual(primals[i], tangent)
-            found = forward_ad.unpack_dual(loss(*primals)).tangent
-        torch.testing.assert_close(found, (e * tangent).sum())
+    check_forward_mode(loss, [t.detach() for t in exact_operands()[:4]])
 
 
 def test_the_result_is_contiguous_under_transforms():
@@ -467,12 +448,7 @@ def test_vmap_over_dropout_follows_its_randomness():
 
 def test_batched_gradients(device):
     leaves = exact_operands(device=device)
-    found = tfl.lora_delta(*leaves)
-    grads = torch.randn(7, *found.shape).to(found)
-    batched = torch.autograd.grad(found, leaves, grads, is_grads_batched=True, retain_graph=True)
-    for i, grad in enumerate(grads):
-        for g, one in zip(batched, torch.autograd.grad(found, leaves, grad, retain_graph=True), strict=True):
-            torch.testing.assert_close(g[i], one)
+    check_batched_gradients(tfl.lora_delta(*leaves), leaves)
 
 
 def test_only_what_is_asked_for_is_computed(device):
@@ -602,6 +578,26 @@ def test_compile_without_a_graph_break(device, backend, keep, dtypes):
 
 @BACKENDS
 @KEEP
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_autocast(device, backend, keep, y_dtype):
+    """What a base makes of a float32 x is half there."""
+    y, *rest = operands((y_dtype, torch.float32, torch.float32), device=device)
+
+    def run(*tensors):
+        with torch.autocast(device.type, torch.bfloat16):
+            return tfl.lora_delta(*tensors, 0.5)
+
+    found = compiled(run, backend, keep)(y, *rest)
+    dtype = torch.float32 if y_dtype == torch.float32 else torch.bfloat16
+    assert found.dtype == run(y, *rest).dtype == dtype
+    exact = Delta(y.detach().to(dtype), *(t.detach().bfloat16() for t in rest), 0.5).output()
+    if not keep:  # torch's own calls round h and the term
+        exact.magnitude = exact.magnitude + 2 * UNIT[torch.bfloat16] / UNIT[torch.float32] * exact.magnitude
+    exact.check(found.detach())
+
+
+@BACKENDS
+@KEEP
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_dropout(device, backend, keep, checkpointed):
     """The compiled mask is one mask: dx is zero exactly where the adapter's input was dropped."""
@@ -691,6 +687,28 @@ def test_selective_checkpointing_saves_the_operator(dropout_p):
         context = functools.partial(create_selective_checkpoint_contexts, policy)
         found = gradients(lambda *t, c=context: checkpoint(run, *t, use_reentrant=False, context_fn=c))
         torch.testing.assert_close(found, (plain, expected))
+
+
+class Watching(torch.Tensor):
+    """A subclass that sees the calls made with it."""
+
+    seen: ClassVar[list[object]] = []
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        with no_dispatch():
+            return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_a_subclass_sees_the_operator(name):
+    tensors = dict(zip(NAMES, operands(needs=False), strict=False))
+    expected = tfl.lora_delta(**tensors)
+    Watching.seen.clear()
+    assert torch.equal(tfl.lora_delta(**tensors | {name: tensors[name].as_subclass(Watching)}), expected)
+    assert ops.lora_delta_forward.default in Watching.seen
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

@@ -1,5 +1,5 @@
-"""What other code is written against stays as it was when it came: public names, the operators' schemas and the keys
-of state_dict."""
+"""What other code is written against stays as it was in 0.1.0: public names, the operators' schemas and the keys of
+state_dict."""
 
 from __future__ import annotations
 

@@ -309,6 +309,12 @@ class Operator:
             self._check_forward(*inputs, *options)  # says it as everywhere
             raise
 
+    def autocast(self, *tensors: Any) -> Any:
+        """The forward's leading tensors as its kernels get them, for a call by torch's own calls."""
+        like: Tensor = tensors[0]
+        device_type = like.device.type
+        return self.cast(device_type, *tensors) if autocast_enabled(device_type) else tensors
+
     def _below_autograd(self, *arguments: Any) -> Any:
         try:
             with below_autograd():

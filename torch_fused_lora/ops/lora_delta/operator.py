@@ -79,6 +79,7 @@ def lora_delta(
     check_types(dropout_p, y=y, x=x, lora_A=lora_A, lora_B=lora_B)
     way = route(x)
     if way is dispatch.BY_TORCH:
+        y, x, lora_A, lora_B = _operator.autocast(y, x, lora_A, lora_B)
         if not (x.is_nested or torch.jit.is_tracing()):  # whose shapes are no numbers
             _LoRADelta.check(y, x, lora_A, lora_B, 1.0, None, (), (), False)
         return differentiable.delta_by_torch(y, x, lora_A, lora_B, scaling, dropout_p if training else 0.0)

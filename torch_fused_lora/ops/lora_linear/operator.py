@@ -85,6 +85,7 @@ def lora_linear(
         raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
     way = route(x)
     if way is dispatch.BY_TORCH:
+        x, weight, bias, lora_A, lora_B = _operator.autocast(x, weight, bias, lora_A, lora_B)
         if not (x.is_nested or torch.jit.is_tracing()):  # whose shapes are no numbers
             _LoRALinear.check(x, weight, bias, lora_A, lora_B, 1.0, None, (), (), False)
         return differentiable.by_torch(x, weight, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0)
