@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import runpy
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -101,17 +102,21 @@ class Launch(ctypes.Structure):
     ]
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
+def build() -> Path:
     """The C++ of csrc/plan/, with the sources of metal/ embedded as setup.py embeds them, and plan_by_index.cpp."""
     sources = ROOT / "build" / "tests" / "metal_sources.cpp"
     embed(ROOT / "metal", sources)
     flags = ["-std=c++20", f"-I{ROOT / 'metal'}", f"-I{ROOT / 'csrc' / 'plan'}"]  # their headers count for the cache
     adapter = Path(__file__).with_name("plan_by_index.cpp")
-    path = metal_on_cpu.build_shared(
+    return metal_on_cpu.build_shared(
         [*sorted((ROOT / "csrc/plan").glob("*.cpp")), adapter, sources], "launch_plan", flags
     )
-    plan = ctypes.CDLL(str(path))
+
+
+@functools.cache
+def library(path: Path | None = None) -> ctypes.CDLL:
+    """The plan as ``build`` has it, or built elsewhere."""
+    plan = ctypes.CDLL(str(path or build()))
     plan.override_plans.restype = ctypes.c_char_p
     return plan
 
@@ -256,7 +261,7 @@ def fresh(like: Tensor, *shape: int) -> Tensor:
 
 
 def scalar(value: float) -> bytes:
-    return torch.tensor(value, dtype=torch.float32).numpy().tobytes()
+    return struct.pack("<f", value)
 
 
 def seed_tensor(seed: int) -> bytes:

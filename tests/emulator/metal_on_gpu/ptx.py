@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.emulator.metal_on_cpu import rewrite
@@ -41,6 +41,7 @@ class Kernel:
     """What the host and a reader need to know of one kernel of a module."""
 
     constants: list[int]  # buffer indices that take eight bytes, not an address
+    written: list[int]  # and those of buffers that are not const
     max_total_threads: int
     registers: int = 0
     local_bytes: int = 0  # of a thread's stack and spills
@@ -79,10 +80,11 @@ class Rewriter(rewrite.Rewriter):
     def launcher_text(self, kernel: rewrite.Kernel, function: str, limit: str, symbol: str, host_name: str) -> str:
         constants = sum(1 << found.index for found in kernel.arguments if found.space == "constant")
         return (
-            f'extern "C" {{ extern const __constant uint {host_name}_limit = {limit}::value; }}'
-            f' extern "C" __attribute__((device_kernel)) void {host_name}(KernelArguments a)'
+            f'extern "C" {{ extern const __constant uint {symbol}_limit __asm__("{host_name}_limit") = {limit}::value;'
+            f' __attribute__((device_kernel)) void {symbol}(KernelArguments a) __asm__("{host_name}");'
+            f" void {symbol}(KernelArguments a)"
             f" {{ const ExecutorThread t = metal::executor::thread_of<{constants}u>(a);"
-            f" metal::executor::launch<{', '.join(kernel.sources)}>({function}, &t); }}"
+            f" metal::executor::launch<{', '.join(kernel.sources)}>({function}, &t); }} }}"
         )
 
 
@@ -132,8 +134,14 @@ def build(source: str, name: str = "metal", variant: str = "exact", architecture
         report = assemble(ptxas, files[".ptx"], files[".cubin"], architecture)
         found = {}
         for host_name, entry in rewritten.entries.items():
-            constants = [argument.index for argument in entry.arguments if argument.space == "constant"]
-            found[host_name] = asdict(Kernel(constants, limits(ir)[host_name], **report[host_name]))
+            indices = {
+                name: [argument.index for argument in entry.arguments if chosen(argument)]
+                for name, chosen in (
+                    ("constants", lambda argument: argument.space == "constant"),
+                    ("written", lambda argument: argument.space == "device" and "const" not in argument.type.split()),
+                )
+            }
+            found[host_name] = indices | {"max_total_threads": limits(ir)[host_name]} | report[host_name]
         path.write_text(json.dumps({"code": files[".cubin"].read_bytes().hex(), "kernels": found}))
 
     tool = [file.read_text() for file in (Path(__file__), *sorted(SHIM.glob("*.h")))]

@@ -45,9 +45,7 @@ template <typename Operator, typename T> struct Reduce {
     }
   }
 };
-template <typename Operator, typename T> AT_CALLER T reduce(T value) {
-  return collective<Reduce<Operator, T>>(value);
-}
+template <typename Operator, typename T> AT_CALLER T reduce(T value) { return collective<Reduce<Operator, T>>(value); }
 
 template <typename Operator, typename T, bool inclusive> struct Prefix {
   static void run(Frames<T> frames) {
