@@ -28,7 +28,8 @@ def digest(arguments: Sequence[torch.Tensor | bytes | None]) -> str:
     for value in arguments:
         if isinstance(value, torch.Tensor):
             whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-            value = whole.masked_fill(whole.isnan(), torch.nan).view(torch.uint8).numpy().tobytes()
+            same_nans = whole.masked_fill(whole.isnan(), torch.nan) if whole.is_floating_point() else whole
+            value = same_nans.view(torch.uint8).numpy().tobytes()
         found.update(b"none" if value is None else value)
     return found.hexdigest()[:16]
 
