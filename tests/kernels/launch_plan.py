@@ -101,6 +101,10 @@ class Launch(ctypes.Structure):
         ("words", ctypes.c_uint64 * 12),
     ]
 
+    def constants(self) -> list[bytes]:
+        """What the buffers behind the kernel's tensors get."""
+        return [self.words[i].to_bytes(8, "little") for i in range(self.word_count)]
+
 
 def build() -> Path:
     """The C++ of csrc/plan/, with the sources of metal/ embedded as setup.py embeds them, and plan_by_index.cpp."""
@@ -172,9 +176,12 @@ class Launcher:
     def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
         assert len(tensors) == launch.tensors
         kernel = metal_on_cpu.compile(launch.source.decode())[launch.kernel.decode()]
-        words = [launch.words[i].to_bytes(8, "little") for i in range(launch.word_count)]
         report = kernel.dispatch(
-            threads=launch.threads, group=launch.group, arguments=[*tensors, *words], trace=self.trace, order=self.order
+            threads=launch.threads,
+            group=launch.group,
+            arguments=[*tensors, *launch.constants()],
+            trace=self.trace,
+            order=self.order,
         )
         self.runs.append((launch.kernel.decode(), report))
 

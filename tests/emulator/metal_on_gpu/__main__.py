@@ -49,9 +49,10 @@ def run(folder: Path, results: Path, parts: list[str]) -> None:
         print(f"== {name}", *(f"{key}: {value[key]}" for key in value), sep="\n")
     if "times" in parts:
         found["times"] = times.measure(modules)
+        found["registers and local bytes of a thread"] = modules.registers()
         print(times.table(found["times"]))
     if found:
-        (results / "metal_on_gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        (results / "metal_on_gpu.json").write_text(json.dumps(found) + "\n")
 
 
 def main() -> int:

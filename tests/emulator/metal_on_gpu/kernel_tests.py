@@ -52,7 +52,7 @@ class Observer:
             return report
 
         files = [str(ROOT / "tests" / "kernels" / name) if name.endswith(".py") else name for name in SELECTION]
-        quiet = ["-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "--noconftest"]
+        quiet = ["-q", "--tb=short", "--disable-warnings", "-o", "addopts=", "-p", "no:cacheprovider", "--noconftest"]
         settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
         settings.load_profile("repeatable")  # before the tests are imported
         with mock.patch.object(self.kernel_class, "dispatch", observed):

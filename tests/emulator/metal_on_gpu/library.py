@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import torch
 from tests.emulator.metal_on_cpu import Counters, ExecutionError, Finding, Report
 from tests.emulator.metal_on_gpu import ptx
 from tests.emulator.metal_on_gpu.driver import driver
+from tests.kernels.launch_plan import Kernels, Launch
+from tests.kernels.row_plan import RowKernels
 
 GUARD = 256  # bytes of 0xFF on both sides of every buffer: what a kernel writes there is an overrun
 NOTHING_COUNTED = Counters([0] * 31, [0] * 31, *[0] * 6)
@@ -41,6 +43,16 @@ def write(path: Path, modules: Iterable[tuple[str, str, ptx.Module]]) -> None:
                 archive.writestr(name, module.code)
                 index[name] = {host_name: dataclasses.asdict(found) for host_name, found in module.kernels.items()}
         archive.writestr("index.json", json.dumps(index))
+
+
+@dataclasses.dataclass
+class Dispatches(Kernels, RowKernels):
+    """The kernels as their plans launch them on `gpu_cores`; each launch and all its arguments go to `run`."""
+
+    run: Callable[[Launch, list[torch.Tensor | bytes | None]], None] = lambda *_: None
+
+    def _dispatch(self, launch: Launch, tensors: Sequence[torch.Tensor | bytes | None]) -> None:
+        self.run(launch, [*tensors, *launch.constants()])
 
 
 class Kernel:
@@ -116,11 +128,17 @@ class Modules:
         self.index = json.loads(self.archive.read("index.json"))
         self.kernel = cache(self._kernel)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.index)
-
     def entry(self, source: str, name: str, variant: str = "exact") -> ptx.Kernel:
         return ptx.Kernel(**self.index[key(source, variant)][name])
+
+    def registers(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """By build and kernel, and the bytes of local memory: what ptxas gives a thread."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, kernels in self.index.items():
+            for host_name, kernel in kernels.items():
+                variant = found.setdefault(name.partition("/")[0], {})
+                variant[host_name] = kernel["registers"], kernel["local_bytes"]
+        return found
 
     def _kernel(self, source: str, name: str, variant: str = "exact") -> Kernel:
         return Kernel(self.archive.read(key(source, variant)), name, self.entry(source, name, variant))

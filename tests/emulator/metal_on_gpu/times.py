@@ -16,23 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.emulator.metal_on_gpu.driver import driver
-from tests.emulator.metal_on_gpu.library import Modules
-from tests.kernels.launch_plan import Kernels, Launch, Launcher
-from tests.kernels.row_plan import RowKernels
+from tests.emulator.metal_on_gpu.library import Dispatches, Modules
+from tests.kernels.launch_plan import Launch
 
 LABEL = "Metal source on an NVIDIA GPU, not Apple"
 HALF, SCALING, EPS = torch.float16, 0.5, 1e-6
 Operands = SimpleNamespace
 
 
-@dataclasses.dataclass
-class Gathered(Kernels, RowKernels):
-    """Plans for `gpu_cores` and launches nothing: the dispatches, each with its arguments."""
-
-    dispatches: list[tuple[Launch, Sequence[Tensor | bytes | None]]] = dataclasses.field(default_factory=list)
-
-    def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | bytes | None]) -> None:
-        self.dispatches.append((launch, tensors))
+Planned = list[tuple[Launch, list[Tensor | bytes | None]]]  # dispatches, each with its arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Case:
     kernel: str
     shape: str
     make: Callable[[], Operands]
-    ours: Callable[[Gathered, Operands], Tensor | None]
+    ours: Callable[[Dispatches, Operands], Tensor | None]
     exact: Callable[[Operands], Tensor]
     peers: Mapping[str, Callable[[Operands], object]]
     moved: Sequence[str]  # operands, each once; one that is read and written stands twice
@@ -89,7 +81,7 @@ def decode(M: int, K: int, N: int, r: int) -> Case:
 
 
 def delta(M: int, K: int, N: int, r: int) -> Case:
-    def ours(kernels: Gathered, o: Operands) -> Tensor:
+    def ours(kernels: Dispatches, o: Operands) -> Tensor:
         kernels.delta(o.y, o.x, o.A, o.B, SCALING)
         return o.y
 
@@ -194,27 +186,28 @@ CASES = [
 ]
 
 
-def plan(case: Case, operands: Operands, gpu_cores: int) -> tuple[Gathered, Tensor | None]:
-    kernels = Gathered(gpu_cores)
-    return kernels, case.ours(kernels, operands)
+def plan(case: Case, operands: Operands, gpu_cores: int) -> tuple[Planned, Tensor | None]:
+    """What is to be launched, and where the result will be."""
+    planned: Planned = []
+    result = case.ours(Dispatches(gpu_cores, run=lambda *dispatch: planned.append(dispatch)), operands)
+    return planned, result
 
 
 def sources(cores: Sequence[int]) -> set[str]:
     """Of all that is launched for GPUs of these cores."""
     with torch.device("meta"):
         planned = [plan(case, case.make(), count)[0] for case in CASES for count in cores]
-    return {launch.source.decode() for kernels in planned for launch, _ in kernels.dispatches}
+    return {launch.source.decode() for dispatches in planned for launch, _ in dispatches}
 
 
-def launcher(kernels: Launcher, modules: Modules, variant: str) -> Callable[[], None]:
+def launcher(planned: Planned, modules: Modules, variant: str) -> Callable[[], None]:
     """What launches them on torch's current stream."""
     prepared = []
-    for launch, arguments in kernels.dispatches:
+    for launch, arguments in planned:
         kernel = modules.kernel(launch.source.decode(), launch.kernel.decode(), variant)
-        words = [launch.words[i].to_bytes(8, "little") for i in range(launch.word_count)]
         slots = [
             value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else kernel.slot(index, value)
-            for index, value in enumerate((*arguments, *words))
+            for index, value in enumerate(arguments)
         ]
         prepared.append((kernel.function, kernel.groups(launch.threads, launch.group), list(launch.group), slots))
 
@@ -248,9 +241,10 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = 11) -> fl
 
 
 def copy_bandwidth() -> float:
-    """GB/s, of what is read and written."""
-    halves = torch.randn(2, 1 << 28)
-    return halves.nbytes / microseconds([lambda: halves[0].copy_(halves[1])] * 4) / 1e3
+    """GB/s, of what is read and written, by the faster of the driver's copy and a kernel of torch's."""
+    target, source = torch.randn(2, 1 << 28)
+    ways = (lambda: target.copy_(source)), (lambda: torch.neg(source, out=target))
+    return 2 * source.nbytes / min(microseconds([way] * 4) for way in ways) / 1e3
 
 
 def measure(modules: Modules) -> dict[str, object]:
@@ -279,12 +273,12 @@ def measure_case(case: Case, modules: Modules, cores: int, cache: int, copy: flo
     found: dict[str, object] = {"kernel": case.kernel, "shape": case.shape, "bytes": moved, "sets": len(operands)}
     for column, variant, count in (("us", "fast", cores), ("us_for_40_cores", "fast", 40), ("us_fma", "fma", cores)):
         planned = [plan(case, o, count) for o in operands]
-        calls = [launcher(kernels, modules, variant) for kernels, _ in planned]
+        calls = [launcher(dispatches, modules, variant) for dispatches, _ in planned]
         if column == "us":
             calls[0]()
             error = (planned[0][1].double() - exact).norm() / exact.norm()
             found["relative_error"] = float(f"{float(error):.2g}")
-            found["launches"] = [describe(launch, modules, variant) for launch, _ in planned[0][0].dispatches]
+            found["launches"] = [describe(launch, modules, variant) for launch, _ in planned[0][0]]
         found[column] = round(microseconds(calls), 2)
     found["share_of_copy_bandwidth"] = round(moved / found["us"] / 1e3 / copy, 4)
     found["torch_us"] = {
