@@ -76,7 +76,7 @@ def trial(attempt: Attempt, kernels: Dispatches) -> str:
     except ExecutionError as error:
         return str(error).partition(": ")[2].partition(" (")[0]
     except AssertionError as error:
-        return f"wrong numbers {str(error).partition(';')[0]}".strip()
+        return f"wrong numbers: {str(error).splitlines()[0].partition(';')[0]}" if str(error) else "wrong numbers"
     return ""
 
 
