@@ -17,10 +17,12 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import inspect
+import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -140,7 +142,7 @@ def count(launch: Launch, arguments: Sequence[Tensor | bytes | None]) -> Counts:
     shapes = [(value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value for value in arguments]
     parts = [source, kernel, repr(shapes), repr((list(launch.threads), list(launch.group))), str(runtime())]
     name = hashlib.sha256(kernel.encode()).hexdigest()[:8]
-    found = json.loads(cached(f"counts-{name}", [*parts, Path(__file__).read_text()], ".json", make).read_text())
+    found = json.loads(cached(f"counts-{name}", [*parts, inspect.getsource(count)], ".json", make).read_text())
     return Counts(kernel=kernel, threadgroups=groups, threads=launch.group[0], **found)
 
 
@@ -189,64 +191,105 @@ def check() -> int:
 
 # ---------------------------------------------------------------------------------------------------- layers on Macs
 
-TOKENS = 1, 4, 8, 16, 32, 128, 512, 2048, 8192
+TOKENS = 1, 2, 4, 8, 16, 32, 128, 512, 2048, 8192
 RANKS = 8, 16, 64
 MACS = "M1", "M1 Max", "M3 Ultra", "M4", "M4 Max"
+FFMA = 102  # of 128 a core and cycle, that matrix products reach: metal-benchmarks
 
 
-def products(chip: Chip, *launches: tuple[float, float]) -> float:
-    """Peers' launches, (elements moved, multiplications) each, at their best: all cores busy, no chain."""
-    rate = chip.cores * 102 * chip.ghz * 1e3
-    return sum(chip.launch_us + max(chip.bandwidth_us(2 * n), flops / rate) for n, flops in launches)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """N x N, of rank r, on M tokens, fp16. Peers are charged their best case: their dispatches' bytes and
+    multiplications with all cores busy, no chain. So is the base product, which is torch's for all but lora_decode."""
 
+    chip: Chip
+    M: int
+    N: int
+    r: int
 
-def forward(chip: Chip, M: int, N: int, r: int) -> dict[str, float]:
-    """Microseconds of an N x N layer's forward on M tokens, fp16, by who computes it."""
-    operands = {name: torch.zeros(size, dtype=HALF) for name, size in (("x", (M, N)), ("A", (r, N)), ("B", (N, r)))}
-    x, A, B = operands.values()
-    base, down, up = (
-        (M * N * 2 + N * N, M * N * N),
-        (M * N + r * N + M * r, M * r * N),
-        (M * r + r * N + M * N, M * r * N),
-    )
-    linear = products(chip, base)
-    if M <= 8:
-        weight = torch.zeros(N, N, dtype=HALF)
-        ours = counts(int(chip.cores), lambda kernels: kernels.decode(x, weight, None, A, B, 1.0))
-    else:
-        ours = counts(int(chip.cores), lambda kernels: kernels.delta(torch.zeros(M, N, dtype=HALF), x, A, B, 1.0))
-    return {
-        "linear": linear,
-        "ours": sum(found.microseconds(chip) for found in ours) + (linear if M > 8 else 0),
-        "composition": linear + products(chip, down, (up[0] + M * N, up[1])),  # linear, mm, addmm_
-        "MLX": linear + products(chip, down, up, (3 * M * N, 0)),
-        "PEFT": linear + products(chip, down, up, (2 * M * N, 0), (3 * M * N, 0)),
-    }
+    def peers(self, *dispatches: tuple[float, float]) -> float:
+        """(elements moved, multiplications) each."""
+        rate = self.chip.cores * FFMA * self.chip.ghz * 1e3
+        return sum(
+            self.chip.launch_us + max(self.chip.bandwidth_us(HALF.itemsize * moved), multiplied / rate)
+            for moved, multiplied in dispatches
+        )
+
+    def product(self, rows: int, inner: int, columns: int, also_read: float = 0) -> tuple[float, float]:
+        return rows * inner + inner * columns + rows * columns + also_read, rows * inner * columns
+
+    def ours(self, launch_all: Callable[[Dispatches, Sequence[Tensor]], object]) -> float:
+        M, N, r = self.M, self.N, self.r
+        operands = [torch.zeros(shape, dtype=HALF) for shape in ((M, N), (N, N), (r, N), (N, r), (M, N), (M, r))]
+        found = counts(int(self.chip.cores), lambda kernels: launch_all(kernels, operands))
+        return sum(launch.microseconds(self.chip) for launch in found)
+
+    def forward(self) -> dict[str, float]:
+        M, N, r = self.M, self.N, self.r
+        linear, down, up = self.product(M, N, N), self.product(M, N, r), self.product(M, r, N)
+        if M <= 8:
+            ours = self.ours(lambda kernels, o: kernels.decode(o[0], o[1], None, o[2], o[3], 1.0))
+        else:
+            ours = self.peers(linear) + self.ours(lambda kernels, o: kernels.delta(o[4], o[0], o[2], o[3], 1.0))
+        return {
+            "linear": self.peers(linear),
+            "ours": ours,
+            "composition": self.peers(linear, down, self.product(M, r, N, M * N)),  # linear, mm, addmm_
+            "MLX": self.peers(linear, down, up, (3 * M * N, 0)),
+            "PEFT": self.peers(linear, down, up, (2 * M * N, 0), (3 * M * N, 0)),
+        }
+
+    def training(self) -> dict[str, float]:
+        """Forward and backward, all gradients but the weight's."""
+        M, N, r = self.M, self.N, self.r
+        linear, down, up = self.product(M, N, N), self.product(M, N, r), self.product(M, r, N)
+        gradient = self.product(r, M, N)  # of A or B
+
+        def backward(kernels: Dispatches, o: Sequence[Tensor]) -> None:
+            kernels.delta_dx(o[4], o[0], o[2], o[3], 1.0, save_z=True)
+            kernels.grad(o[0], o[5], o[4], o[5], o[2], o[3], 1.0)
+
+        composition = self.peers(linear, down, self.product(M, r, N, M * N), gradient, gradient)
+        separate = self.peers(linear, down, gradient, up, gradient, (3 * M * N, 0))
+        more = {"linear": self.peers(linear), "ours": self.peers(linear) + self.ours(backward)}
+        more |= {"composition": composition, "MLX": separate, "PEFT": separate + self.peers((2 * M * N, 0))}
+        return {who: us + more[who] for who, us in self.forward().items()}
 
 
 def report(N: int, plot: Path | None) -> None:
-    found = {(name, r): {M: forward(chips()[name], M, N, r) for M in TOKENS} for name in MACS for r in RANKS}
-    for (name, r), by_tokens in found.items():
-        print(f"\nModelled, not measured: forward of a {N} x {N} layer, rank {r}, fp16, on {name}, microseconds")
-        columns = list(by_tokens[1])
-        print(f"{'tokens':>8}" + "".join(f"{column:>13}" for column in columns))
-        for M, by_who in by_tokens.items():
-            print(f"{M:8}" + "".join(f"{by_who[column]:13.0f}" for column in columns))
+    found = {}
+    for what in ("forward", "training"):
+        for name, r in itertools.product(MACS, RANKS):
+            by_tokens = {M: getattr(Layer(chips()[name], M, N, r), what)() for M in TOKENS}
+            found[what, name, r] = by_tokens
+            print(f"\nModelled, not measured: {what}, {N} x {N}, rank {r}, fp16, on {name}, microseconds")
+            print(f"{'tokens':>8}" + "".join(f"{who:>13}" for who in by_tokens[1]))
+            for M, by_who in by_tokens.items():
+                print(f"{M:8}" + "".join(f"{us:13.0f}" for us in by_who.values()))
     if plot:
         draw(found, N, plot)
 
 
-def draw(found: dict[tuple[str, int], dict[int, dict[str, float]]], N: int, path: Path) -> None:
+def draw(found: Mapping[tuple[str, str, int], Mapping[int, Mapping[str, float]]], N: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(RANKS), 3 * len(MACS)), layout="constrained")
-    axes = figure.subplots(len(MACS), len(RANKS), sharex=True)
-    for plane, ((name, r), by_tokens) in zip(axes.flat, found.items(), strict=True):
+    figure = Figure(figsize=(3 * len(MACS), 2.5 * 2 * len(RANKS)), layout="constrained")
+    axes = figure.subplots(2 * len(RANKS), len(MACS), sharex=True, sharey=True)
+    planes = {
+        (what, name, r): axes[i][MACS.index(name)]
+        for i, (what, r) in enumerate(itertools.product(("forward", "training"), RANKS))
+        for name in MACS
+    }
+    for (what, name, r), by_tokens in found.items():
+        plane = planes[what, name, r]
         for who in by_tokens[1]:
-            plane.loglog(by_tokens.keys(), [by_who[who] for by_who in by_tokens.values()], label=who, base=2)
-        plane.set(title=f"{name}, rank {r}", xlabel="tokens", ylabel="us")
-    axes.flat[0].legend()
-    figure.suptitle(f"Modelled, not measured: forward of a {N} x {N} LoRA layer, fp16")
+            ratios = [by_who[who] / by_who["linear"] for by_who in by_tokens.values()]
+            plane.loglog(list(by_tokens), ratios, base=2, label=who, linewidth=2 if who == "ours" else 1)
+        plane.set_title(f"{what}, rank {r}, {name}", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    figure.supxlabel("tokens")
+    figure.supylabel("time over that of the linear layer alone")
+    figure.suptitle(f"Modelled, not measured: a {N} x {N} LoRA layer, fp16")
     figure.savefig(path)
 
 
