@@ -4,12 +4,15 @@ is such a GPU: python -m tests.emulator.metal_on_gpu."""
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Mapping
 
 import pytest
 import torch
 
+from tests import ROOT
 from tests.emulator.metal_on_gpu import library, ptx, times
+from tests.emulator.metal_on_gpu.__main__ import wrong
 from tests.kernels.launch_plan import Launch
 from tests.kernels.row_plan import RowKernels
 
@@ -67,6 +70,18 @@ def test_what_a_module_says_of_its_kernel():
     kernel = ptx.build(REVERSE).kernels["reverse"]
     assert (kernel.constants, kernel.written, kernel.max_total_threads) == ([2], [1], 64)
     assert kernel.shared_bytes == 4 * 64
+
+
+def test_what_is_wrong_in_the_results():
+    found = json.loads((ROOT / "docs" / "metal_on_an_nvidia_gpu.json").read_text())
+    assert wrong(found) == []
+    found["tests"]["tests"]["failed"] = 1
+    found["tests"]["lora_grad"]["other bits"] = 2
+    found["faults"]["clean 0"] = "wrong numbers"
+    found["compute-sanitizer"]["racecheck"]["faults"].remove("one buffer for two sums")
+    found["compute-sanitizer"]["memcheck"]["clean kernels"].append("softmax")
+    found["times"]["cases"][0]["relative_error"] = float("nan")
+    assert len(wrong(found)) == 6
 
 
 def test_on_a_gpu(families):

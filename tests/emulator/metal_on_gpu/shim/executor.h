@@ -75,7 +75,8 @@ vec<D, 2> multiply_accumulate(vec<A, 2> a, vec<B, 2> b, vec<C, 2> c) {
   return __builtin_convertvector(sum, vec<D, 2>);
 }
 
-// What launch.h knows of a state. Bit i of `constants`: buffer i is in the arguments themselves. Threadgroups are full.
+// What launch.h knows of a thread. Bit i of `constants`: buffer i is in the arguments themselves. Threadgroups are
+// full.
 template <uint constants> ExecutorThread thread_of(const KernelArguments& arguments) {
   ExecutorThread state;
   for (uint i = 0; i < executor_buffers; ++i) {
