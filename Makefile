@@ -11,9 +11,10 @@ test:  ## every test
 tiny:  ## the whole product in ten seconds
 	pytest tests/test_tiny.py
 
-kernels:  ## what optimisers make of every Metal kernel, and the bytes each moves
+kernels:  ## what optimisers make of every Metal kernel, the bytes each moves, and the model of time against an H100
 	python -m tests.kernels.kernel_code
 	python -m tests.kernels.traffic
+	python -m tests.kernels.time_model --check
 
 lint:  ## ruff, mypy and clang-format, as pre-commit runs them
 	ruff check .

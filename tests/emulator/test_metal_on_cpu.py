@@ -296,6 +296,36 @@ def test_counters_are_exact():
     assert counters.threadgroup_bytes == 33 * 4
 
 
+CHAIN = """
+[[kernel]] void chain(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                      constant uint& passes [[buffer(2)]], uint t [[thread_index_in_threadgroup]],
+                      uint group [[threadgroup_position_in_grid]],
+                      ushort simdgroup [[simdgroup_index_in_threadgroup]]) {
+    threadgroup float shared[64];
+    simdgroup_float8x8 a = make_filled_simdgroup_matrix<float, 8, 8>(1.0f), b = a, sum = a;
+    float total = 0;
+    for (uint i = 0; i < passes; ++i) total += x[t + i] + x[t + 64 + i];
+    for (uint i = 0; i < 3 * simdgroup; ++i) simdgroup_multiply_accumulate(sum, a, b, sum);
+    shared[t] = simd_sum(total) + sum.thread_elements()[0];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[group * 64 + t] = shared[63 - t] + (group == 1 ? x[t] : 0.0f);
+}
+"""
+
+
+def test_the_longest_chain():
+    """Loads of one pass of a loop are one step, a barrier ends it; of the threadgroup and simdgroup that have most."""
+    x, y, passes = torch.randn(200), torch.full((3, 64), torch.nan), struct.pack("I", 5)
+    k = moc.compile(HEADER + CHAIN)["chain"]
+    counters = run(k, 3 * 64, x, y, passes, group=64, trace=True).counters
+    assert (counters.longest_steps, counters.longest_multiplies, counters.longest_collectives) == (5 + 1, 3, 1)
+    assert counters.threadgroup_accessed == 3 * 64 * 2 * 4
+    y.fill_(torch.nan)
+    counters = run(k, 3 * 64, x, y, passes, group=64, trace=True, most_groups=1).counters
+    assert (counters.threadgroups, counters.longest_steps) == (1, 5)
+    assert y.isnan().all(1).tolist() == [False, True, True]
+
+
 def test_load_and_store_of_one_element_both_count():
     k = kernel("device float* y, uint i [[thread_position_in_grid]]", "y[i] += 1;")
     counters = run(k, 32, torch.zeros(32), trace=True).counters

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import runpy
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -100,18 +101,26 @@ class Launch(ctypes.Structure):
         ("words", ctypes.c_uint64 * 12),
     ]
 
+    def constants(self) -> list[bytes]:
+        """What the buffers behind the kernel's tensors get."""
+        return [self.words[i].to_bytes(8, "little") for i in range(self.word_count)]
 
-@functools.cache
-def library() -> ctypes.CDLL:
+
+def build() -> Path:
     """The C++ of csrc/plan/, with the sources of metal/ embedded as setup.py embeds them, and plan_by_index.cpp."""
     sources = ROOT / "build" / "tests" / "metal_sources.cpp"
     embed(ROOT / "metal", sources)
     flags = ["-std=c++20", f"-I{ROOT / 'metal'}", f"-I{ROOT / 'csrc' / 'plan'}"]  # their headers count for the cache
     adapter = Path(__file__).with_name("plan_by_index.cpp")
-    path = metal_on_cpu.build_shared(
+    return metal_on_cpu.build_shared(
         [*sorted((ROOT / "csrc/plan").glob("*.cpp")), adapter, sources], "launch_plan", flags
     )
-    plan = ctypes.CDLL(str(path))
+
+
+@functools.cache
+def library(path: Path | None = None) -> ctypes.CDLL:
+    """The plan as ``build`` has it, or built elsewhere."""
+    plan = ctypes.CDLL(str(path or build()))
     plan.override_plans.restype = ctypes.c_char_p
     return plan
 
@@ -167,9 +176,12 @@ class Launcher:
     def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
         assert len(tensors) == launch.tensors
         kernel = metal_on_cpu.compile(launch.source.decode())[launch.kernel.decode()]
-        words = [launch.words[i].to_bytes(8, "little") for i in range(launch.word_count)]
         report = kernel.dispatch(
-            threads=launch.threads, group=launch.group, arguments=[*tensors, *words], trace=self.trace, order=self.order
+            threads=launch.threads,
+            group=launch.group,
+            arguments=[*tensors, *launch.constants()],
+            trace=self.trace,
+            order=self.order,
         )
         self.runs.append((launch.kernel.decode(), report))
 
@@ -256,7 +268,7 @@ def fresh(like: Tensor, *shape: int) -> Tensor:
 
 
 def scalar(value: float) -> bytes:
-    return torch.tensor(value, dtype=torch.float32).numpy().tobytes()
+    return struct.pack("<f", value)
 
 
 def seed_tensor(seed: int) -> bytes:

@@ -1,15 +1,14 @@
-"""What the kernels move, and what that would cost: ``python -m tests.kernels.traffic``.
+"""What the kernels move: ``python -m tests.kernels.traffic``.
 
-Counted: bytes that the executor saw a dispatch request, by operand, beside the least possible (each operand once).
-Modelled: a roofline over the same formulas, for shapes too large to execute here. test_traffic.py holds the formulas
-to the counts, byte for byte. Nothing here was measured on Apple hardware.
+Counted: bytes that the executor saw a dispatch request, by operand, beside the least possible (each operand once). The
+same follows from the launches by formulas, also for shapes too large to execute here; test_traffic.py holds them to the
+counts, byte for byte. What time that makes: time_model.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import torch
 from rich.console import Console
@@ -172,73 +171,6 @@ def least(case: Case | RowCase, moved: Moved) -> int:
     return sum(case.bytes(name) * ((loaded > 0) + (stored > 0)) for name, (loaded, stored) in moved.items())
 
 
-# ------------------------------------------------------------------------------------------------------- roofline
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """fp32 TFLOP/s, GB/s and cores, from public tables (docs: facts the project started from); not measured here."""
-
-    name: str
-    tflops: float
-    bandwidth: float
-    cores: int
-
-
-CHIPS = (
-    Chip("M1", 2.6, 68, 8),
-    Chip("M1 Max", 10.6, 410, 32),
-    Chip("M2", 3.6, 102, 10),
-    Chip("M2 Max", 13.6, 410, 38),
-    Chip("M4", 3.6, 120, 10),
-    Chip("M4 Max", 13.7, 546, 40),
-)
-LAUNCH_US = 3.0  # GPU time of a serial dispatch: 2 to 5 us in the sources
-MATRIX_SHARE = 0.8  # of peak that 8x8 simdgroup multiplies reach, in the sources
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One dispatch: bytes moved and FLOPs."""
-
-    bytes: float
-    flops: float = 0.0
-
-    def microseconds(self, chip: Chip) -> float:
-        memory = self.bytes / chip.bandwidth / 1e3
-        compute = self.flops / (chip.tflops * MATRIX_SHARE) / 1e6
-        return LAUNCH_US + max(memory, compute)
-
-
-def forward_steps(case: Case) -> dict[str, list[Step]]:
-    """The dispatches of one adapted layer's forward, without dropout, by who computes it.
-
-    What a dispatch reads again is small (A, B, few rows of x) and charged nothing, as if the cache held it; "uncached"
-    charges every request to memory. What lies between two dispatches is always charged.
-    """
-    M, K, N, r = case.M, case.K, case.N, case.r
-    x, y, W, A, B = (case.bytes(name) for name in ("x", "y", "weight", "lora_A", "lora_B"))
-    low_rank = 2 * M * r * (K + N)
-    base = Step(x + W + y, 2 * M * K * N)
-    moved = model_decode(case) if M <= 8 else model_delta(case)
-    before, flops = ([], base.flops + low_rank) if M <= 8 else ([base], low_rank)
-    ours, uncached = ([*before, Step(count(case, moved), flops)] for count in (least, total))
-    wide = case.adapter_dtype.itemsize // case.dtype.itemsize  # PEFT converts x up and the result down again
-    x_wide, y_wide, h = x * wide, y * wide, case.bytes("h")
-    peft = [base] + ([Step(x + x_wide)] if wide > 1 else [])
-    peft += [Step(x_wide + A + h, 2 * M * r * K), Step(h + B + y_wide, 2 * M * r * N)]
-    peft += [Step(2 * y_wide), Step(y + 2 * y_wide)] + ([Step(y_wide + y)] if wide > 1 else [])
-    mlx = [base, Step(x + A + h, 2 * M * r * K), Step(h + B + y, 2 * M * r * N), Step(3 * y)]
-    return {"plain linear": [base], "ours": ours, "ours, uncached": uncached, "PEFT": peft, "MLX": mlx}
-
-
-def predictions(case: Case) -> Iterator[tuple[Chip, dict[str, float]]]:
-    """Modelled microseconds of a forward."""
-    for chip in CHIPS:
-        steps = forward_steps(dataclasses.replace(case, gpu_cores=chip.cores))
-        yield chip, {who: sum(step.microseconds(chip) for step in found) for who, found in steps.items()}
-
-
 # ------------------------------------------------------------------------------------------------- kernels on rows
 
 
@@ -343,13 +275,6 @@ COUNTED_ROWS = [
     RowCase(512, 4096, torch.bfloat16, torch.float32, 4),
     RowCase(32, 8192),
 ]
-MODELLED = (
-    Case(1, 4096, 4096, 16),
-    Case(1, 4096, 4096, 16, adapter_dtype=torch.float32),
-    Case(512, 1024, 1024, 16, torch.float32, torch.float32),
-    Case(4096, 4096, 4096, 16, adapter_dtype=torch.float32),
-    Case(8192, 4096, 4096, 64),
-)
 
 
 def main() -> None:
@@ -366,13 +291,6 @@ def main() -> None:
         parts = [f"{name} {(loaded + stored) / units[name]:.4g}" for name, (loaded, stored) in moved.items()]
         table.add_row(kernel, str(case), ", ".join(parts), f"{total(case, moved) / least(case, moved):.3f}")
     console.print(table)
-    for case in MODELLED:
-        table = Table(title=f"Modelled, not measured: microseconds of a forward, {case}")
-        for column in ("chip", "plain linear", "ours", "ours, uncached", "PEFT", "MLX"):
-            table.add_column(column, justify="left" if column == "chip" else "right")
-        for chip, times in predictions(case):
-            table.add_row(chip.name, *(f"{value:.0f}" for value in times.values()))
-        console.print(table)
 
 
 if __name__ == "__main__":

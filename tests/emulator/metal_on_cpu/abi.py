@@ -28,7 +28,14 @@ class Buffer(ctypes.Structure):
 
 class Dispatch(ctypes.Structure):
     _fields_ = [
-        *[("launch", ctypes.c_void_p), ("threads", u32 * 3), ("group", u32 * 3), ("order", u32), ("trace", u32)],
+        *[
+            ("launch", ctypes.c_void_p),
+            ("threads", u32 * 3),
+            ("group", u32 * 3),
+            ("order", u32),
+            ("most_groups", u32),
+            ("trace", u32),
+        ],
         ("buffers", Buffer * BUFFERS),
     ]
 
@@ -45,6 +52,10 @@ class RawReport(ctypes.Structure):
     _fields_ = [
         *[("loaded", u64 * BUFFERS), ("stored", u64 * BUFFERS), ("constant_loaded", u64), ("barriers", u64)],
         *[("simdgroup_barriers", u64), ("matrix_multiplies", u64), ("threadgroups", u64), ("threadgroup_bytes", u64)],
+        *[
+            (name, u64)
+            for name in ("threadgroup_accessed", "longest_steps", "longest_multiplies", "longest_collectives")
+        ],
         *[("complete", u32), ("finding_count", u32), ("findings", RawFinding * MAX_FINDINGS)],
     ]
 

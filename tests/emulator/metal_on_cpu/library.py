@@ -78,6 +78,7 @@ class Kernel:
         arguments: Sequence[torch.Tensor | bytes | None],
         trace: bool = False,
         order: str = "forward",
+        most_groups: int = 0,
     ) -> Report:
         """Run the kernel as ``dispatchThreads:threadsPerThreadgroup:`` would, and return its counters and findings.
 
@@ -87,6 +88,7 @@ class Kernel:
             arguments: by buffer index. A CPU tensor is bound from its first element to the end of its storage and
                 written in place; bytes are a constant (``setBytes``); None leaves the index unbound.
             trace: run instrumented, with shadow memory: findings are returned, not raised.
+            most_groups: run no more threadgroups than so many, the first in order; 0: all.
             order: in which lanes, simdgroups and threadgroups take turns: forward, reverse or permuted.
 
         Raises:
@@ -98,7 +100,7 @@ class Kernel:
         if order not in abi.ORDERS:
             raise ValueError(f"order is one of {', '.join(abi.ORDERS)}, not {order!r}")
         path, library = self.source.traced if trace else self.source.fast
-        request = abi.Dispatch(order=abi.ORDERS[order], trace=trace, threads=grid, group=size)
+        request = abi.Dispatch(order=abi.ORDERS[order], most_groups=most_groups, trace=trace, threads=grid, group=size)
         request.launch = ctypes.cast(library[self.entry.symbol], ctypes.c_void_p).value
         kept = self.bind(request, arguments)
         raw = abi.RawReport()

@@ -40,6 +40,10 @@ class Counters:
     matrix_multiplies: int
     threadgroups: int
     threadgroup_bytes: int
+    threadgroup_accessed: int  # bytes requested, in trace mode
+    longest_steps: int  # of the threadgroup that has most, with loads that wait for each other, in trace mode
+    longest_multiplies: int  # and of the simdgroup
+    longest_collectives: int  # all other simd operations
 
 
 @dataclass(frozen=True)

@@ -354,13 +354,16 @@ class Rewriter(TokenStream):
         symbol = f"metal_kernel_{len(self.result.entries)}"
         line = self.tokens[position].line
         self.result.entries[host_name] = Entry(symbol, sorted(kernel.arguments, key=lambda a: a.index), line)
-        sources = ", ".join(kernel.sources)
         pointers = ' _Pragma("OPENCL EXTENSION __cl_clang_function_pointers : {}")'
+        launcher = self.launcher_text(kernel, function, limit, symbol, host_name)
+        return f"{pointers.format('enable')} {launcher} {pointers.format('disable')}"
+
+    def launcher_text(self, kernel: Kernel, function: str, limit: str, symbol: str, host_name: str) -> str:
+        """The functions that a library exports for one kernel; another executor has others."""
+        sources = ", ".join(kernel.sources)
         return (
-            f"{pointers.format('enable')}"
-            f' extern "C" void {symbol}(const ExecutorThread* t)'
+            f'extern "C" void {symbol}(const ExecutorThread* t)'
             f" {{ metal::executor::launch<{sources}>({function}, t); }}"
             f' extern "C" uint {symbol}_describe(ExecutorParameter* p)'
             f" {{ metal::executor::describe_all<{sources}>({function}, p); return {limit}::value; }}"
-            f"{pointers.format('disable')}"
         )

@@ -49,6 +49,7 @@ class Counters:
     allocations: int
     live_buffers: int
     live_bytes: int
+    peak_bytes: int  # live at once, since the last reset
 
 
 def counters() -> Counters:

@@ -28,6 +28,7 @@ struct ExecutorDispatch {
   void (*launch)(const struct ExecutorThread*);
   uint32_t threads[3], group[3];
   uint32_t order;  // ExecutorOrder of lanes, of simdgroups and of threadgroups
+  uint32_t most_groups;  // run no more threadgroups than so many, the first in order; 0: all
   uint32_t trace;  // the kernel was compiled with instrumentation: keep shadow memory
   struct ExecutorBuffer buffers[executor_buffers];
 };
@@ -72,6 +73,10 @@ struct ExecutorReport {
   uint64_t constant_loaded;  // trace: bytes requested from constant buffers
   uint64_t barriers, simdgroup_barriers, matrix_multiplies, threadgroups;
   uint64_t threadgroup_bytes;
+  uint64_t threadgroup_accessed;  // trace: bytes requested from threadgroup memory
+  // Of the threadgroup and of the simdgroup that have most: steps that wait for loads (trace; see Chain), matrix
+  // multiplies, and other simd operations.
+  uint64_t longest_steps, longest_multiplies, longest_collectives;
   uint32_t complete;  // every threadgroup ran to its end
   uint32_t finding_count;
   struct ExecutorFinding findings[executor_max_findings];

@@ -125,6 +125,7 @@ void complete_collective(uint32_t base, uint32_t size) {
   for (uint32_t lane = 0; lane < size; ++lane) frames[lane] = fibers[base + lane].frame;
   fibers[base].complete(frames);
   running.report->matrix_multiplies += fibers[base].is_matrix_multiply;
+  running.chain.collective(base / executor_simd_width, fibers[base].is_matrix_multiply);
 }
 
 // Runs a simdgroup until its lanes wait at a threadgroup barrier or have ended. False: the lanes diverged.
@@ -172,6 +173,7 @@ bool run_threadgroup(uint32_t threads) {
         return false;
       }
     }
+    running.chain.barrier();
     if (fibers[0].wait == Wait::end) return true;
     ++running.report->barriers;
     if (fibers[0].flags & 1) advance(running.device_clock, running.device_step);
@@ -233,7 +235,8 @@ bool run_grid(void* const* buffers) {
   uint32_t groups[3];
   for (int d = 0; d < 3; ++d) groups[d] = (request.threads[d] + request.group[d] - 1) / request.group[d];
   const uint32_t count = groups[0] * groups[1] * groups[2];
-  for (uint32_t i = 0; i < count; ++i) {
+  const uint32_t running_count = request.most_groups ? std::min(count, request.most_groups) : count;
+  for (uint32_t i = 0; i < running_count; ++i) {
     const uint32_t index = ordered_group(i, count, request.order);
     const uint32_t group[3] = {index % groups[0], index / groups[0] % groups[1], index / groups[0] / groups[1]};
     running.threadgroup.poison();
@@ -247,11 +250,16 @@ bool run_grid(void* const* buffers) {
       running.first_epoch_groups[i] = index;
     }
     running.groups_started = i + 1;
+    running.chain.start_threadgroup();
     const ExecutorThread& first = fibers[0].thread;
     uint32_t threads = 1;
     for (int d = 0; d < 3; ++d) threads *= first.ids[threads_per_threadgroup + d - executor_first_id];
     if (!run_threadgroup(threads)) return false;
-    ++running.report->threadgroups;
+    ExecutorReport& report = *running.report;
+    ++report.threadgroups;
+    report.longest_steps = std::max(report.longest_steps, running.chain.steps);
+    report.longest_multiplies = std::max(report.longest_multiplies, running.chain.multiplies());
+    report.longest_collectives = std::max(report.longest_collectives, running.chain.collectives());
   }
   return true;
 }

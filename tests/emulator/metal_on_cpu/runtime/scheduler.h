@@ -1,6 +1,7 @@
 // The running dispatch, as the scheduler and the instrumentation's callbacks share it.
 #pragma once
 
+#include "chain.h"
 #include "constants.h"
 #include "executor.h"
 #include "memory.h"
@@ -15,6 +16,7 @@ struct Dispatch {
   ExecutorReport* report;
   DeviceMemory device;
   ThreadgroupMemory threadgroup;
+  Chain chain;
   Constants constants;              // trace: of the kernel's library
   Clock device_clock, threadgroup_clock;
   uint32_t group[3];

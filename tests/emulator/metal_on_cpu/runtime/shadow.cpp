@@ -153,6 +153,9 @@ void check_device(uintptr_t address, size_t size, Access access, const void* pc)
   ExecutorReport& report = *running.report;
   (region->constant ? report.constant_loaded
                     : (access == Access::load ? report.loaded : report.stored)[region->index]) += size;
+  if (access == Access::load && !region->constant && running.thread_index % executor_simd_width == 0) {
+    running.chain.load(running.simdgroup, pc);
+  }
   if (!region->cells) return;
   const size_t first = where.offset / region->granule, last = (where.offset + size - 1) / region->granule;
   const Clock& clock = running.device_clock;
@@ -172,6 +175,7 @@ void check_threadgroup(uintptr_t address, size_t size, Access access, const void
     where.object_size = variable->size;
   }
   if (!inside) out_of_bounds(where);
+  running.report->threadgroup_accessed += size;
   const Clock& clock = running.threadgroup_clock;
   check(
       running.threadgroup.cells(address), size,

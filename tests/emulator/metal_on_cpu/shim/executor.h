@@ -19,23 +19,10 @@ void executor_atomic(const void* object, ulong size);
 
 namespace metal {
 
-enum class mem_flags : uint {
-  mem_none = 0,
-  mem_device = 1,
-  mem_threadgroup = 2,
-  mem_texture = 4,
-  mem_threadgroup_imageblock = 8,
-  mem_object_data = 16,
-};
-constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
-constexpr mem_flags operator&(mem_flags a, mem_flags b) { return mem_flags(uint(a) & uint(b)); }
-
 AT_CALLER inline void threadgroup_barrier(mem_flags flags) { executor_barrier(uint(flags)); }
 AT_CALLER inline void simdgroup_barrier(mem_flags flags) { executor_simdgroup_barrier(uint(flags)); }
 
 namespace executor {
-
-inline constexpr int simd_width = 32;
 
 // The lanes' frames as the type that they are.
 template <typename Frame> struct Frames {

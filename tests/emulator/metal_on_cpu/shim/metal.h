@@ -18,6 +18,7 @@
 #include "executor.h"
 #include "simdgroup.h"
 #include "simdgroup_matrix.h"
+#include "collective.h"
 #include "atomic.h"
 #include "launch.h"
 #pragma clang attribute pop

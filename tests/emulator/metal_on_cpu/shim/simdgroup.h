@@ -1,66 +1,24 @@
 // SIMD-group functions. Every lane must call them: a call that some lanes skip is reported as divergent.
 #pragma once
 
+extern "C" uint executor_lane();
+
 namespace metal {
 namespace executor {
+
+inline constexpr int simd_width = 32;
 
 // What these functions take: numbers of up to 32 bits and vectors of them, but neither bool nor bfloat.
 template <typename T> inline constexpr bool is_simd_element =
     is_arithmetic_v<T> && sizeof(T) <= 4 && !__is_same(T, bool) && !__is_same(T, bfloat);
 template <typename T> using simd_value = enable_if_t<is_simd_element<element_of<T>>, T>;
 
-template <typename T> struct Shuffle {
-  T value;
-  uint source;  // lane to read; a lane that does not exist leaves the value as it is
-  struct Gather {
-    static void run(Frames<Shuffle> frames) {
-      T values[simd_width];
-      for (int lane = 0; lane < simd_width; ++lane) {
-        if (frames.has(lane)) values[lane] = frames[lane].value;
-      }
-      for (int lane = 0; lane < simd_width; ++lane) {
-        if (!frames.has(lane)) continue;
-        const uint source = frames[lane].source;
-        if (source < simd_width && frames.has(source)) frames[lane].value = values[source];
-      }
-    }
-  };
-};
-template <typename T> AT_CALLER T shuffle(T value, uint source) {
-  return collective<typename Shuffle<T>::Gather>(Shuffle<T>{value, source}).value;
-}
-
-// A butterfly over the lanes that exist, as hardware does it: the order of the sum does not depend on who runs first.
-template <typename Operator, typename T> struct Reduce {
-  static void run(Frames<T> frames) {
-    T values[simd_width];
-    bool has[simd_width];
-    for (int lane = 0; lane < simd_width; ++lane) {
-      has[lane] = frames.has(lane);
-      if (has[lane]) values[lane] = frames[lane];
-    }
-    for (int stride = 1; stride < simd_width; stride *= 2) {
-      for (int lane = 0; lane < simd_width; lane += 2 * stride) {
-        if (has[lane + stride]) values[lane] = Operator::apply(values[lane], values[lane + stride]);
-      }
-    }
-    for (int lane = 0; lane < simd_width; ++lane) {
-      if (has[lane]) frames[lane] = values[0];
-    }
-  }
-};
-
-template <typename Operator, typename T, bool inclusive> struct Prefix {
-  static void run(Frames<T> frames) {
-    T sum = Operator::template identity<T>();
-    for (int lane = 0; lane < simd_width; ++lane) {
-      if (!frames.has(lane)) continue;
-      const T next = Operator::apply(sum, frames[lane]);
-      frames[lane] = inclusive ? next : sum;
-      sum = next;
-    }
-  }
-};
+// What executes the lanes provides these: collective.h on a CPU, metal_on_gpu/shim/executor.h on a GPU.
+// `source`: the lane to read; one that does not exist leaves the value as it is.
+template <typename T> T shuffle(T value, uint source);
+// Of all lanes, as a butterfly: the order of the sum does not depend on who runs first.
+template <typename Operator, typename T> T reduce(T value);
+template <typename Operator, bool inclusive, typename T> T prefix(T value);
 
 struct Sum {
   template <typename T> static T apply(T a, T b) { return a + b; }
@@ -82,50 +40,50 @@ struct Xor { template <typename T> static T apply(T a, T b) { return a ^ b; } };
 
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_sum(T x) {
-  return executor::collective<executor::Reduce<executor::Sum, T>>(x);
+  return executor::reduce<executor::Sum>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_product(T x) {
-  return executor::collective<executor::Reduce<executor::Product, T>>(x);
+  return executor::reduce<executor::Product>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_min(T x) {
-  return executor::collective<executor::Reduce<executor::Min, T>>(x);
+  return executor::reduce<executor::Min>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_max(T x) {
-  return executor::collective<executor::Reduce<executor::Max, T>>(x);
+  return executor::reduce<executor::Max>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_and(T x) {
-  return executor::collective<executor::Reduce<executor::And, T>>(x);
+  return executor::reduce<executor::And>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_or(T x) {
-  return executor::collective<executor::Reduce<executor::Or, T>>(x);
+  return executor::reduce<executor::Or>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_xor(T x) {
-  return executor::collective<executor::Reduce<executor::Xor, T>>(x);
+  return executor::reduce<executor::Xor>(x);
 }
 AT_CALLER inline bool simd_all(bool x) { return simd_and(uint(x)); }
 AT_CALLER inline bool simd_any(bool x) { return simd_or(uint(x)); }
 
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_prefix_inclusive_sum(T x) {
-  return executor::collective<executor::Prefix<executor::Sum, T, true>>(x);
+  return executor::prefix<executor::Sum, true>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_prefix_exclusive_sum(T x) {
-  return executor::collective<executor::Prefix<executor::Sum, T, false>>(x);
+  return executor::prefix<executor::Sum, false>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_prefix_inclusive_product(T x) {
-  return executor::collective<executor::Prefix<executor::Product, T, true>>(x);
+  return executor::prefix<executor::Product, true>(x);
 }
 template <typename T>
 AT_CALLER executor::simd_value<T> simd_prefix_exclusive_product(T x) {
-  return executor::collective<executor::Prefix<executor::Product, T, false>>(x);
+  return executor::prefix<executor::Product, false>(x);
 }
 
 template <typename T>

@@ -2,6 +2,24 @@
 #pragma once
 
 namespace metal {
+namespace executor {
+
+// Lane l holds row (l / 16) * 4 + (l / 2) % 4 and two columns from ((l / 8) % 2) * 4 + (l % 2) * 2.
+AT_CALLER constexpr uint matrix_row(uint lane) { return lane / 16 * 4 + lane / 2 % 4; }
+AT_CALLER constexpr uint matrix_column(uint lane) { return lane / 8 % 2 * 4 + lane % 2 * 2; }
+
+// Where a lane's elements lie: the same for all lanes.
+struct Placement {
+  ulong start, row, column;
+};
+
+// What executes the lanes provides these, as it does those of simdgroup.h. `agreed`: its argument.
+Placement agreed(Placement placement);
+// a b + c, each sum in float, in ascending order, without fused rounding.
+template <typename D, typename A, typename B, typename C>
+vec<D, 2> multiply_accumulate(vec<A, 2> a, vec<B, 2> b, vec<C, 2> c);
+
+}  // namespace executor
 
 template <typename T, int Cols, int Rows> class simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8, "a simdgroup_matrix is 8x8");
@@ -17,11 +35,8 @@ template <typename T, int Cols, int Rows> class simdgroup_matrix {
   AT_CALLER storage_type& thread_elements() { return elements_; }
   AT_CALLER const storage_type& thread_elements() const { return elements_; }
 
-    // Lane l holds row (l / 16) * 4 + (l / 2) % 4 and two columns from ((l / 8) % 2) * 4 + (l % 2) * 2.
-  AT_CALLER static constexpr uint row_of(uint lane) { return lane / 16 * 4 + lane / 2 % 4; }
-  AT_CALLER static constexpr uint column_of(uint lane) { return lane / 8 % 2 * 4 + lane % 2 * 2; }
-  AT_CALLER static uint executor_row() { return row_of(executor_lane()); }
-  AT_CALLER static uint executor_column() { return column_of(executor_lane()); }
+  AT_CALLER static uint executor_row() { return executor::matrix_row(executor_lane()); }
+  AT_CALLER static uint executor_column() { return executor::matrix_column(executor_lane()); }
 
  private:
   storage_type elements_;
@@ -40,27 +55,10 @@ AT_CALLER simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T value) 
 
 namespace executor {
 
-// Where a lane's elements lie: `start` is the same in all lanes or the lanes have diverged.
-struct Placement {
-  ulong start, row, column;
-  struct Agree {
-    static void run(Frames<Placement> frames) {
-      for (int lane = 1; lane < simd_width; ++lane) {
-        if (frames.has(lane) &&
-            (frames[lane].start != frames[0].start || frames[lane].row != frames[0].row ||
-             frames[lane].column != frames[0].column)) {
-          return executor_pointers_differ();
-        }
-      }
-    }
-  };
-};
-
 template <typename T>
 AT_CALLER Placement place(ulong address, ulong elements_per_row, ulong2 origin, bool transpose) {
   const ulong start = address + (origin.x + origin.y * elements_per_row) * sizeof(T);
-  return collective<Placement::Agree>(
-      transpose ? Placement{start, 1, elements_per_row} : Placement{start, elements_per_row, 1});
+  return agreed(transpose ? Placement{start, 1, elements_per_row} : Placement{start, elements_per_row, 1});
 }
 
 template <typename Pointer, typename T>
@@ -82,37 +80,6 @@ AT_CALLER void store(
   start[row * place.row + column * place.column] = matrix.thread_elements()[0];
   start[row * place.row + (column + 1) * place.column] = matrix.thread_elements()[1];
 }
-
-template <typename D, typename A, typename B, typename C> struct MultiplyFrame {
-  vec<D, 2> d;
-  vec<A, 2> a;
-  vec<B, 2> b;
-  vec<C, 2> c;
-  struct Multiply {
-    static void run(Frames<MultiplyFrame> frames) {
-      float a[8][8], b[8][8], d[8][8];
-      using Map = simdgroup_matrix<float, 8, 8>;
-      for (int lane = 0; lane < simd_width; ++lane) {
-        const uint row = Map::row_of(lane), column = Map::column_of(lane);
-        for (int i = 0; i < 2; ++i) {
-          a[row][column + i] = frames.has(lane) ? float(frames[lane].a[i]) : __builtin_nanf("");
-          b[row][column + i] = frames.has(lane) ? float(frames[lane].b[i]) : __builtin_nanf("");
-          d[row][column + i] = frames.has(lane) ? float(frames[lane].c[i]) : __builtin_nanf("");
-        }
-      }
-      for (int row = 0; row < 8; ++row) {
-        for (int k = 0; k < 8; ++k) {
-          for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-        }
-      }
-      for (int lane = 0; lane < simd_width; ++lane) {
-        if (!frames.has(lane)) continue;
-        const uint row = Map::row_of(lane), column = Map::column_of(lane);
-        for (int i = 0; i < 2; ++i) frames[lane].d[i] = D(d[row][column + i]);
-      }
-    }
-  };
-};
 
 }  // namespace executor
 
@@ -141,9 +108,8 @@ AT_CALLER void simdgroup_multiply_accumulate(
     simdgroup_matrix<A, 8, 8>& a,
     simdgroup_matrix<B, 8, 8>& b,
     simdgroup_matrix<C, 8, 8>& c) {
-  using Frame = executor::MultiplyFrame<D, A, B, C>;
-  const Frame frame = {vec<D, 2>{}, a.thread_elements(), b.thread_elements(), c.thread_elements()};
-  d.thread_elements() = executor::collective<typename Frame::Multiply>(frame, true).d;
+  d.thread_elements() =
+      executor::multiply_accumulate<D, A, B, C>(a.thread_elements(), b.thread_elements(), c.thread_elements());
 }
 
 template <typename D, typename A, typename B>

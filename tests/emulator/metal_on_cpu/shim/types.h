@@ -161,6 +161,18 @@ template <typename T, typename... A> constexpr T make(A... values) {
 
 }  // namespace executor
 
+// What a barrier orders.
+enum class mem_flags : uint {
+  mem_none = 0,
+  mem_device = 1,
+  mem_threadgroup = 2,
+  mem_texture = 4,
+  mem_threadgroup_imageblock = 8,
+  mem_object_data = 16,
+};
+constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
+constexpr mem_flags operator&(mem_flags a, mem_flags b) { return mem_flags(uint(a) & uint(b)); }
+
 // A value that all threads share: a hint to Metal's compiler.
 template <typename T> using uniform = T;
 template <typename T> constexpr T make_uniform(T value) { return value; }

@@ -32,7 +32,6 @@ template <typename T, uint site> threadgroup T& threadgroup_variable() {
 }  // namespace executor
 
 // A barrier may change all memory but a thread's own, whose address nobody has.
-enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 void threadgroup_barrier(mem_flags flags);
 void simdgroup_barrier(mem_flags flags);
 

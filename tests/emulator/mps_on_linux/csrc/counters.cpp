@@ -55,7 +55,7 @@ void reset_counters() {
   dispatches.clear();
   fallbacks.clear();
   stable_calls.clear();
-  reset_allocation_count();
+  reset_memory_counts();
 }
 
 std::string counters_as_json() {
@@ -66,7 +66,7 @@ std::string counters_as_json() {
       << ", \"command_blocks\": " << of(Event::command_block) << ", \"commits\": " << of(Event::commit)
       << ", \"synchronisations\": " << of(Event::synchronisation) << ", \"libraries\": " << of(Event::library)
       << ", \"allocations\": " << memory.allocations << ", \"live_buffers\": " << memory.live_buffers
-      << ", \"live_bytes\": " << memory.live_bytes << "}";
+      << ", \"live_bytes\": " << memory.live_bytes << ", \"peak_bytes\": " << memory.peak_bytes << "}";
   return out.str();
 }
 

@@ -5,6 +5,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <map>
@@ -42,6 +43,7 @@ class Arena {
     const size_t pages = pages_for(size);
     std::byte* end = take(pages) + pages * page;
     ++use.allocations, ++use.live_buffers, use.live_bytes += size;
+    use.peak_bytes = std::max(use.peak_bytes, use.live_bytes);
     auto block = c10::make_intrusive<Block>(size, pages, end - round_up(size, alignment));
     live_.emplace(block->host, block.get());
     return block;
@@ -183,9 +185,10 @@ MemoryUse memory_use() {
   return arena().use;
 }
 
-void reset_allocation_count() {
+void reset_memory_counts() {
   const std::lock_guard lock(arena().mutex_);
   arena().use.allocations = 0;
+  arena().use.peak_bytes = arena().use.live_bytes;
 }
 
 void release_cached_memory() { arena().release_cached(); }

@@ -39,9 +39,10 @@ void take_resized(const c10::Storage& alias, const c10::Storage& storage);
 
 struct MemoryUse {
   size_t allocations, live_buffers, live_bytes, cached_bytes;
+  size_t peak_bytes;  // that were live at once since the counts were reset
 };
 MemoryUse memory_use();
-void reset_allocation_count();
+void reset_memory_counts();
 void release_cached_memory();
 
 }  // namespace emulator

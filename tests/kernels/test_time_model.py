@@ -1,0 +1,96 @@
+"""The model of time: what it counts, and its order of what was measured. All of it: time_model --check."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from tests.emulator.metal_on_gpu import times
+from tests.kernels import time_model
+from tests.kernels.time_model import Counts, chips, counts, judged
+
+HALF = torch.float16
+
+
+def empty(*shapes: tuple[int, int]) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=HALF) for shape in shapes]
+
+
+@pytest.mark.parametrize(("K", "N", "r"), [(256, 192, 16), (640, 64, 72)])
+def test_delta_s_chain_is_its_tiles(K, N, r):
+    """A step a tile of x, one a tile of y, and the last tile of y itself; one multiply a block and rank block."""
+    y, x, A, B = empty((32, N), (32, K), (r, K), (N, r))
+    (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
+    width, slices = 64 if r <= 64 else 32, 2
+    assert found.longest_steps == K // width + N // width + 1
+    assert found.longest_multiplies == (K + N) // width * (width // 8 // slices) * -(-r // 8)
+
+
+def test_decode_s_chain_is_its_passes():
+    """x is staged, then A, then W are passed over, 256 columns at a time."""
+    x, W, A, B = empty((1, 1024), (32, 1024), (16, 1024), (32, 16))
+    (found,) = counts(1, lambda kernels: kernels.decode(x, W, None, A, B, 1.0))
+    assert found.longest_steps == 1024 // 512 + 1024 // 256 + 1024 // 256
+    assert found.threadgroups == 1
+
+
+def test_bytes_once_and_as_requested():
+    y, x, A, B = empty((64, 64), (64, 128), (16, 128), (64, 16))
+    (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
+    assert found.threadgroups == 2
+    assert found.least == x.nbytes + A.nbytes + B.nbytes + 2 * y.nbytes
+    assert found.requested == found.least + A.nbytes + B.nbytes  # once a threadgroup
+
+
+COUNTS = Counts("no kernel", 10, 256, 0, *[0] * 7)
+
+
+@pytest.mark.parametrize(
+    ("part", "more"),
+    [
+        ("memory", {"least": 10**9}),
+        ("cache", {"requested": 10**10}),
+        ("multiplies", {"multiplies": 10**9}),
+        ("chain", {"longest_steps": 10**6}),
+        ("chain", {"threadgroup_accessed": 10**11}),
+    ],
+)
+def test_each_part_can_be_the_longest(part, more):
+    chip, found = chips()["M1"], dataclasses.replace(COUNTS, **more)
+    parts = found.parts(chip)
+    assert max(parts, key=parts.get) == part
+    assert found.microseconds(chip) == chip.launch_us + parts[part] > 1000
+
+
+def test_few_threadgroups_leave_cores_idle_and_many_wait_for_their_turn():
+    chip = chips()["M1 Max"]
+    few = dataclasses.replace(COUNTS, threadgroups=2, multiplies=10**6)
+    assert few.microseconds(chip) > 4 * dataclasses.replace(few, threadgroups=20).microseconds(chip)
+    room = chip.cores * COUNTS.resident(chip)
+    once, twice = (dataclasses.replace(COUNTS, threadgroups=int(n), longest_steps=100) for n in (room, room + 1))
+    assert twice.parts(chip)["chain"] == 2 * once.parts(chip)["chain"]
+
+
+def test_a_wrong_order_is_seen():
+    assert judged([("a", 1, 1), ("b", 1.4, 2), ("c", 3, 4)]) == (3, 0, 3)
+    assert judged([("a", 2, 1), ("b", 2, 2)]) == (1, 1, 1)
+
+
+def test_small_launches_are_within_what_was_measured(monkeypatch):
+    """Some of --check, which takes a minute."""
+    chosen = [c for c in times.CASES if c.kernel == "lora_delta" and c.shape.startswith(("9 ", "32 ", "128 "))]
+    monkeypatch.setattr(times, "CASES", [*chosen, times.CASES[0], times.CASES[-1]])
+    for column, chip, kernels in time_model.COLUMNS[:2]:
+        found = list(time_model.compared(column, chips()[chip], kernels))
+        within, wrong, pairs = judged(found)
+        assert within == len(found) >= 4
+        assert (wrong, pairs > 0) == (0, True)
+
+
+def test_what_was_measured_is_of_all_that_is_timed():
+    measured = json.loads(time_model.MEASURED.read_text())["times"]
+    assert measured["label"] == times.LABEL
+    assert [(case["kernel"], case["shape"]) for case in measured["cases"]] == [(c.kernel, c.shape) for c in times.CASES]
