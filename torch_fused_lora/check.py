@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import peft
+from . import hooks, peft
 from .decide import plain_base
 from .ops.dispatch import autocast_enabled
 from .ops.rows import HALF, wide_dtype
@@ -115,14 +115,18 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 def _compare(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> LayerCheck:
     if keywords or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         return LayerCheck({}, "it is called with more than x")
+    if not inputs[0].is_floating_point():
+        return LayerCheck({}, f"x is {inputs[0].dtype}")
     x = inputs[0].detach().requires_grad_()
-    counted, layer._calls = layer._calls, Calls()
+    cls, counted, layer._calls = type(layer), layer._calls, Calls()
     try:
         with torch.enable_grad():
-            y, own_y = peft.Fused.forward(layer, x), layer._original.forward(layer, x)
+            y = layer.forward(x)
+            layer.__class__ = layer._original
+            own_y = layer.forward(x)
         reason = layer._calls.reason
     finally:
-        layer._calls = counted
+        layer.__class__, layer._calls = cls, counted
     if reason is not None:
         return LayerCheck({}, reason)
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -131,7 +135,9 @@ def _compare(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> L
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device, y.dtype)
     both = [torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True) for out in (y, own_y)]
     pairs = {"y": (y, own_y), **dict(zip(leaves, zip(*both, strict=True), strict=True))}
-    bounds = _bounds(layer, names, x.detach(), own_y.detach(), both[1][0], grad)
+    modules = [getattr(layer, f"lora_{side}")[name] for name in names for side in "AB"]
+    with hooks.running(modules, x.detach()):
+        bounds = _bounds(layer, names, x.detach(), own_y.detach(), both[1][0], grad)
     return LayerCheck({name: _share(*pair, bound=bounds[name]) for name, pair in pairs.items() if pair[0] is not None})
 
 

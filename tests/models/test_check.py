@@ -100,6 +100,25 @@ def test_layers_that_run_pefts_own_forward_say_so():
     assert all(check.reason == DISABLED for check in report.values())
 
 
+@pytest.mark.parametrize("offload", ["accelerate", "diffusers"])
+def test_over_weights_that_hooks_bring(offload):
+    model = build()
+    if offload == "accelerate":
+        pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+    else:
+        pytest.importorskip("diffusers.hooks").apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
+    report = tfl.check_peft(model, inputs())
+    assert report.ok
+    assert all({"y", "x"} <= check.errors.keys() for check in report.values())
+
+
+def test_an_x_that_is_not_floating_has_no_gradient():
+    model = build()
+    layer = model.base_model.model.called
+    layer.base_layer.forward = lambda x: x[..., :24].float()
+    assert tfl.check_peft(layer, torch.ones(3, 40, dtype=torch.int64))[""].reason == "x is torch.int64"
+
+
 def test_a_model_that_is_not_patched_is_refused():
     model = build()
     tfl.unpatch_peft(model)
