@@ -47,6 +47,7 @@ SUBCLASS = "a tensor subclass"
 
 _LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
 _STRIDED, _FLOAT32 = torch.strided, torch.float32
+_AUTOCAST = frozenset((*HALF, torch.float32))  # what autocast casts
 
 
 def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Fused | str:
@@ -92,7 +93,8 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Fused | str:
     if not adapters:
         return INACTIVE
     if autocast:
-        return "x is float64 under autocast" if dtype is torch.float64 else Fused(way, base, adapters, False)
+        others = {dtype, *(weight.dtype for adapter in adapters for weight in adapter[:2])} - _AUTOCAST
+        return f"{others.pop()} under autocast" if others else Fused(way, base, adapters, False)
     if adapter_dtype is dtype:
         cast = False
     elif not layer.cast_input_dtype_enabled or adapter_dtype not in DTYPES or dtype not in DTYPES:
@@ -114,7 +116,8 @@ def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> 
     if not on_cpu and not (y.device == x.device == lora_A.device == lora_B.device):
         return "the base's output, x and the adapters are on several devices"
     if autocast:
-        return None if y.dtype in HALF or y.dtype is _FLOAT32 else f"the base made {y.dtype} under autocast"
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return None if y.dtype in (dtype, _FLOAT32) else f"the base made {y.dtype} under autocast to {dtype}"
     if y.dtype is not x.dtype and not (y.dtype is _FLOAT32 and x.dtype in HALF):
         return f"the base made {y.dtype} of {x.dtype}"
     return None

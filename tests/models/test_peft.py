@@ -205,6 +205,47 @@ def test_autocast(dtype, fused_calls):
     torch.testing.assert_close(patched, stock, rtol=0, atol=16 * torch.finfo(dtype).eps * float(stock.abs().max()))
 
 
+def test_autocast_casts_no_float64(fused_calls):
+    model, x = build(target_modules=["first"]), inputs()
+    layer = model.base_model.model.first
+    layer.lora_A.double(), layer.lora_B.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = model(x)
+        tfl.patch_peft(model)
+        assert torch.equal(model(x), stock)
+    assert not fused_calls
+
+
+class Far(nn.Linear):
+    def forward(self, x):
+        return torch.full((*x.shape[:-1], self.out_features), 1e6, dtype=torch.bfloat16)
+
+
+def test_a_base_of_another_half_dtype_than_autocasts(fused_calls):
+    layer, x = build(target_modules=["first"]).base_model.model.first, inputs()
+    layer.base_layer.__class__ = Far
+    with torch.autocast("cpu", torch.float16):
+        stock = layer(x)
+        tfl.patch_peft(layer)
+        assert torch.equal(layer(x), stock)
+    assert not fused_calls
+
+
+class OfWords(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def test_words_under_autocast(fused_calls):
+    layer, x = build(target_modules=["first"]).base_model.model.first, torch.randint(5, (3, 8))
+    layer.base_layer.__class__ = OfWords
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = layer(x)
+        tfl.patch_peft(layer)
+        assert torch.equal(layer(x), stock)
+    assert not fused_calls
+
+
 def test_lifecycle(tmp_path, fused_calls):
     """Merge, unmerge, disable, add, switch, delete, save, load, deepcopy, pickle, unload: as on a stock model."""
     model, x = build().eval(), inputs()
