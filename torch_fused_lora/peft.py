@@ -11,6 +11,7 @@ import copy
 import functools
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,12 +44,15 @@ class Fused(Patched):
     _calls: Calls
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Fused):  # undone while a wrapper still holds this method
+        if not isinstance(self, __class__):  # type: ignore[name-defined]  # a wrapper holds this method from before
             return type(self).forward(self, x, *args, **kwargs)
         call = decide.ARGUMENTS if args or kwargs else decide.decide(self, x)
         if isinstance(call, str):
-            if decide.HOOKS in call and (y := _between_hooks(self, x)) is not None:
-                return y
+            if decide.HOOKS in call:
+                found = _between_hooks(self, x, call)
+                if not isinstance(found, str):
+                    return found
+                call = found
             _declined(self, call)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self._copy_input and torch.is_grad_enabled():
@@ -97,17 +101,17 @@ def _over_any_base(layer: Any, x: Tensor, call: decide.Fused) -> Tensor:
     return found if found.dtype is y.dtype else found.to(y.dtype)
 
 
-def _between_hooks(layer: Any, x: Tensor) -> Tensor | None:
+def _between_hooks(layer: Any, x: Tensor, reason: str) -> Tensor | str:
     """The fused call between the hooks of accelerate and diffusers around the adapters' modules, which they get their
-    weights from; None if it is not to be fused."""
+    weights from; or why it is not to be fused: this reason, if the hooks are other ones."""
     parts = [layer.lora_dropout, layer.lora_A, layer.lora_B]
     modules = [part[name] for name in layer.active_adapters for part in parts if name in part]
     if any(hooks.around(module) is None for module in modules):
-        return None
+        return reason
     with hooks.running(modules, x) as rows:
         call = decide.decide(layer, rows, hooks_run=True)
         if isinstance(call, str):
-            return None
+            return call
         adapters = [(hooks.alias(A), hooks.alias(B), *rest) for A, B, *rest in call.adapters]
         return _over_any_base(layer, x, call._replace(base=None, adapters=adapters))
 
@@ -171,35 +175,37 @@ def _fused_class(cls: Any) -> type:
 Linear = _fused_class(lora.Linear)
 
 
-class _Base(nn.Module):
-    """A base whose output is known, and which notes what it was called with."""
+class _Part(nn.Module):
+    """What a function makes of x, whatever is done at the time to all modules and their parameters."""
 
-    def __init__(self, y: Tensor):
+    def __init__(self, function: Callable[[Tensor], Tensor], weight: Tensor):
         super().__init__()
-        self.y = y
-        self.inputs: list[Tensor] = []
+        self.function, self.weight = function, weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.inputs.append(x)
-        return self.y
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def _is_plain_lora(layer: Any, forward: Any) -> bool:
     """Whether the forward of a layer's class adds scaling · B(A(dropout(x))) to its base's output and does nothing
     else: it is tried, with small whole numbers, on a copy of the layer over another base."""
 
-    def linear(*rows: list[float]) -> nn.Linear:
-        weight = torch.tensor(rows, device="cpu", dtype=torch.float32)
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # without random numbers
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        return module
+    tensor = functools.partial(torch.tensor, device="cpu", dtype=torch.float32)
+    A, B = tensor([[1, -2, 3], [0, 1, 2]]), tensor([[2, 0], [-1, 1], [0, 3], [1, 1]])
+    x, y = tensor([[1, 2, 4], [0, -1, 1]]), tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    inputs: list[Tensor] = []
 
-    A, B = linear([1.0, -2.0, 3.0], [0.0, 1.0, 2.0]), linear([2.0, 0.0], [-1.0, 1.0], [0.0, 3.0], [1.0, 1.0])
-    x = torch.tensor([[1.0, 2.0, 4.0], [0.0, -1.0, 1.0]], device="cpu")
-    y = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], device="cpu")
-    base = _Base(y.clone())
+    def base_of(x: Tensor) -> Tensor:
+        inputs.append(x)
+        return y.clone()
+
+    base = _Part(base_of, y)
     probe = copy.copy(layer)
-    parts = {"lora_A": A, "lora_B": B, "lora_dropout": nn.Identity()}
+    parts = {
+        "lora_A": _Part(lambda x: F.linear(x, A), A),
+        "lora_B": _Part(lambda x: F.linear(x, B), B),
+        "lora_dropout": _Part(lambda x: x, A),
+    }
     probe.__dict__.update(
         _modules={name: base if module is layer.base_layer else module for name, module in layer._modules.items()}
         | {name: nn.ModuleDict({"probe": part}) for name, part in parts.items()},
@@ -212,13 +218,13 @@ def _is_plain_lora(layer: Any, forward: Any) -> bool:
     try:
         with torch.no_grad():
             found = forward(probe, x)
+            expected = y + 2.0 * F.linear(F.linear(x, A), B)
+            return len(inputs) == 1 and inputs[0] is x and torch.equal(found, expected)
     except Exception:  # it wants something else: whatever it is, this is not the forward of a linear layer
         return False
-    expected = y + 2.0 * F.linear(F.linear(x, A.weight), B.weight)
-    return len(base.inputs) == 1 and base.inputs[0] is x and isinstance(found, Tensor) and torch.equal(found, expected)
 
 
-_plain: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_plain: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _why_not(layer: Any) -> str | None:
@@ -227,9 +233,9 @@ def _why_not(layer: Any) -> str | None:
     if reason := decide.why_replaced_for(layer):
         return reason
     if cls not in _plain:
-        _plain[cls] = cls.forward.__module__.split(".")[0] == "peft" and _is_plain_lora(layer, cls.forward)
-    if not _plain[cls]:
-        return f"a {cls.__module__}.{cls.__qualname__}"
+        if cls.forward.__module__.split(".")[0] != "peft" or not _is_plain_lora(layer, cls.forward):
+            return f"a {cls.__module__}.{cls.__qualname__}"
+        _plain.add(cls)
     reasons = [_why_not_adapter(layer, name) for name in layer.lora_A]
     return "; ".join(map(str, reasons)) if reasons and all(reasons) else None
 
@@ -301,6 +307,8 @@ def _patch_into(report: LoRAReport, model: nn.Module, copy_input: bool) -> None:
             report.declined.pop(name, None)
         else:
             unpatch(layer)
+            if name in report.patched:
+                report.patched.remove(name)
             report.declined[name] = reason
 
 
@@ -317,7 +325,8 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         for _, module in _lora_layers(model):
             unpatch(module)
         _followed.pop(model, None)
-    if not _everywhere and not _followed and hasattr(BaseTuner.inject_adapter, "_follows"):
+    ours = getattr(BaseTuner.inject_adapter, "_follows", None) is BaseTuner.inject_adapter
+    if ours and not _everywhere and not _followed:
         BaseTuner.inject_adapter = BaseTuner.inject_adapter.__wrapped__
 
 
@@ -341,7 +350,7 @@ def _and_patch(inject_adapter: Any) -> Any:
             _patch_into(report, model, copy_input)
         return result
 
-    inject_and_patch._follows = True  # type: ignore[attr-defined]
+    inject_and_patch._follows = inject_and_patch  # type: ignore[attr-defined]  # a wrapper's is not itself
     return inject_and_patch
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .originals import Patched
 from .torch_private import has_compiled
 
 
@@ -79,7 +80,7 @@ class LoRAReport(PatchReport):
             name if number == 1 else f"{name} (model {number})": layer
             for number, model in enumerate(models, 1)
             for name, layer in model.named_modules()
-            if hasattr(layer, "_calls")
+            if isinstance(layer, Patched) and hasattr(layer, "_calls")
         }
 
     def __str__(self) -> str:

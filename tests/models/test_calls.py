@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import warnings
 
@@ -191,6 +192,55 @@ def test_every_model_built_from_now_on(tmp_path):
     assert not hasattr(BaseTuner.inject_adapter, "_follows")
 
 
+def test_adapters_made_without_memory_are_patched(tmp_path):
+    """As low_cpu_mem_usage has them: while they are injected, accelerate puts all parameters on meta. What a class was
+    found to be is not kept from there."""
+    build().save_pretrained(tmp_path)
+    tfl_peft._plain.clear()
+    report = tfl.patch_peft()
+    model = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=True)
+    assert patched(model) == [FIRST, SECOND]
+    assert not report.declined
+
+
+def test_a_layer_patched_and_then_declined_is_in_one_place():
+    model = build("first")
+    report = tfl.patch_peft(model)
+    model.base_model.model.first.lora_A["default"].register_forward_hook(lambda *_: None)
+    model.add_adapter("more", config("second"))
+    assert report.patched == [SECOND]
+    assert list(report.declined) == [FIRST]
+
+
+def test_a_module_with_calls_of_its_own_is_not_reported():
+    model = build()
+    model.base_model.model._calls = 0
+    assert counts(tfl.patch_peft(model)) == {FIRST: (0, 0), SECOND: (0, 0)}
+
+
+def test_the_reason_is_what_was_found_between_the_hooks():
+    dispatch_model = pytest.importorskip("accelerate").dispatch_model
+    model = build("first")
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    report = tfl.patch_peft(model)
+    model.base_model.model.first.lora_B.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(X)
+    assert report.calls()[FIRST].reason == "lora_A is torch.float32, lora_B torch.float64"
+
+
+def test_removed_hooks_leave_layers_fused():
+    accelerate = pytest.importorskip("accelerate")
+    model = build()
+    expected = model(X)
+    for _ in range(2):
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        report = tfl.patch_peft(model)
+        torch.testing.assert_close(model(X), expected)
+    assert counts(report) == {FIRST: (2, 0), SECOND: (2, 0)}
+
+
 def test_somebody_elses_hook_stays(monkeypatch):
     tfl.patch_peft()
     ours = BaseTuner.inject_adapter
@@ -198,10 +248,11 @@ def test_somebody_elses_hook_stays(monkeypatch):
     def theirs(*args, **kwargs):
         return ours(*args, **kwargs)
 
-    monkeypatch.setattr(BaseTuner, "inject_adapter", theirs)
-    tfl.unpatch_peft()
-    assert BaseTuner.inject_adapter is theirs
-    assert not patched(build())
+    for hook in (theirs, functools.wraps(ours)(theirs)):
+        monkeypatch.setattr(BaseTuner, "inject_adapter", hook)
+        tfl.unpatch_peft()
+        assert BaseTuner.inject_adapter is hook
+        assert not patched(build())
 
 
 def test_the_patch_cell_twice_and_a_reload():
@@ -212,6 +263,7 @@ def test_the_patch_cell_twice_and_a_reload():
         assert report.patched == [FIRST, SECOND]
     for module in (tfl, tfl_peft):
         importlib.reload(module)
+    torch.testing.assert_close(model(X), expected)
     report = tfl.patch_peft(model)
     assert report.patched == [FIRST, SECOND]
     torch.testing.assert_close(model(X), expected)
