@@ -121,9 +121,9 @@ def _compare(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> L
     cls, counted, layer._calls = type(layer), layer._calls, Calls()
     try:
         with torch.enable_grad():
-            y = layer.forward(x)
+            y = _forward(layer, x)
             layer.__class__ = layer._original
-            own_y = layer.forward(x)
+            own_y = _forward(layer, x)
         reason = layer._calls.reason
     finally:
         layer.__class__, layer._calls = cls, counted
@@ -139,6 +139,13 @@ def _compare(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> L
     with hooks.running(modules, x.detach()):
         bounds = _bounds(layer, names, x.detach(), own_y.detach(), both[1][0], grad)
     return LayerCheck({name: _share(*pair, bound=bounds[name]) for name, pair in pairs.items() if pair[0] is not None})
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """What a layer makes of x, with the same random numbers each time, if its base draws any."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        y: Tensor = layer.forward(x)
+    return y
 
 
 def _share(ours: Tensor, theirs: Tensor, *, bound: Tensor) -> float:

@@ -148,7 +148,10 @@ def adapter_of(layer: Any, name: str, A: nn.Module, B: nn.Module, dropout: nn.Mo
     of_dropout = _weight_and_bias(dropout, hooks_run)
     if isinstance(of_A, str) or isinstance(of_B, str) or isinstance(of_dropout, str):
         return f"adapter {name!r} has {next(found for found in (of_A, of_B, of_dropout) if isinstance(found, str))}"
-    return of_A[0], of_B[0], of_B[1], layer.scaling[name], p
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor) and scaling.dim():
+        return f"adapter {name!r} has a scaling of shape {tuple(scaling.shape)}"
+    return of_A[0], of_B[0], of_B[1], scaling, p
 
 
 def _weight_and_bias(module: nn.Module, hooks_run: bool = False) -> tuple[Any, Any] | str:

@@ -347,7 +347,7 @@ def _and_patch(inject_adapter: Any) -> Any:
         for root in roots:
             _patch_into(_followed[root][0], root, _followed[root][1])
         for report, copy_input in () if roots else _everywhere:
-            _patch_into(report, model, copy_input)
+            _patch_into(report, tuner.model, copy_input)  # what a PeftMixedModel gives is itself from its second on
         return result
 
     inject_and_patch._follows = inject_and_patch  # type: ignore[attr-defined]  # a wrapper's is not itself

@@ -192,6 +192,14 @@ def test_every_model_built_from_now_on(tmp_path):
     assert not hasattr(BaseTuner.inject_adapter, "_follows")
 
 
+def test_a_mixed_model_is_reported_once():
+    report = tfl.patch_peft()
+    model = get_peft_model(Net(), config("first"), mixed=True)
+    model.add_adapter("more", config("second"))
+    model(X)
+    assert report.patched == list(report.calls()) == ["first", "second"]
+
+
 def test_adapters_made_without_memory_are_patched(tmp_path):
     """As low_cpu_mem_usage has them: while they are injected, accelerate puts all parameters on meta. What a class was
     found to be is not kept from there."""

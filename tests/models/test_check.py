@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn import functional as F
 
 import torch_fused_lora as tfl
 from torch_fused_lora import peft as tfl_peft
@@ -110,6 +111,13 @@ def test_over_weights_that_hooks_bring(offload):
     report = tfl.check_peft(model, inputs())
     assert report.ok
     assert all({"y", "x"} <= check.errors.keys() for check in report.values())
+
+
+def test_a_base_that_draws_random_numbers_draws_the_same():
+    model = build()
+    base = model.base_model.model.called.base_layer
+    base.forward = lambda x: F.dropout(Base.forward(base, x), 0.5)
+    assert tfl.check_peft(model, inputs()).ok
 
 
 def test_an_x_that_is_not_floating_has_no_gradient():

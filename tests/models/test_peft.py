@@ -139,6 +139,13 @@ def test_scaling_changed_live_as_number_and_as_tensor(fused_calls):
         assert_same_step(model, inputs(), fused_calls)
 
 
+@pytest.mark.parametrize("shape", [(1,), (12,)])
+def test_a_scaling_of_several_elements(shape, fused_calls):
+    model = build(target_modules=["first"])
+    model.base_model.model.first.scaling["default"] = nn.Parameter(torch.rand(shape))
+    assert_same_step(model, inputs(), fused_calls, expected_calls=0)
+
+
 def test_tensor_scaling_gets_its_gradient():
     model, x = build(), inputs()
     scaling = nn.Parameter(torch.tensor(0.75))
