@@ -84,8 +84,8 @@ def class_of(cls: type, mixin: type, **attributes: Any) -> type:
 
 def patch(module: Any, cls: type, **state: Any) -> None:
     """Make a module one of a `Patched` class, with the state that this adds."""
+    module.__dict__.update(state)  # first: an interrupt leaves a module that can be called and patched
     module.__class__ = cls
-    module.__dict__.update(state)
 
 
 def unpatch(module: Any) -> None:

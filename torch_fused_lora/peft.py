@@ -299,7 +299,8 @@ def _patch_into(report: LoRAReport, model: nn.Module, copy_input: bool) -> None:
             if not isinstance(layer, Fused):
                 unpatch(layer)  # of this module, before it was reloaded
                 cls: Any = type(layer)
-                patch(layer, _fused_class(cls), _patched_name=name or cls.__name__, _calls=Calls())
+                state = {"_patched_name": name or cls.__name__, "_copy_input": copy_input, "_calls": Calls()}
+                patch(layer, _fused_class(cls), **state)
                 hooks.rebind(layer, cls.forward, Fused.forward)
             layer._copy_input = copy_input
             if name not in report.patched:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from .originals import Patched
 from .torch_private import has_compiled
 
 
@@ -80,7 +79,7 @@ class LoRAReport(PatchReport):
             name if number == 1 else f"{name} (model {number})": layer
             for number, model in enumerate(models, 1)
             for name, layer in model.named_modules()
-            if isinstance(layer, Patched) and hasattr(layer, "_calls")
+            if isinstance(getattr(layer, "_calls", None), Calls)
         }
 
     def __str__(self) -> str:

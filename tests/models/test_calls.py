@@ -281,6 +281,24 @@ def test_the_patch_cell_twice_and_a_reload():
     assert torch.equal(model(X), expected)
 
 
+def test_an_interrupted_patch_can_be_repeated(monkeypatch):
+    model = build()
+    expected = model(X)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(tfl_peft.hooks, "rebind", interrupt)
+        tfl.patch_peft(model)
+    torch.testing.assert_close(model(X), expected)
+    report = tfl.patch_peft(model)
+    model(X)
+    assert counts(report)[SECOND] == (1, 0)
+    tfl.unpatch_peft(model)
+    assert torch.equal(model(X), expected)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_an_interrupted_step_can_be_repeated(error, when):
