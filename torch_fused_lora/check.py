@@ -89,6 +89,7 @@ def check_peft(model: nn.Module, *args: Any, **batch: Any) -> CheckReport:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_dropout(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled calls are PEFT's both ways
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(
                 lambda layer, inputs, keywords, name=name: compare(name, layer, inputs, keywords), with_kwargs=True
@@ -136,7 +137,7 @@ def _compare(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> L
     both = [torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True) for out in (y, own_y)]
     pairs = {"y": (y, own_y), **dict(zip(leaves, zip(*both, strict=True), strict=True))}
     modules = [getattr(layer, f"lora_{side}")[name] for name in names for side in "AB"]
-    with hooks.running(modules, x.detach()):
+    with hooks.running([layer, *modules], x.detach()):
         bounds = _bounds(layer, names, x.detach(), own_y.detach(), both[1][0], grad)
     return LayerCheck({name: _share(*pair, bound=bounds[name]) for name, pair in pairs.items() if pair[0] is not None})
 

@@ -101,14 +101,15 @@ def test_layers_that_run_pefts_own_forward_say_so():
     assert all(check.reason == DISABLED for check in report.values())
 
 
-@pytest.mark.parametrize("offload", ["accelerate", "diffusers"])
+@pytest.mark.parametrize("offload", ["by module", "by layer", "layerwise casting"])
 def test_over_weights_that_hooks_bring(offload):
-    model = build()
-    if offload == "accelerate":
-        pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+    model = build(torch.bfloat16)
+    if offload != "layerwise casting":
+        whole = ["Linear"] if offload == "by layer" else None
+        pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"), preload_module_classes=whole)
     else:
-        pytest.importorskip("diffusers.hooks").apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
-    report = tfl.check_peft(model, inputs())
+        pytest.importorskip("diffusers.hooks").apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
+    report = tfl.check_peft(model, inputs(torch.bfloat16))
     assert report.ok
     assert all({"y", "x"} <= check.errors.keys() for check in report.values())
 
@@ -118,6 +119,14 @@ def test_a_base_that_draws_random_numbers_draws_the_same():
     base = model.base_model.model.called.base_layer
     base.forward = lambda x: F.dropout(Base.forward(base, x), 0.5)
     assert tfl.check_peft(model, inputs()).ok
+
+
+@pytest.mark.parametrize("compiled", [PLAIN, ""])
+def test_what_is_compiled_is_checked_eagerly(compiled):
+    model = build(torch.bfloat16)
+    model.get_submodule(compiled).compile(backend="eager")
+    model(inputs(torch.bfloat16))
+    assert tfl.check_peft(model, inputs(torch.bfloat16))[PLAIN].errors["x"] > 0.01
 
 
 def test_an_x_that_is_not_floating_has_no_gradient():
