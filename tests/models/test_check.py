@@ -101,15 +101,16 @@ def test_layers_that_run_pefts_own_forward_say_so():
     assert all(check.reason == DISABLED for check in report.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offload", ["by module", "by layer", "layerwise casting"])
-def test_over_weights_that_hooks_bring(offload):
-    model = build(torch.bfloat16)
+def test_over_weights_that_hooks_bring(offload, dtype):
+    model = build(dtype)
     if offload != "layerwise casting":
         whole = ["Linear"] if offload == "by layer" else None
         pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"), preload_module_classes=whole)
     else:
-        pytest.importorskip("diffusers.hooks").apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
-    report = tfl.check_peft(model, inputs(torch.bfloat16))
+        pytest.importorskip("diffusers.hooks").apply_layerwise_casting(model, torch.float8_e4m3fn, dtype)
+    report = tfl.check_peft(model, inputs(dtype))
     assert report.ok
     assert all({"y", "x"} <= check.errors.keys() for check in report.values())
 
