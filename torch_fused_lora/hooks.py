@@ -23,19 +23,25 @@ _KNOWN = {
 
 
 def around(module: nn.Module) -> list[Any] | None:
-    """The hooks around a module's forward, the outermost first; None where there is something else around it."""
+    """The hooks around a module's own forward, the outermost first; None where there is something else around it."""
     fields = module.__dict__
+    own, forward = types.MethodType(type(module).forward, module), module.forward
+    aligning: Any = fields.get("_hf_hook")
+    registry: Any = fields.get("_diffusers_hook")
+    order = list(registry._hook_order) if registry else []
     hooks: list[Any] = []
-    if "_diffusers_hook" in fields:
-        hooks += [fields["_diffusers_hook"].hooks[name] for name in reversed(fields["_diffusers_hook"]._hook_order)]
-    if "_hf_hook" in fields:
-        hook = fields["_hf_hook"]
-        hooks += getattr(hook, "hooks", (hook,))
+    while forward != own:
+        owner = getattr(getattr(forward, "func", None), "__module__", None)
+        if owner == "accelerate.hooks" and aligning:
+            hooks += getattr(aligning, "hooks", (aligning,))
+            aligning, forward = None, fields["_old_forward"]
+        elif owner == "diffusers.hooks.hooks" and order:
+            hooks.append(registry.hooks[order.pop()])
+            forward = registry._fn_refs[len(order)].forward
+        else:
+            return None
     known = {getattr(sys.modules.get(path), name, None) for path, names in _KNOWN.items() for name in names}
-    if any(type(hook) not in known or getattr(hook, "no_grad", False) for hook in hooks):
-        return None
-    # What such a hook leaves behind when it is removed is the module's own forward.
-    return hooks if hooks or module.forward == types.MethodType(type(module).forward, module) else None
+    return None if any(type(hook) not in known or getattr(hook, "no_grad", False) for hook in hooks) else hooks
 
 
 @contextlib.contextmanager

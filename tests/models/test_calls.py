@@ -249,6 +249,30 @@ def test_removed_hooks_leave_layers_fused():
     assert counts(report) == {FIRST: (2, 0), SECOND: (2, 0)}
 
 
+@pytest.mark.parametrize("hooks", ["accelerate", "diffusers"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_forward_beside_the_hooks_is_called(hooks, when):
+    model = build("first")
+    A = model.base_model.model.first.lora_A["default"]
+
+    def replace():
+        forward = A.forward
+        A.forward = lambda x: 3 * forward(x)
+
+    if when == "before":
+        replace()
+    if hooks == "accelerate":
+        pytest.importorskip("accelerate").dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    else:
+        pytest.importorskip("diffusers.hooks").apply_layerwise_casting(model, torch.bfloat16, torch.float32)
+    if when == "after":
+        replace()
+    expected = model(X)
+    report = tfl.patch_peft(model)
+    assert torch.equal(model(X), expected)
+    assert not report.patched
+
+
 def test_somebody_elses_hook_stays(monkeypatch):
     tfl.patch_peft()
     ours = BaseTuner.inject_adapter
