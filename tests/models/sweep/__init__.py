@@ -1,0 +1,1 @@
+"""Stock PEFT against patched, over Transformers' architectures: `python -m tests.models.sweep`."""
