@@ -91,10 +91,20 @@ def patch(module: Any, cls: type, **state: Any) -> None:
 def unpatch(module: Any) -> None:
     """Make a module one of its own class again, without a trace, if it is patched."""
     if isinstance(module, Patched):
+        cls: Any = type(module)
         state = module._state
-        module.__class__ = module._original
+        module.__class__ = _unpatched(cls)
         for name in state:
             del module.__dict__[name]
+
+
+@functools.cache
+def _unpatched(cls: Any) -> Any:
+    """A patched class's own; of a subclass, which FSDP2 makes for a module that it shards, a like one without it."""
+    if "_original" in cls.__dict__:
+        return cls._original
+    bases = tuple(_unpatched(base) if issubclass(base, Patched) else base for base in cls.__bases__)
+    return type(cls.__name__, bases, dict(cls.__dict__))
 
 
 def switched_off() -> str | None:

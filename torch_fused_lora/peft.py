@@ -7,7 +7,6 @@ merging, adding, switching and deleting adapters, pickles) stays PEFT's.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 import weakref
@@ -200,7 +199,8 @@ def _is_plain_lora(layer: Any, forward: Any) -> bool:
         return y.clone()
 
     base = _Part(base_of, y)
-    probe = copy.copy(layer)
+    probe: Any = object.__new__(type(layer))  # FSDP2's classes have a __new__ that copy.copy cannot call
+    probe.__dict__.update(layer.__dict__)
     parts = {
         "lora_A": _Part(lambda x: F.linear(x, A), A),
         "lora_B": _Part(lambda x: F.linear(x, B), B),

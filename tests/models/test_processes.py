@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import torch_fused_lora as tfl
+from torch_fused_lora.originals import Patched
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +71,32 @@ def test_a_patched_model_in_dataloader_workers(context):
     loader = DataLoader(Rows(model), batch_size=4, num_workers=1, multiprocessing_context=context)
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(list(loader)), model(Rows().rows))
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_layers_sharded_each_for_itself(patched_first, tmp_path):
+    """FSDP2 gives each a class of its own, over the patched one or under it."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch has no gloo here")
+    x, model = torch.randn(4, 8), build(dropout=0.0)
+    expected = model(x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fsdp, mesh = importlib.import_module("torch.distributed.fsdp"), dist.init_device_mesh("cpu", (1,))
+        layers = [model.base_model.model[0], model.base_model.model[2]]
+        if patched_first:
+            report = tfl.patch_peft(model)
+        for layer in layers:
+            fsdp.fully_shard(layer, mesh=mesh)
+        if not patched_first:
+            report = tfl.patch_peft(model)
+        torch.testing.assert_close(model(x), expected)
+        assert all((calls.fused, calls.declined) == (1, 0) for calls in report.calls().values())
+        tfl.unpatch_peft(model)
+        assert all(isinstance(layer, fsdp.FSDPModule) and not isinstance(layer, Patched) for layer in layers)
+        assert torch.equal(model(x), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 SCRIPT = """
