@@ -131,7 +131,7 @@ def _kind(layer: lora.Linear, device: str, x: torch.Tensor, *args: object, **kwa
         return "no active adapter"
     if variants:
         return f"variant: {', '.join(sorted(variants))}"
-    if type(layer.base_layer) is fused._Base:
+    if type(layer.base_layer) is fused._Part:
         return "tried by patch_peft"
     if type(layer.base_layer) is not nn.Linear:
         return f"plain over {type(layer.base_layer).__name__}"
