@@ -33,7 +33,7 @@ METAL_FUNC Run load_vector(device const U* source) {
     device const vec<U, 4>* const quad = reinterpret_cast<device const vec<U, 4>*>(source);
     return {float4(quad[0]), float4(0)};
   }
-  return load_eight(source);
+  return widened(fetch_eight(source));
 }
 
 /// sums.of[j][m] += dot(row j of `rows`, row m of the staged x) over `count` columns, a lane's share.

@@ -38,8 +38,10 @@ METAL_FUNC void accumulate_columns(
   Loader<TA, DEPTH, RANKS, THREADS> small_loader(small, row, 0, thread_index);
   for (; row < big.rows; row += DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    big_loader.load(big_tile);
-    small_loader.load(small_tile);
+    big_loader.fetch();
+    big_loader.store(big_tile);
+    small_loader.fetch();
+    small_loader.store(small_tile);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (short m = 0; m < DEPTH; m += BLOCK) {
       simdgroup_float8x8 big_blocks[BLOCKS], small_block;

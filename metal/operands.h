@@ -21,12 +21,13 @@ using namespace metal;
 METAL_FUNC uint left(uint begin, uint end) { return begin < end ? end - begin : 0; }
 
 /// Eight consecutive elements of a row or of a column, in registers.
-struct Run {
-  float4 low, high;
+template <typename T>
+struct RunOf {
+  vec<T, 4> low, high;
 
-  METAL_FUNC float get(short i) const thread { return i < 4 ? low[i] : high[i - 4]; }
+  METAL_FUNC T get(short i) const thread { return i < 4 ? low[i] : high[i - 4]; }
 
-  METAL_FUNC void set(short i, float value) thread {
+  METAL_FUNC void set(short i, T value) thread {
     if (i < 4) {
       low[i] = value;
     } else {
@@ -35,14 +36,22 @@ struct Run {
   }
 };
 
-/// Eight contiguous elements by loads of 16 bytes, to which `source` is aligned.
+using Run = RunOf<float>;
+
 template <typename T>
-METAL_FUNC Run load_eight(device const T* source) {
-  const uint4 raw = *reinterpret_cast<device const uint4*>(source);
-  return {float4(as_type<vec<T, 4>>(raw.xy)), float4(as_type<vec<T, 4>>(raw.zw))};
+METAL_FUNC Run widened(RunOf<T> run) {
+  return {float4(run.low), float4(run.high)};
 }
 
-METAL_FUNC Run load_eight(device const float* source) {
+/// Eight contiguous elements by loads of 16 bytes, to which `source` is aligned. They stay as they are in memory:
+/// converting them would wait for the load.
+template <typename T>
+METAL_FUNC RunOf<T> fetch_eight(device const T* source) {
+  const uint4 raw = *reinterpret_cast<device const uint4*>(source);
+  return {as_type<vec<T, 4>>(raw.xy), as_type<vec<T, 4>>(raw.zw)};
+}
+
+METAL_FUNC Run fetch_eight(device const float* source) {
   device const float4* const quads = reinterpret_cast<device const float4*>(source);
   return {quads[0], quads[1]};
 }
@@ -63,18 +72,23 @@ METAL_FUNC void store_eight(device float* target, Run run) {
 /// The `count` first elements of a run (all of them when count >= RUN), zero beyond. `wide`: contiguous and aligned to
 /// 16 bytes.
 template <typename T>
-METAL_FUNC Run load_run(device const T* source, uint stride, uint count, bool wide) {
+METAL_FUNC RunOf<T> fetch_run(device const T* source, uint stride, uint count, bool wide) {
   if (wide && count >= uint(RUN)) {
-    return load_eight(source);
+    return fetch_eight(source);
   }
-  Run run = {float4(0), float4(0)};
+  RunOf<T> run = {vec<T, 4>(static_cast<T>(0.0f)), vec<T, 4>(static_cast<T>(0.0f))};
   TFL_UNROLL
   for (short i = 0; i < RUN; ++i) {
     if (uint(i) < count) {
-      run.set(i, float(source[ulong(i) * stride]));
+      run.set(i, source[ulong(i) * stride]);
     }
   }
   return run;
+}
+
+template <typename T>
+METAL_FUNC Run load_run(device const T* source, uint stride, uint count, bool wide) {
+  return widened(fetch_run(source, stride, count, wide));
 }
 
 /// Rounds the `count` first elements of a run to T, once, into a contiguous row.
@@ -108,9 +122,11 @@ struct Matrix {
   }
 
   /// The run of a row that starts at `place` and of which `count` elements exist.
-  METAL_FUNC Run load(device const T* place, uint count) const thread {
-    return load_run(place, col_stride, count, wide);
+  METAL_FUNC RunOf<T> fetch(device const T* place, uint count) const thread {
+    return fetch_run(place, col_stride, count, wide);
   }
+
+  METAL_FUNC Run load(device const T* place, uint count) const thread { return widened(fetch(place, count)); }
 
   /// From a column to the one `columns` further on.
   METAL_FUNC ulong across(uint columns) const thread { return ulong(columns) * col_stride; }
@@ -144,16 +160,16 @@ struct Cursor {
   }
 
   /// The `count` first elements of the run down the column from here.
-  METAL_FUNC Run load_column(thread const Matrix<T>& matrix, uint count) const thread {
+  METAL_FUNC RunOf<T> fetch_column(thread const Matrix<T>& matrix, uint count) const thread {
     if (matrix.inner >= matrix.rows) {
-      return load_run(data, matrix.row_stride, count, matrix.wide);
+      return fetch_run(data, matrix.row_stride, count, matrix.wide);
     }
-    Run run = {float4(0), float4(0)};
+    RunOf<T> run = {vec<T, 4>(static_cast<T>(0.0f)), vec<T, 4>(static_cast<T>(0.0f))};
     Cursor<T> place = {data, level_row, next_level};
     TFL_UNROLL
     for (short i = 0; i < RUN; ++i) {
       if (uint(i) < count) {
-        run.set(i, float(*place.data));
+        run.set(i, *place.data);
         place.down(matrix, 1);
       }
     }

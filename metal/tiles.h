@@ -46,7 +46,7 @@ struct Tile {
 /// Fills tiles with one block of `source` after the other, zero past the edges; DROPPED: through `dropout`.
 /// THREADS threads move runs of eight elements along the dimension that has unit stride in memory, so that a simdgroup
 /// reads whole lines. (A dropped operand with unit stride down its columns pays a Philox call an element.) A thread has
-/// the same runs of every block.
+/// the same runs of every block; for each block it calls `fetch`, `store` and one of `next_`, in this order.
 template <typename T, short ROWS, short COLS, short THREADS, bool DROPPED = false>
 struct Loader {
   static constant constexpr short RUNS = ROWS * COLS / RUN, TURNS = (RUNS + THREADS - 1) / THREADS;
@@ -57,6 +57,7 @@ struct Loader {
   short thread_index;
   Dropout dropout;
   bool along_rows;
+  RunOf<T> fetched[TURNS];
   Cursor<T> places[TURNS];  // where the thread's runs start
   ulong elements[TURNS];  // and as which elements of the matrix, counted row by row: what the mask goes by
 
@@ -78,25 +79,36 @@ struct Loader {
                       : short2(i % (ROWS / RUN) * RUN, i / (ROWS / RUN));
   }
 
-  METAL_FUNC void load(Tile<ROWS, COLS> tile) const thread {
+  /// Starts loading the block: what uses its elements comes later, so that other work hides the way from memory.
+  METAL_FUNC void fetch() thread {
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      if (RUNS % THREADS == 0 || thread_index + turn * THREADS < RUNS) {
+        const short2 inside = run_of(turn, thread_index, along_rows);
+        const uint r = row + inside.x, c = col + inside.y;
+        fetched[turn] = along_rows ? source.fetch(places[turn].data, r < source.rows ? left(c, source.cols) : 0)
+                                   : places[turn].fetch_column(source, c < source.cols ? left(r, source.rows) : 0);
+      }
+    }
+  }
+
+  /// What was fetched, into a tile.
+  METAL_FUNC void store(Tile<ROWS, COLS> tile) const thread {
     TFL_UNROLL
     for (short turn = 0; turn < TURNS; ++turn) {
       if (RUNS % THREADS == 0 || thread_index + turn * THREADS < RUNS) {
         const short2 inside = run_of(turn, thread_index, along_rows);
         const short r = inside.x, c = inside.y;
+        Run run = widened(fetched[turn]);
         if (along_rows) {
-          const uint count = row + r < source.rows ? left(col + c, source.cols) : 0;
-          Run found = source.load(places[turn].data, count);
           if (DROPPED) {
-            found = dropout.apply(found, elements[turn]);
+            run = dropout.apply(run, elements[turn]);
           }
-          tile.set_run(r, c, found);
+          tile.set_run(r, c, run);
         } else {
-          const uint count = col + c < source.cols ? left(row + r, source.rows) : 0;
-          const Run found = places[turn].load_column(source, count);
           TFL_UNROLL
           for (short j = 0; j < RUN; ++j) {
-            const float value = found.get(j);
+            const float value = run.get(j);
             *tile.at(r + j, c) = DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value;
           }
         }

@@ -29,6 +29,12 @@ class AdapterDropout {
   const double* p_;
 };
 
+/// Partial sums that a plan's own steps hand on.
+OptionalTensor scratch(const Plan<DeltaConfiguration>& plan, const Tensor& like) {
+  const auto& [splits, elements, launch] = plan.sums;
+  return splits == 1 ? OptionalTensor() : empty_float({splits, static_cast<int64_t>(elements)}, like);
+}
+
 /// dA and dB, those asked for, as one problem of lora_grad, and what its launches write: the partial sums, if there are
 /// any.
 struct Gradients {
@@ -121,6 +127,7 @@ void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const O
   const auto plan = plan_or_throw(DeltaProblem{
       DeltaProblem::Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand,
       A.operand, B.operand, true, h.has_value(), static_cast<uint64_t>(y.storage_offset()), dropout, gpu_cores()});
+  const OptionalTensor partial = scratch(plan, y);
   Dispatches dispatches;
   dispatches.add(
       plan,
@@ -129,6 +136,7 @@ void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const O
        {DELTA_LORA_B, B.tensor},
        {DELTA_Y, y},
        {DELTA_H, h},
+       {DELTA_PARTIAL, partial},
        Binding::constant(DELTA_SCALING, scale),
        Binding::constant(DELTA_SEED, seed)});
   dispatches.encode();
@@ -184,6 +192,8 @@ LowRankGradients low_rank_backward(
     gradients.push_back(plan_gradients(std::nullopt, unscaled_dB, one, grad_problem(false, true)));
   }
 
+  const OptionalTensor partial = scratch(delta, dy.tensor);
+
   // Encode.
   Dispatches dispatches;
   dispatches.add(
@@ -193,6 +203,7 @@ LowRankGradients low_rank_backward(
        {DELTA_LORA_B, A.tensor},
        {DELTA_Y, dx},
        {DELTA_H, z},
+       {DELTA_PARTIAL, partial},
        Binding::constant(DELTA_SCALING, scale),
        Binding::constant(DELTA_SEED, seed_constant)});
   for (const Gradients& part : gradients) {

@@ -31,15 +31,18 @@ struct DecodeConfiguration {
 
 struct DeltaConfiguration {
   uint32_t rank_blocks, width;  // of the tiles: ranks / BLOCK, columns
-  uint32_t row_blocks;          // of a threadgroup, a simdgroup and slice each
-  uint32_t k_slices;            // simdgroups that share the columns of a tile
+  uint32_t row_blocks;           // of a threadgroup
+  uint32_t simdgroups;           // those that have the same rows share the columns of a tile
+  uint32_t k_splits, k_columns;  // threadgroups that share the columns of x, and how many each has; 1: one dispatch
   uint32_t splits, columns;     // threadgroups that share the columns of y, and how many each has
 
   static constexpr Field<DeltaConfiguration> fields[] = {
       {"rank_blocks", &DeltaConfiguration::rank_blocks, {}, true},
       {"width", &DeltaConfiguration::width, {}, true},
       {"row_blocks", &DeltaConfiguration::row_blocks, {1, 2, 4}},
-      {"k_slices", &DeltaConfiguration::k_slices, {1, 2, 4, 8}},
+      {"simdgroups", &DeltaConfiguration::simdgroups, {1, 2, 4, 8}},
+      {"k_splits", &DeltaConfiguration::k_splits},
+      {"k_columns", &DeltaConfiguration::k_columns, {}, true},
       {"splits", &DeltaConfiguration::splits},
       {"columns", &DeltaConfiguration::columns, {}, true}};
 };

@@ -1,6 +1,7 @@
 #include "describe.h"
 
 #include <stdexcept>
+#include <utility>
 
 #include "lora.h"
 #include "rows.h"
@@ -27,9 +28,10 @@ class Description {
     const auto planned = plan(problem);
     if (!planned.error.empty()) throw std::runtime_error(planned.error);
     const PartialSums& sums = planned.sums;
-    const uint64_t scratch = sums.splits > 1 ? sizeof(float) * sums.splits * sums.elements : 0;
-    for (const auto& step : planned.steps) add(direction, step.launch, json(step.configuration), scratch);
-    if (sums.splits > 1) add(direction, sums.launch, "{}", 0);
+    uint64_t scratch = sums.splits > 1 ? sizeof(float) * sums.splits * sums.elements : 0;  // told once
+    for (const auto& step : planned.steps)
+      add(direction, step.launch, json(step.configuration), std::exchange(scratch, 0));
+    if (sums.launch.kernel != nullptr) add(direction, sums.launch, "{}", 0);
     return *this;
   }
 

@@ -37,8 +37,8 @@ struct Launch {
   uint64_t words[kMostWords];
 };
 
-/// Scratch: float32 partial sums, `splits` of each of `elements`, which `launch` (sum_splits) adds up after all else.
-/// None where splits is 1.
+/// Scratch: float32 partial sums, `splits` of each of `elements`, which `launch` (sum_splits) adds up after all else,
+/// or the steps themselves where it has no kernel. None where splits is 1.
 struct PartialSums {
   uint32_t splits = 1;
   uint64_t elements = 0;

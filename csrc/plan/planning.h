@@ -43,7 +43,7 @@ struct Named {
 std::string too_large(std::initializer_list<Named> operands);
 
 /// One instantiation of a kernel family: its template arguments as they stand in the source, and a name made of them,
-/// such as lora_delta_half_float_2_4_2_plain.
+/// such as lora_delta_half_float_2_4_8_plain.
 class Variant {
  public:
   explicit Variant(const char* family) : family_(family), name_(family) {

@@ -159,19 +159,20 @@ class Launcher:
     runs: list[tuple[str, metal_on_cpu.Report]] = dataclasses.field(default_factory=list)
 
     @staticmethod
-    def _plan(problem: ctypes.Structure) -> tuple[list[Launch], int]:
-        """The dispatches, and over how many partial sums the last one adds up."""
+    def _plan(problem: ctypes.Structure) -> tuple[list[Launch], int, int]:
+        """The dispatches, how many partial sums the last one adds up, and of how many elements each."""
         function = getattr(library(), problem.plan)
         function.restype = ctypes.c_char_p
-        launches, count, splits = [], ctypes.c_uint32(1), ctypes.c_uint32()
+        launches, count, splits, elements = [], ctypes.c_uint32(1), ctypes.c_uint32(), ctypes.c_uint64()
         while len(launches) < count.value:
             launch, index = Launch(), ctypes.c_uint32(len(launches))
-            error = function(*map(ctypes.byref, (problem,)), index, *map(ctypes.byref, (launch, count, splits)))
+            results = map(ctypes.byref, (launch, count, splits, elements))
+            error = function(ctypes.byref(problem), index, *results)
             if error:
                 raise ValueError(error.decode())
             if count.value > 0:
                 launches.append(launch)
-        return launches, splits.value
+        return launches, splits.value, elements.value
 
     def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
         assert len(tensors) == launch.tensors
@@ -205,31 +206,37 @@ class Kernels(Launcher):
     def delta(self, y, x, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_h=False) -> Tensor | None:
         """Adds to y (M, N) in place; returns h."""
         h = fresh(lora_A, operand(x).rows, lora_A.shape[0]) if save_h else None
-        for launch in self.plan_delta(y, x, lora_A, lora_B, dropout_p, ranks, save_h):
-            self._dispatch(launch, (x, lora_A, lora_B, y, h, scalar(scaling), seed_tensor(seed)))
+        launches, partial = self._plan_pass(False, y, x, lora_A, lora_B, dropout_p, ranks, save_h)
+        for launch in launches:
+            self._dispatch(launch, (x, lora_A, lora_B, y, h, partial, scalar(scaling), seed_tensor(seed)))
         return h
 
     def plan_delta(self, y, x, lora_A, lora_B, dropout_p=(), ranks=(), save_h=False) -> list[Launch]:
-        return self._plan_pass(False, y, x, lora_A, lora_B, dropout_p, ranks, save_h)
+        return self._plan_pass(False, y, x, lora_A, lora_B, dropout_p, ranks, save_h)[0]
 
     def delta_dx(self, dx, dy, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_z=False) -> Tensor | None:
         """Adds to dx (M, K) in place, or computes nothing but z where dx is None; returns z."""
         z = fresh(lora_A, operand(dy).rows, lora_A.shape[0]) if save_z else None
-        for launch in self.plan_delta_dx(dx, dy, lora_A, lora_B, dropout_p, ranks, save_z):
-            self._dispatch(launch, (dy, lora_B, lora_A, dx, z, scalar(scaling), seed_tensor(seed)))
+        launches, partial = self._plan_pass(True, dx, dy, lora_A, lora_B, dropout_p, ranks, save_z)
+        for launch in launches:
+            self._dispatch(launch, (dy, lora_B, lora_A, dx, z, partial, scalar(scaling), seed_tensor(seed)))
         return z
 
     def plan_delta_dx(self, dx, dy, lora_A, lora_B, dropout_p=(), ranks=(), save_z=False) -> list[Launch]:
-        return self._plan_pass(True, dx, dy, lora_A, lora_B, dropout_p, ranks, save_z)
+        return self._plan_pass(True, dx, dy, lora_A, lora_B, dropout_p, ranks, save_z)[0]
 
-    def _plan_pass(self, is_backward, out, x, lora_A, lora_B, dropout_p, ranks, save) -> list[Launch]:
+    def _plan_pass(
+        self, is_backward, out, x, lora_A, lora_B, dropout_p, ranks, save
+    ) -> tuple[list[Launch], Tensor | None]:
+        """The dispatches, and scratch that they share."""
         dtypes, operands = _dtypes(x, lora_A), map(operand, (x, lora_A, lora_B))
         offset, dropout = (
             out.storage_offset() if out is not None else 0,
             Dropout.of(dropout_p, ranks or lora_A.shape[:1]),
         )
         problem = DeltaProblem(is_backward, *dtypes, *operands, out is not None, save, offset, dropout, self.gpu_cores)
-        return self._plan(problem)[0]
+        launches, splits, elements = self._plan(problem)
+        return launches, fresh(torch.empty(0), splits, elements) if splits > 1 else None
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
@@ -255,7 +262,7 @@ class Kernels(Launcher):
         rows = operand(dy if dy is not None else x).rows
         operands = (operand(t) if t is not None else Operand(rows, cols) for t, cols in ((x, K), (dy, N)))
         dtypes, dropout = _dtypes(x if x is not None else dy, lora_A), Dropout.of(dropout_p, ranks or (r,))
-        return self._plan(GradProblem(*dtypes, *operands, r, need_A, need_B, dropout, self.gpu_cores))
+        return self._plan(GradProblem(*dtypes, *operands, r, need_A, need_B, dropout, self.gpu_cores))[:2]
 
 
 def _dtypes(x: Tensor, lora_A: Tensor) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 // The plans of csrc/plan/ as C functions, which ctypes can call: dispatch `index` of a problem in `*launch`, how many
-// there are in `*count`, over how many partial sums in `*splits`. Each returns null, or the plan's error.
+// there are in `*count`, how many partial sums in `*splits`, and of how many elements. Each returns null, or the plan's
+// error.
 #include <stdexcept>
 
 #include "../../csrc/plan/lora.h"
@@ -11,13 +12,15 @@ namespace {
 thread_local std::string error;
 
 template <typename Problem>
-const char* dispatch(const Problem& problem, uint32_t index, Launch* launch, uint32_t* count, uint32_t* splits) {
+const char* dispatch(
+    const Problem& problem, uint32_t index, Launch* launch, uint32_t* count, uint32_t* splits, uint64_t* elements) {
   const auto planned = plan(problem);
   error = planned.error;
   if (!error.empty()) return error.c_str();
   const uint32_t steps = static_cast<uint32_t>(planned.steps.size());
   *splits = planned.sums.splits;
-  *count = steps + (*splits > 1 ? 1 : 0);
+  *elements = planned.sums.elements;
+  *count = steps + (planned.sums.launch.kernel != nullptr ? 1 : 0);
   if (index < *count) *launch = index < steps ? planned.steps[index].launch : planned.sums.launch;
   return nullptr;
 }
@@ -27,9 +30,10 @@ const char* dispatch(const Problem& problem, uint32_t index, Launch* launch, uin
 
 using namespace torch_fused_lora;
 
-#define TFL_BY_INDEX(NAME, PROBLEM)                                                                             \
-  const char* NAME(const PROBLEM* problem, uint32_t index, Launch* launch, uint32_t* count, uint32_t* splits) { \
-    return dispatch(*problem, index, launch, count, splits);                                                    \
+#define TFL_BY_INDEX(NAME, PROBLEM)                                                                                    \
+  const char* NAME(                                                                                                    \
+      const PROBLEM* problem, uint32_t index, Launch* launch, uint32_t* count, uint32_t* splits, uint64_t* elements) { \
+    return dispatch(*problem, index, launch, count, splits, elements);                                                 \
   }
 
 extern "C" {

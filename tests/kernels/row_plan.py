@@ -92,7 +92,7 @@ class RowKernels(Launcher):
         """The dispatches, and over how many partial sums the rows are split."""
         operands = operand(grad), operand(x), NormWeight.of(weight, x)
         problem = RmsNormBackwardProblem(DTYPES[x.dtype], *operands, need_x, need_weight, self.gpu_cores)
-        return self._plan(problem)
+        return self._plan(problem)[:2]
 
     def softmax(self, x) -> Tensor:
         y = self._result(x)

@@ -11,6 +11,7 @@ from tests.kernels.test_metal_kernels import check_all, layer, run_all
 from tests.kernels.test_row_kernels import check_rms_norm, check_softmax, randn
 
 KERNELS = "lora_decode, lora_delta, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
+DELTA_FIELDS = "row_blocks, simdgroups, k_splits, splits"
 ROW_FIELDS = "row_simdgroups, rows, groups"
 REFUSED = {
     "lora_delta": "lora_delta: expected kernel.field=number",
@@ -18,7 +19,7 @@ REFUSED = {
     "splits=4": "splits=4: expected kernel.field=number",
     "lora_delta.splits=4,,": ": expected kernel.field=number",
     "lora_dleta.splits=4": f"lora_dleta.splits=4: expected a kernel of {KERNELS}$",
-    "lora_delta.split=4": "lora_delta.split=4: expected a field of that kernel: row_blocks, k_slices, splits$",
+    "lora_delta.split=4": f"lora_delta.split=4: expected a field of that kernel: {DELTA_FIELDS}$",
     "softmax.splits=4": f"softmax.splits=4: expected a field of that kernel: {ROW_FIELDS}$",
     "lora_delta.splits=0": "lora_delta.splits=0: expected a whole number from 1 on$",
     "lora_delta.splits=": "lora_delta.splits=: expected a whole number from 1 on$",
@@ -56,10 +57,13 @@ LORA = [
     "lora_decode.w_vector=1,lora_decode.a_vector=1",
     "lora_decode.w_vector=4,lora_decode.a_vector=8",
     "lora_delta.row_blocks=1",
-    "lora_delta.row_blocks=4,lora_delta.k_slices=8",
-    "lora_delta.k_slices=1",
+    "lora_delta.row_blocks=4,lora_delta.simdgroups=8",
+    "lora_delta.row_blocks=2,lora_delta.simdgroups=1",
+    "lora_delta.k_splits=1",
+    "lora_delta.k_splits=3,lora_delta.splits=2",
+    "lora_delta.k_splits=4294967295",
     "lora_delta.splits=3",
-    "lora_delta.splits=4294967295",
+    "lora_delta.k_splits=1,lora_delta.splits=4294967295",
     "lora_grad.splits=2",
     "lora_grad.splits=4294967295",
 ]

@@ -10,6 +10,7 @@ import torch
 
 from tests.emulator.metal_on_gpu import times
 from tests.kernels import time_model
+from tests.kernels.launch_plan import overridden
 from tests.kernels.time_model import Counts, chips, counts, judged
 
 HALF = torch.float16
@@ -23,10 +24,11 @@ def empty(*shapes: tuple[int, int]) -> list[torch.Tensor]:
 def test_delta_s_chain_is_its_tiles(K, N, r):
     """A step a tile of x, one a tile of y, and the last tile of y itself; one multiply a block and rank block."""
     y, x, A, B = empty((32, N), (32, K), (r, K), (N, r))
-    (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
-    width, slices = 64 if r <= 64 else 32, 2
+    with overridden("lora_delta.k_splits=1,lora_delta.splits=1"):
+        (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
+    width, slices = 64 if r <= 64 else 32, 4
     assert found.longest_steps == K // width + N // width + 1
-    assert found.longest_multiplies == (K + N) // width * (width // 8 // slices) * -(-r // 8)
+    assert found.longest_multiplies == (K + N) // width * (width // 8 // slices) * 2 * -(-r // 8)
 
 
 def test_decode_s_chain_is_its_passes():
@@ -39,7 +41,8 @@ def test_decode_s_chain_is_its_passes():
 
 def test_bytes_once_and_as_requested():
     y, x, A, B = empty((64, 64), (64, 128), (16, 128), (64, 16))
-    (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
+    with overridden("lora_delta.k_splits=1,lora_delta.splits=1"):
+        (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
     assert found.threadgroups == 2
     assert found.least == x.nbytes + A.nbytes + B.nbytes + 2 * y.nbytes
     assert found.requested == found.least + A.nbytes + B.nbytes  # once a threadgroup
@@ -81,13 +84,21 @@ def test_a_wrong_order_is_seen():
 
 def test_small_launches_are_within_what_was_measured(monkeypatch):
     """Some of --check, which takes a minute."""
-    chosen = [c for c in times.CASES if c.kernel == "lora_delta" and c.shape.startswith(("9 ", "32 ", "128 "))]
+    chosen = [c for c in times.CASES if c.kernel == "lora_grad" and c.shape.startswith("512 ")]
     monkeypatch.setattr(times, "CASES", [*chosen, times.CASES[0], times.CASES[-1]])
-    for column, chip, kernels in time_model.COLUMNS[:2]:
+    for (column, chip, kernels), least in zip(time_model.COLUMNS[:2], (4, 2), strict=True):
         found = list(time_model.compared(column, chips()[chip], kernels))
         within, wrong, pairs = judged(found)
-        assert within == len(found) >= 4
+        assert within == len(found) >= least
         assert (wrong, pairs > 0) == (0, True)
+
+
+def test_what_is_launched_otherwise_than_when_it_was_measured_is_not_compared(monkeypatch):
+    case = next(c for c in times.CASES if c.kernel == "lora_grad")
+    monkeypatch.setattr(times, "CASES", [case])
+    assert len(list(time_model.compared("us", chips()["H100"]))) == 1
+    with overridden("lora_grad.splits=1"):
+        assert not list(time_model.compared("us", chips()["H100"]))
 
 
 def test_what_was_measured_is_of_all_that_is_timed():

@@ -12,7 +12,8 @@ a matrix), threadgroup memory's bytes, and how many threadgroups a core has room
 are neither, which make the row kernels and lora_decode on few cores up to twice as slow as modelled, and multiplies
 that overlap (lora_grad at rank 64 is modelled too slow).
 
-``--check`` compares the model with what was measured on an H100 (docs/metal_on_an_nvidia_gpu.json).
+``--check`` compares the model with what was measured on an H100 (docs/metal_on_an_nvidia_gpu.json), where the same
+kernels are launched now.
 ``--plot FILE`` draws the table.
 """
 
@@ -165,14 +166,17 @@ COLUMNS = [("us", "H100", None), ("us_fma", "H100 FMA", ("lora_delta", "lora_gra
 
 
 def compared(column: str, chip: Chip, kernels: Sequence[str] | None = None) -> Iterator[tuple[str, float, float]]:
-    """Case, modelled and measured microseconds."""
+    """Case, modelled and measured microseconds, of what is launched by the kernels that were measured."""
     measured = {(case["kernel"], case["shape"]): case for case in json.loads(MEASURED.read_text())["times"]["cases"]}
     cores = 40 if column.endswith("40_cores") else chip.cores
     for case in times.CASES:
         if kernels is None or case.kernel in kernels:
             launches = counts(int(cores), lambda dispatches, case=case: case.ours(dispatches, case.make()))
+            then = measured[case.kernel, case.shape]
+            if [found.kernel for found in launches] != [launch["kernel"] for launch in then["launches"]]:
+                continue
             modelled = sum(found.microseconds(chip) for found in launches)
-            yield f"{case.kernel}, {case.shape}", modelled, measured[case.kernel, case.shape][column]
+            yield f"{case.kernel}, {case.shape}", modelled, then[column]
 
 
 def judged(found: Sequence[tuple[str, float, float]]) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests import ROOT
-from tests.kernels.launch_plan import Kernels, Launcher
+from tests.kernels.launch_plan import Kernels, Launch, Launcher
 from tests.kernels.row_plan import RowKernels
 
 DECODE_X_FLOATS = int(re.findall(r"DECODE_X_FLOATS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])
@@ -40,6 +40,7 @@ class Case:
         size, adapter = self.dtype.itemsize, self.adapter_dtype.itemsize
         M, K, N, r = self.M, self.K, self.N, self.r
         return {
+            "partial": 0,
             "x": M * K * size,
             "weight": N * K * size,
             "bias": N * size,
@@ -87,7 +88,11 @@ def count_delta(case: Case) -> Moved:
     x, _, _, A, B, y = operands(case)
     kernels = Kernels(case.gpu_cores, trace=True)
     kernels.delta(y, x, A, B, 1.0)
-    return _counted(kernels, ("x", "lora_A", "lora_B", "y"))
+    names, moved = ("x", "lora_A", "lora_B", "y", "h", "partial"), {}
+    for i, name in enumerate(names):
+        counters = [report.counters for _, report in kernels.runs]
+        moved[name] = sum(found.loaded[i] for found in counters), sum(found.stored[i] for found in counters)
+    return moved
 
 
 def count_grad(case: Case) -> Moved:
@@ -127,14 +132,24 @@ def model_decode(case: Case) -> Moved:
 
 def model_delta(case: Case) -> Moved:
     x, _, _, A, B, y = operands_meta(case)
-    (launch,) = Kernels(case.gpu_cores).plan_delta(y, x, A, B)
-    splits, row_tiles = launch.threads[0] // launch.group[0], launch.threads[1]
+    launches = Kernels(case.gpu_cores).plan_delta(y, x, A, B)
+    splits, row_tiles = (launches[0].threads[0] // launches[0].group[0], launches[0].threads[1])
+    again, partial = (splits, 0) if len(launches) == 1 else (1, 4 * splits * _padded(case, launches[0]))
+    column_splits = launches[-1].threads[0] // launches[-1].group[0]
     return {
-        "x": (splits * case.bytes("x"), 0),
-        "lora_A": (splits * row_tiles * case.bytes("lora_A"), 0),
+        "x": (again * case.bytes("x"), 0),
+        "lora_A": (again * row_tiles * case.bytes("lora_A"), 0),
         "lora_B": (row_tiles * case.bytes("lora_B"), 0),
         "y": (case.bytes("y"), case.bytes("y")),
+        "h": (0, 0),
+        "partial": (column_splits * partial, partial),
     }
+
+
+def _padded(case: Case, launch: Launch) -> int:
+    """Elements of h that lora_delta has in its tiles."""
+    rows = 8 * int(launch.kernel.decode().split("_")[5])
+    return launch.threads[1] * rows * -(-case.r // 8) * 8
 
 
 def model_grad(case: Case) -> Moved:

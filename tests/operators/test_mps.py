@@ -93,7 +93,7 @@ def test_few_rows_are_one_dispatch(start, M):
 
 
 @pytest.mark.parametrize(("M", "dropout_p"), [(9, 0.0), (70, 0.0), (1, 0.5), (70, 0.5)])
-def test_otherwise_one_dispatch_beside_linear(start, M, dropout_p):
+def test_otherwise_one_dispatch_beside_linear_where_k_is_short(start, M, dropout_p):
     a = operands(M)
     tfl.lora_linear(*a, 0.5, dropout_p, training=True)
     for recording, allocations in ((False, 1), (True, 2)):
@@ -108,6 +108,31 @@ def test_otherwise_one_dispatch_beside_linear(start, M, dropout_p):
         del y
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_long_sum_is_split_in_a_dispatch_of_its_own(start, dropout_p):
+    """In both directions, over scratch that the call allocates; in one command block."""
+    a = operands(20, 640, 530)
+    for _ in range(2):  # the first compiles
+        start()
+        torch.manual_seed(0)
+        y = tfl.lora_linear(*a, 0.5, dropout_p, training=True)
+        forward = counters()
+        start()
+        found = torch.autograd.grad(y, (a[0], a[3], a[4]), torch.ones_like(y))
+        backward = counters()
+    assert families(forward.dispatches) == {"lora_delta": 2}
+    assert forward.allocations == 3  # y, h and the partial sums of h
+    assert (forward.command_blocks, forward.synchronisations, forward.commits) == (1, 0, 0)
+    assert families(backward.dispatches) == {"lora_delta": 2, "lora_grad": 1}
+    cpu = [t.detach().cpu().requires_grad_(t.requires_grad) for t in a]
+    if dropout_p == 0:
+        expected = torch.nn.functional.linear(cpu[0], cpu[1], cpu[2]) + 0.5 * cpu[0] @ cpu[3].T @ cpu[4].T
+        torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-3)
+        grads = torch.autograd.grad(expected, (cpu[0], cpu[3], cpu[4]), torch.ones_like(expected))
+        for one, other in zip(found, grads, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-3)
+
+
 def test_adapters_with_their_own_dropout_are_one_dispatch_each(start):
     a = operands(9)
     run = lambda: lora_linear_stacked(*a, 0.5, (0.3, 0.6), (1, 3))  # noqa: E731
@@ -119,7 +144,7 @@ def test_adapters_with_their_own_dropout_are_one_dispatch_each(start):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("M", [3, 700])
-def test_backward_is_three_dispatches_at_most(start, M, dropout_p):
+def test_backward_is_three_dispatches_at_most_where_n_is_short(start, M, dropout_p):
     """dx and z by lora_delta, dA and dB by one lora_grad, and its sum where the rows were split."""
     a = operands(M)
     leaves = a[0], a[3], a[4]

@@ -77,9 +77,12 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
 
 
 DELTA = """\
-  lora_delta_bfloat_float_2_4_2_plain
-    rank_blocks 2, width 64, row_blocks 4, k_slices 2, splits 1, columns 1024
-    1 x 16 x 1 threadgroups of 256 threads, no scratch
+  lora_delta_bfloat_float_2_4_8_plain
+    rank_blocks 2, width 64, row_blocks 4, simdgroups 8, k_splits 4, k_columns 256, splits 4, columns 256
+    4 x 16 x 1 threadgroups of 256 threads, 131072 bytes of scratch
+  lora_delta_bfloat_float_2_4_8_plain
+    rank_blocks 2, width 64, row_blocks 4, simdgroups 8, k_splits 4, k_columns 256, splits 4, columns 256
+    4 x 16 x 1 threadgroups of 256 threads, no scratch
 """
 
 
@@ -139,14 +142,13 @@ exit(main(["doctor", "--plan", "64x256x64"]))
 @on_linux
 def test_an_override_is_told_and_obeyed(mps):
     numbers = set()
-    for overrides, splits in (("", 1), ("lora_delta.row_blocks=1,lora_delta.splits=2", 2)):
+    asked = "lora_delta.row_blocks=1,lora_delta.splits=2"
+    for overrides, splits in (("", 1), (asked, 2)):
         status, text = run_python("-c", PLAN, TORCH_FUSED_LORA_PLAN=overrides)
         assert status == 0, text
         numbers.add(text.partition("\n")[0])
         assert f"splits {splits}, " in text
-        assert ("\nas TORCH_FUSED_LORA_PLAN=lora_delta.row_blocks=1,lora_delta.splits=2 says\n" in text) == bool(
-            overrides
-        )
+        assert (f"\nas TORCH_FUSED_LORA_PLAN={asked} says\n" in text) == bool(overrides)
         assert ("lora_delta_half_half_2_1_8_plain" in text) == bool(overrides)
     assert len(numbers) == 1
 
