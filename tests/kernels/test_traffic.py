@@ -46,7 +46,7 @@ def test_decode_touches_weight_and_y_once_and_fills_40_cores():
     assert again < 0.3 * W
 
 
-@pytest.mark.parametrize("case", [Case(1024, 256, 384, 16), Case(1030, 64, 64, 64, F32, F32)], ids=str)
+@pytest.mark.parametrize("case", [Case(1024, 256, 384, 16, gpu_cores=16), Case(1030, 64, 64, 64, F32, F32)], ids=str)
 def test_delta_reads_x_once_and_a_and_b_once_a_tile_of_32_rows(case):
     moved = traffic.count_delta(case)
     tiles = -(-case.M // 32)
