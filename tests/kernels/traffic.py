@@ -302,7 +302,8 @@ def main() -> None:
     counts = [(kernel, case, count(case)) for kernel, (count, cases) in COUNTED.items() for case in cases]
     counts += [(operator, case, count_rows(operator, case)) for operator in ROW_OPERATORS for case in COUNTED_ROWS]
     for kernel, case, moved in counts:
-        units = {name: case.bytes(name) or case.bytes("dweight") for name in moved}
+        summed = "h" if isinstance(case, Case) else "dweight"  # in parts, of which the least possible has none
+        units = {name: case.bytes(name) or case.bytes(summed) for name in moved}
         parts = [f"{name} {(loaded + stored) / units[name]:.4g}" for name, (loaded, stored) in moved.items()]
         table.add_row(kernel, str(case), ", ".join(parts), f"{total(case, moved) / least(case, moved):.3f}")
     console.print(table)
