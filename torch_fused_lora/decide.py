@@ -24,7 +24,7 @@ from .torch_private import has_global_hook
 Adapter: TypeAlias = tuple[Tensor, Tensor, Maybe, Any, float]
 
 
-class Fused(NamedTuple):
+class Call(NamedTuple):
     """A call that the operators compute. ``base``: the weight, N x K, and bias of a plain base, or None for one that
     has to be called. ``cast``: whether x goes to the adapters' dtype first."""
 
@@ -50,7 +50,7 @@ _STRIDED, _FLOAT32 = torch.strided, torch.float32
 _AUTOCAST = frozenset((*HALF, torch.float32))  # what autocast casts
 
 
-def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Fused | str:
+def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
     """What a patched layer's call with x is; or why PEFT's own forward has to run. ``hooks_run``: what is `around` the
     adapters' modules runs already."""
     if layer._disable_adapters:
@@ -94,7 +94,7 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Fused | str:
         return INACTIVE
     if autocast:
         others = {dtype, *(weight.dtype for adapter in adapters for weight in adapter[:2])} - _AUTOCAST
-        return f"{others.pop()} under autocast" if others else Fused(way, base, adapters, False)
+        return f"{others.pop()} under autocast" if others else Call(way, base, adapters, False)
     if adapter_dtype is dtype:
         cast = False
     elif not layer.cast_input_dtype_enabled or adapter_dtype not in DTYPES or dtype not in DTYPES:
@@ -103,7 +103,7 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Fused | str:
         cast = adapter_dtype is not _FLOAT32 or dtype not in HALF  # else the operators convert what they read
     if cast or (base is not None and base[0].dtype is not dtype):
         base = None
-    return Fused(way, base, adapters, cast)
+    return Call(way, base, adapters, cast)
 
 
 def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> str | None:

@@ -74,7 +74,7 @@ class Fused(Patched):
         return lora_linear_stacked(x, weight, bias, lora_A, lora_B, 1.0, dropouts, ranks, name, way, True)
 
 
-def _over_any_base(layer: Any, x: Tensor, call: decide.Fused) -> Tensor:
+def _over_any_base(layer: Any, x: Tensor, call: decide.Call) -> Tensor:
     """Call the base, and fuse the rest if that is possible with what it makes of x."""
     y = layer._modules["base_layer"](x)
     way, _, adapters, cast = call
@@ -151,15 +151,13 @@ def _declined(layer: Any, reason: str) -> None:
         _warn_once(reason, layer._patched_name)
 
 
-@functools.cache
-def _warned(reason: str) -> list[str]:
-    return []
+_warned: set[str] = set()
 
 
 def _warn_once(reason: str, name: str) -> None:
     """Say that a layer is not fused, once a reason."""
-    if not (names := _warned(reason)):
-        names.append(name)
+    if reason not in _warned:
+        _warned.add(reason)
         text = f"torch_fused_lora: {name} and others like it run PEFT's own forward: {reason}; see report.calls()"
         warnings.warn(text, stacklevel=4)
 

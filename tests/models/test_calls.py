@@ -44,7 +44,7 @@ FIRST, SECOND = "base_model.model.first", "base_model.model.second"
 
 @pytest.fixture(autouse=True)
 def _clean():
-    tfl_peft._warned.cache_clear()
+    tfl_peft._warned.clear()
     tfl_peft._followed.clear()  # models of other tests that are not collected yet
     yield
     tfl.unpatch_peft()
