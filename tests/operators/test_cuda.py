@@ -11,7 +11,7 @@ import torch
 import torch_fused_lora as tfl
 from tests.operators.test_lora_delta import DTYPES as DELTA_DTYPES
 from tests.operators.test_lora_delta import NAMES, operands
-from tests.operators.test_lora_linear import DTYPES, seeded_masks
+from tests.operators.test_lora_linear import DTYPES, laid_out, seeded_masks
 from tests.operators.test_rms_norm import DTYPES as ROW_DTYPES
 from tests.operators.test_rms_norm import EPS
 from tests.operators.test_rms_norm import exact as exact_rms_norm
@@ -19,6 +19,7 @@ from tests.reference import HALF, UNIT, Delta, Layer
 from torch_fused_lora.doctor import self_test
 from torch_fused_lora.ops.dropout import keep_mask
 from torch_fused_lora.ops.dropout.operator import gpu_mask
+from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -50,12 +51,44 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows, columns):
     )
     for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
         if name in found:
-            by_triton = columns % 8 == 0 if dropout_p else rows > 16 and adapter_dtype == torch.float32
+            by_triton = columns % 8 == 0 if dropout_p else rows <= 16 or adapter_dtype == torch.float32
             if dtype in HALF and by_triton:  # `triton._dot`: h or z, then what is made of it
                 exact.terms += (2 + 3) * 2**8  # 2**-16 is 2**8 units of float32
             if dtype in HALF and name == "y":  # of a single row, torch's own product is rounded before the bias
                 exact.rounded = exact.rounded + (x.double() @ W.double().T).abs()
             exact.check(found[name].cpu(), name)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("shape", "ranks", "dropouts", "layout", "adapters_are_half"),
+    [
+        ((9, 1104, 600), (5,), (), "strided", True),
+        ((9, 1104, 600), (33,), (), "transposed", False),
+        ((600, 1104, 200), (70,), (), "transposed", False),
+        ((1300, 520, 200), (66, 4, 3), (0.3, 0.0, 0.6), "strided", True),
+        ((2100, 1104, 264), (16,), (0.1,), "offset", False),
+    ],
+)
+def test_views_and_poisoned_memory(dtype, shape, ranks, dropouts, layout, adapters_are_half):
+    """By Triton's kernels, in parts and splits, where what is allocated begins as NaN."""
+    (M, K, N), r, adapter_dtype = shape, sum(ranks), dtype if adapters_are_half else torch.float32
+    sizes = ((M, K), (N, K), (N,), (r, K), (N, r))
+    x, _, _, A, B = leaves = [
+        laid_out(size, of, layout, K**-0.25, CUDA).requires_grad_()
+        for size, of in zip(sizes, [dtype] * 3 + [adapter_dtype] * 2, strict=True)
+    ]
+    grad = laid_out((M, N), dtype, layout, device=CUDA)
+    masks = seeded_masks(3, x, ranks, dropouts) if dropouts else [(slice(None), None)]
+    layer = Layer(*leaves, 0.5, masks, launches=len(ranks))
+    poison = [torch.full((size,), torch.nan, device=CUDA) for size in [2**12] * 100 + [2**24]]
+    del poison
+    y = lora_linear_stacked(*leaves, 0.5, dropouts, ranks)
+    exact = layer.gradients(grad) | {"y": layer.output()}
+    found = zip(("x", "lora_A", "lora_B"), torch.autograd.grad(y, (x, A, B), grad), strict=True)
+    for name, actual in (("y", y.detach()), *found):
+        exact[name].terms += (2 + 3) * 2**8  # as above
+        exact[name].check(actual, name)
 
 
 @pytest.mark.parametrize("dtypes", DELTA_DTYPES)
@@ -65,7 +98,7 @@ def test_lora_delta_against_float64(dtypes, dropout_p, rows):
     (y_dtype, x_dtype, adapter_dtype), (K, N, r) = dtypes, (136, 96, 5)
     y, *others = operands(dtypes, (rows,), (K, N, r), CUDA)
     exact = Delta(y, *others, 0.5, seeded_masks(3, others[0], [r], [dropout_p]))
-    by_triton = dropout_p > 0 or (rows > 16 and adapter_dtype == torch.float32)
+    by_triton = dropout_p > 0 or rows <= 16 or adapter_dtype == torch.float32
     before = y.detach().clone()
     found = tfl.lora_delta(y, *others, 0.5, dropout_p, training=True)
     assert torch.equal(y, before)

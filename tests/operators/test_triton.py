@@ -16,11 +16,16 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-# The interpreter multiplies no bfloat16: float16, and a plain product.
+from torch_fused_lora.ops import launcher  # noqa: E402
+from torch_fused_lora.ops.lora_linear import triton as kernels  # noqa: E402
+from torch_fused_lora.ops.lora_linear import ways  # noqa: E402
+
+# The interpreter multiplies no bfloat16: float16, and a plain product. What is allocated begins as NaN.
 INTERPRETED = """
 import torch
 from torch_fused_lora.ops.lora_linear import triton as kernels, ways
-ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=True), 0
+ways.TABLE['cpu'] = ways.Limits(block=1 << 21, triton=True)
+torch.use_deterministic_algorithms(True)
 tl = kernels.tl
 kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 """
@@ -32,21 +37,23 @@ def interpret(script: str) -> None:
 
 
 def test_triton_kernels():
-    """What an NVIDIA GPU does with many half rows and float32 adapters, executed by Triton's interpreter on the CPU
-    (test_cuda.py does it on a GPU): ragged blocks, several blocks of rank, strided operands."""
+    """What an NVIDIA GPU does with half rows that meet adapters, executed by Triton's interpreter on the CPU
+    (test_cuda.py does it on a GPU): ragged blocks, several parts, blocks of rank, few rows, strided operands."""
     interpret("""
-from tests.reference import Layer
+from tests.reference import Exact, Layer
 from tests.operators.test_lora_linear import laid_out
 import torch_fused_lora as tfl
 from torch_fused_lora.ops.dropout.operator import draw_seed, gpu_mask
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
-for M, K, N, r, dtype, layout in (
-    (70, 130, 200, 5, torch.float16, "contiguous"),
-    (600, 96, 80, 70, torch.float16, "strided"),
-    (1, 7, 3, 1, torch.float16, "transposed"),
+for M, K, N, r, dtype, adapter_dtype, layout in (
+    (70, 130, 200, 5, torch.float16, torch.float32, "contiguous"),
+    (9, 300, 70, 33, torch.float16, torch.float16, "strided"),
+    (40, 1100, 600, 4, torch.float16, torch.float32, "contiguous"),
+    (1, 7, 3, 1, torch.float16, torch.float32, "transposed"),
+    (600, 96, 80, 70, torch.float16, torch.float32, "strided"),
 ):
     operands = [laid_out(s, t, layout).requires_grad_() for s, t in (
-        ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), torch.float32), ((N, r), torch.float32)
+        ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), adapter_dtype), ((N, r), adapter_dtype)
     )]
     scaling = torch.tensor(0.5, requires_grad=M == 70)
     layer = Layer(*operands, 0.5)
@@ -64,11 +71,21 @@ with torch.no_grad():
     kernels.add_delta_(y, x, A, B, 0.5)
     kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
+    h, grad_x = torch.randn(M, r), torch.zeros(M, K, dtype=dtype)
+    written = torch.empty_like(grad_x)
+    assert written.isnan().all()
+    added = kernels.backward(grad, grad_x, x, A, B, 0.5, h, True)
+    fresh = kernels.backward(grad, written, x, A, B, 0.5, h, True, fresh=True)
+    assert torch.equal(grad_x, written) and all(torch.equal(*pair) for pair in zip(added, fresh))
+    none, alone = kernels.backward(grad, None, None, A, B, 0.5, h, True)
+    assert none is None
+    Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
 
 # Dropout in registers: of one adapter, of several, some of which drop nothing.
 for M, K, N, ranks, dropouts, dtype, adapter_dtype in (
     (70, 136, 200, (5,), (0.3,), torch.float16, torch.float32),
     (600, 96, 80, (3, 2, 4), (0.6, 0.0, 0.1), torch.float16, torch.float16),
+    (70, 136, 72, (66,), (0.3,), torch.float16, torch.float32),
 ):
     r = sum(ranks)
     operands = [laid_out(s, t, "strided").requires_grad_() for s, t in (
@@ -127,43 +144,87 @@ for dtypes, (K, N), dropouts, reached in (
 """)
 
 
-@pytest.mark.parametrize("seed", [None, "*i64"])
-def test_triton_kernels_compile_for_an_nvidia_gpu(seed):
-    """To machine code for Hopper, without one; with the seed as a number and as a tensor of the device."""
-    kernels, target = lora_triton(), GPUTarget("cuda", 90, 32)
-    number = {"seed": None} if seed is None else {}
-    tensors = {} if seed is None else {"seed": seed}
-    tiles = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_C": 128, "BLOCK_R": 16, "TRANSPOSED": False, "DROPS": True}
-    scales = {"scale": "fp32", "scale_2": "fp32"}
-    for name, types in (
-        ("_product_kernel", {"out": "*fp32", "rows": "*bf16", "small": "*fp32"}),
-        ("_accumulate_kernel", {"out": "*fp16", "a": "*fp32", "b": "*fp32"}),
-        ("_accumulate_kernel", {"out": "*fp32", "a": "*fp32", "b": "*bf16"}),
-        ("_sums_kernel", {"out": "*fp32", "small": "*fp32", "rows": "*bf16", "small_2": "*fp32", "rows_2": "*bf16"}),
-    ):
-        kernel = getattr(kernels, name)
-        constants = {key: value for key, value in (tiles | number).items() if key in kernel.arg_names}
-        types = {key: value for key, value in (types | tensors | scales).items() if key in kernel.arg_names}
-        signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
-        compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
+def launches(M, r, adapter_dtype, dropout_p, seed):
+    """What a forward and a backward of bfloat16 rows launch: kernel, arguments and how it is compiled."""
+    x, W, A, B, grad = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape, dtype in (
+            ((M, 4096), torch.bfloat16),
+            ((4096, 4096), torch.bfloat16),
+            ((r, 4096), adapter_dtype),
+            ((4096, r), adapter_dtype),
+            ((M, 4096), torch.bfloat16),
+        )
+    )
+    found = []
+
+    def take(self, tensors, numbers, options, key):
+        _, arguments, how = self._prepare(*tensors, *options)
+        found.append((self._kernel, (*tensors, *numbers, *arguments), how))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher.Launcher, "__call__", take)
+        dropouts = [kernels.Dropout(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
+        _, h = kernels.forward(x, W, None, A, B, 0.5, dropouts, True)
+        kernels.backward(grad, torch.empty_like(x), x, A, B, 0.5, h, True, dropouts, fresh=True)
+    return found
+
+
+def compiled_for(capability, kernel, arguments, how):
+    """As Triton compiles it for a launch: pointers aligned, integers known to be 1 or a multiple of 16."""
+    signature, constants, attributes = {}, {}, {}
+    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    for parameter, value in zip(kernel.params, arguments, strict=True):
+        is_tensor, known = isinstance(value, torch.Tensor), not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (known and type(value) is int and value == 1):
+            constants[parameter.name], signature[parameter.name] = value, "constexpr"
+            continue
+        signature[parameter.name] = pointers[value.dtype] if is_tensor else "fp32" if type(value) is float else "i32"
+        if is_tensor or (known and type(value) is int and value % 16 == 0):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
+
+
+@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (86, 99), (89, 99), (90, 227)])
+def test_triton_kernels_compile_for_an_nvidia_gpu(capability, shared):
+    """To machine code, without a GPU: within the shared memory that a card's blocks have, and reading 16 bytes at a
+    time. A T4 (75) takes the composition: its matrix units multiply no bfloat16."""
+    seed = torch.empty((), dtype=torch.int64, device="meta") if capability == 90 else 2**40 + 5
+    few, *_ = launches(8, 16, torch.bfloat16, 0.0, None)
+    for kernel, arguments, how in (few, *launches(4096, 64, torch.float32, 0.1, seed)):
+        compiled = compiled_for(capability, kernel, arguments, how)
         assert len(compiled.asm["cubin"]) > 0
+        assert compiled.metadata.shared <= shared * 1024, kernel.__name__
+        if kernel is not kernels._expand_kernel:  # it reads little
+            assert "cp.async.cg.shared.global" in compiled.asm["ptx"], kernel.__name__
 
 
-def lora_triton():
-    from torch_fused_lora.ops.lora_linear import triton as kernels
+def test_what_is_launched():
+    """Forward and backward: products of the rank's order, and one launch for all that is made of z."""
+    product, expand, gradients = kernels._product_kernel, kernels._expand_kernel, kernels._gradients_kernel
+    for operands, expected in (
+        ((512, 16, torch.float32, 0.1, 5), [product, expand, product, gradients]),
+        ((16, 16, torch.bfloat16, 0.0, 5), [kernels._few_rows_kernel, product, gradients]),
+        ((16, 16, torch.float32, 0.0, 5), [product, kernels._few_rows_kernel, product, gradients]),
+    ):
+        assert [kernel for kernel, _, _ in launches(*operands)] == expected
 
-    return kernels
+
+def test_an_old_card_takes_the_composition(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == 0 else (8, 0))
+    ways._has_kernels.cache_clear()
+    assert [ways._has_kernels(device) for device in (-1, 0, 1)] == [True, False, True]
+    ways._has_kernels.cache_clear()
 
 
 def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(monkeypatch):
     """With a driver and a kernel that only take notes."""
-    from torch_fused_lora.ops import launcher
-
     current, notes, hooked = [0], [], [False]
 
     class Device:
         def __init__(self, device):
-            self.index = device.index
+            self.index = device
 
         def __enter__(self):
             self.before, current[0] = current[0], self.index
@@ -185,19 +246,31 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
     monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=driver))
     monkeypatch.setattr(launcher.torch.cuda, "device", Device)
     monkeypatch.setattr(launcher, "_hooked", lambda: hooked[0])
-    launch, grid = launcher.Launcher(Kernel()), (1, 2, 3)
+    grid = (1, 2, 3)
+    launch = launcher.Launcher(Kernel(), lambda *tensors_and_options: (grid, (9,), {}))
+
+    def tensor(device, offset=0):
+        return SimpleNamespace(get_device=lambda: device, data_ptr=lambda: 256 + offset)
+
     expected = []
-    for key, index, how in (
-        ("a", 0, "compiled"),
-        ("a", 0, "launched"),
-        ("b", 0, "compiled"),
-        ("a", 1, "compiled"),
-        ("a", 1, "launched"),
-        ("b", 0, "launched"),
+    for options, key, device, offset, how in (
+        ("a", "k", 0, 0, "compiled"),
+        ("a", "k", 0, 32, "launched"),
+        ("b", "k", 0, 0, "compiled"),
+        ("a", "l", 0, 0, "compiled"),
+        ("a", "k", 1, 0, "compiled"),
+        ("a", "k", 1, 0, "launched"),
+        ("a", "k", 0, 2, "compiled"),
+        ("a", "k", 0, 2, "launched"),
+        ("b", "k", 0, 0, "launched"),
     ):
-        launch(torch.device("cuda", index), grid, key, "x", 5)
-        expected.append((how, index, grid, ("x", 5)))
+        x = tensor(device, offset)
+        launch((x, None), (5,), (options,), (key,))
+        pointer = x.data_ptr() if how == "launched" else x
+        expected.append((how, device, grid, (pointer, None, 5, 9)))
+    launch((x, x), (5,), ("b",), ("k",))  # none is missing
+    expected.append(("compiled", 0, grid, (x, x, 5, 9)))
     hooked[0] = True  # a profiler sees them by the long way
-    launch(torch.device("cuda", 0), grid, "a", "x", 5)
-    assert notes == [*expected, ("compiled", 0, grid, ("x", 5))]
+    launch((x, None), (5,), ("a",), ("k",))
+    assert notes == [*expected, ("compiled", 0, grid, (x, None, 5, 9))]
     assert current == [0]

@@ -1,13 +1,15 @@
-"""Triton kernels, launched without the search for the compiled one that ``kernel[grid](...)`` makes on every call."""
+"""Triton kernels, launched without what ``kernel[grid](...)`` does anew on every call."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from triton import JITFunction, knobs
 from triton.runtime import driver
+
+PREPARED = 4096  # launches that are remembered of a kernel
 
 
 def _hooked() -> bool:
@@ -16,26 +18,46 @@ def _hooked() -> bool:
 
 
 class Launcher:
-    """A Triton kernel, which is compiled once for a key of what Triton specialises its code for, and for a device."""
+    """A Triton kernel, whose launches are prepared once for what decides them.
 
-    def __init__(self, kernel: Any, **options: Any):
-        self._kernel, self._options = kernel, options
-        self._compiled: dict[Hashable, Any] = {}
+    Its first arguments are the tensors, then come numbers that differ from call to call, for which it specialises no
+    code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it.
+    """
 
-    def __call__(self, device: torch.device, grid: tuple[int, int, int], key: Hashable, *arguments: Any) -> None:
-        """Launch on a device's current stream. ``key`` says all that decides the machine code: dtypes, alignments, and
-        every integer, unless the kernel does not specialise it."""
+    def __init__(self, kernel: Any, prepare: Callable[..., tuple[tuple[int, int, int], tuple[Any, ...], Any]]):
+        self._kernel, self._prepare = kernel, prepare
+        self._prepared: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        tensors: tuple[Any, ...],
+        numbers: tuple[int | float, ...],
+        options: tuple[Hashable, ...],
+        key: tuple[Hashable, ...],
+    ) -> None:
+        """Launch on the current stream of the device of the first tensor; others may be None. ``key`` says, beside the
+        options, all that `prepare` and the machine code depend on, but for which tensors are None, and alignments."""
         if not isinstance(self._kernel, JITFunction):  # interpreted
-            self._kernel[grid](*arguments, **self._options)
+            grid, arguments, how = self._prepare(*tensors, *options)
+            self._kernel[grid](*tensors, *numbers, *arguments, **how)
             return
-        index = driver.active.get_current_device()
-        if index != device.index:
-            with torch.cuda.device(device):
-                self(device, grid, key, *arguments)
+        index, active = tensors[0].get_device(), driver.active
+        if active.get_current_device() != index:
+            with torch.cuda.device(index):
+                self(tensors, numbers, options, key)
             return
-        compiled = self._compiled.get((index, key))
-        if compiled is None or _hooked():
-            self._compiled[index, key] = self._kernel[grid](*arguments, **self._options)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]  # of a tensor Triton would ask the driver
+        full_key = index, options, key, *[None if p is None else p & 15 for p in pointers]
+        prepared = self._prepared.get(full_key)
+        if prepared is None or _hooked():
+            grid, arguments, how = self._prepare(*tensors, *options)
+            compiled = self._kernel[grid](*tensors, *numbers, *arguments, **how)
+            if len(self._prepared) >= PREPARED:
+                self._prepared.clear()
+            self._prepared[full_key] = compiled, grid, arguments
             return
-        stream = driver.active.get_current_stream(index)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        compiled, grid, arguments = prepared
+        compiled.run(
+            *grid, active.get_current_stream(index), compiled.function, compiled.packed_metadata, None, None, None,
+            *pointers, *numbers, *arguments,
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 The cost of a LoRA layer is not its arithmetic but touching the full-width output again and again. So the base
 product comes first, by torch's own GEMM, and the rank-r product is added to it in place. Where operands have to be
 converted (float32 adapters over a half base) or masked (dropout), that happens by blocks of rows; no temporary
-grows with the width and the number of rows. On an NVIDIA GPU conversion is left to the kernels of `triton.py`.
+grows with the width and the number of rows. Half rows on an NVIDIA GPU are left to `triton.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..dropout import keep_mask
 from ..rows import HALF, cast, flat, packed, unflat
-from .ways import BY_TRITON, WHOLE, block_rows, choose, triton_kernels
+from .ways import BY_TRITON, WHOLE, Way, block_rows, choose, triton_kernels
 
 
 def forward(
@@ -43,8 +43,13 @@ def forward(
     rows = x if is_matrix else flat(x)
     if x.dtype in HALF:
         rows, weight = packed(rows, weight)
-    y = F.linear(rows, weight, bias)
-    h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+    chosen = way, A, B = choose(rows, lora_A, lora_B, seed is not None)
+    if way is BY_TRITON:
+        dropouts = _dropouts(seed, dropout_p, ranks, A)
+        y, h = triton_kernels().forward(rows, weight, bias, A, B, _number(scaling), dropouts, save_h)
+    else:
+        y = F.linear(rows, weight, bias)
+        h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h, chosen)
     return y if is_matrix else unflat(y, x), h
 
 
@@ -58,15 +63,16 @@ def add_delta_(
     dropout_p: Floats,
     ranks: Ints,
     save_h: bool,
+    chosen: tuple[Way, Tensor, Tensor] | None = None,
 ) -> Maybe:
     """``y += s h Bᵀ`` in place for matrices y and x; returns h, None unless it is to be saved."""
     scale = _number(scaling)
-    way, A, B = choose(x, lora_A, lora_B, seed is not None)
+    way, A, B = chosen or choose(x, lora_A, lora_B, seed is not None)
     if way is WHOLE:
         h = F.linear(x if x.dtype is A.dtype else x.float(), A)
         _add_product_(y, h, B.t(), scale)
     elif way is BY_TRITON:
-        h = triton_kernels().add_delta_(y, x, A, B, scale, _dropouts(seed, dropout_p, ranks, A))
+        h = triton_kernels().add_delta_(y, x, A, B, scale, _dropouts(seed, dropout_p, ranks, A), save_h)
     else:
         h = _add_delta_by_blocks_(y, x, A, B, scale, seed, dropout_p, ranks, save_h)
     return cast(h, lora_A.dtype) if save_h else None
@@ -145,14 +151,17 @@ def low_rank_backward(
             grad_x = grad.mm(weight)
             _add_product_(grad_x, z, A, scale)
     elif need_x or need_A or need_B or need_scaling:
-        if need_x:
-            grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if weight is None else grad.mm(weight)
         x_side = x if need_A else None
         if way is BY_TRITON:
+            fresh = weight is None
+            if need_x:
+                grad_x = grad.new_empty((grad.shape[0], A.shape[1])) if fresh else grad.mm(weight)
             dropouts = _dropouts(seed, dropout_p, ranks, A)
             by_triton = triton_kernels().backward
-            grad_A, grad_h = by_triton(grad, grad_x, x_side, A, B, scale, h, not need_scaling, dropouts)
+            grad_A, grad_h = by_triton(grad, grad_x, x_side, A, B, scale, h, not need_scaling, dropouts, fresh)
         else:
+            if need_x:
+                grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if weight is None else grad.mm(weight)
             if h is not None and not need_scaling:
                 h = _widened(h, A) * scaling
             grad_A, grad_h = _backward_by_blocks(grad, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
@@ -245,7 +254,8 @@ def adapters(
     """(rank slice, drop probability) of each adapter; without dropout one slice serves them all."""
     if seed is None:
         return [(slice(0, r), 0.0)]
-    ranks = ranks or (r,)
+    if len(dropout_p) == 1:
+        return [(slice(0, r), dropout_p[0])]
     ends = itertools.accumulate(ranks)
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 

@@ -29,7 +29,7 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
-    meet adapters in Triton kernels, where there are float32 adapters and more than `FEW` rows, or dropout."""
+    meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them."""
 
     block: int
     triton: bool = False
@@ -58,21 +58,28 @@ def choose(rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool) -> tuple[W
     """The way for these rows, and the adapters in the dtype in which rows meet them: their own, but float32 for half
     adapters where aten calls drop, and on a CPU, which is faster there where the processor multiplies no halves."""
     dtype = lora_A.dtype
-    if dtype is rows.dtype and not drops and not lora_A.is_cpu:
-        return WHOLE, lora_A, lora_B
     if rows.dtype in HALF:
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
-        K, N = lora_A.shape[1], lora_B.shape[0]
-        # No grid is empty. Dropout's tiles begin at whole counters of 8 elements.
-        fits = rows.shape[0] * K * N > 0 and (K % 8 == 0 if drops else rows.shape[0] > FEW)
-        if limits.triton and fits and triton_kernels():
+        M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
+        # Dropout's tiles begin at whole counters of 8 elements. Torch's own calls take less of the host's time.
+        fits = K % 8 == 0 if drops else M <= FEW or dtype is not rows.dtype
+        if limits.triton and fits and M * K * N > 0 and _has_kernels(rows.get_device()):  # no grid is empty
             return BY_TRITON, lora_A, lora_B
+    if dtype is rows.dtype and not drops and not lora_A.is_cpu:
+        return WHOLE, lora_A, lora_B
     if dtype in HALF:
         lora_A, lora_B, dtype = lora_A.float(), lora_B.float(), torch.float32
     if drops:
         return BLOCKS, lora_A, lora_B
     few = rows.dtype is dtype or (count := rows.shape[0]) <= FEW
     return WHOLE if few or count <= block_rows(lora_A, lora_B) else BLOCKS, lora_A, lora_B
+
+
+@functools.cache
+def _has_kernels(device: int) -> bool:
+    """Whether there are Triton kernels for a card: its matrix units have to multiply bfloat16, as they do from Ampere
+    on. The CPU is -1, where kernels are interpreted."""
+    return triton_kernels() is not None and (device < 0 or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @functools.cache
