@@ -47,7 +47,7 @@ class Limits:
 # parallel aten call may wait a scheduler's time slice for its threads, so that few large blocks win by far.
 TABLE = {
     "cpu": Limits(block=1 << 21),
-    "cuda": Limits(block=1 << 24, triton=True, carrying=1024),
+    "cuda": Limits(block=1 << 24, triton=True, carrying=512),
     "xpu": Limits(block=1 << 24),
 }
 
@@ -70,8 +70,8 @@ def choose(rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool) -> tuple[W
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
         if limits.triton and M * K * N > 0 and _has_kernels(rows.get_device()):  # no grid is empty
-            # With dropout, tiles begin at whole counters of 8 elements. Where the rows are many and all is of one dtype,
-            # torch's own products take less of the device's time.
+            # Dropout's tiles begin at whole counters of 8 elements. Where rows are many, all of one dtype, torch's own
+            # products take less of the device's time.
             many = limits.carrying <= M and dtype is rows.dtype
             if K % 8 == 0 if drops else not many or _carries(rows):
                 return BY_TRITON, lora_A, lora_B
@@ -104,12 +104,14 @@ def triton_kernels() -> Any:
     return triton
 
 
-def carrying_rank(rows: Tensor, weight: Tensor | None) -> Any:
-    """The module of Gluon kernels where ``rows``' product with a weight is to carry the rank; else None: torch's own
-    product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes."""
+def carrying_rank(rows: Tensor, weight: Tensor | None, columns: int) -> Any:
+    """The module of Gluon kernels where ``rows``' product with a weight, of so many columns, is to carry the rank; else
+    None: torch's own product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes."""
     if weight is None or not _carries(rows) or any(count % 8 for count in weight.shape):
         return None
-    return _gluon_kernels(rows.get_device()) if _is_tileable(rows) and _is_tileable(weight) else None
+    kernels = _gluon_kernels(rows.get_device())
+    fits = _is_tileable(rows) and _is_tileable(weight) and kernels.fills(rows.shape[0], columns, rows.get_device())
+    return kernels if fits else None
 
 
 def _carries(rows: Tensor) -> bool:
@@ -128,8 +130,10 @@ def _gluon_kernels(device: int) -> Any:
     """The module, for a Hopper card and a release of Triton with which it has run."""
     if triton_kernels() is None or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    try:
-        from . import gluon
-    except ImportError:  # it is young, and its parts move
+    from ..launcher import is_tested
+
+    if not is_tested():
         return None
-    return gluon if gluon.is_tested() else None
+    from . import gluon
+
+    return gluon
