@@ -162,7 +162,7 @@ def launches(M, r, adapter_dtype, dropout_p, seed):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher.Launcher, "__call__", take)
-        dropouts = [kernels.Dropout(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
+        dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
         _, h = kernels.forward(x, W, None, A, B, 0.5, dropouts, True)
         kernels.backward(grad, None, x, A, B, 0.5, h, True, True, dropouts)
     return found
