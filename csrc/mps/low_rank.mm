@@ -32,7 +32,7 @@ class AdapterDropout {
 /// Partial sums that a plan's own steps hand on.
 OptionalTensor scratch(const Plan<DeltaConfiguration>& plan, const Tensor& like) {
   const auto& [splits, elements, launch] = plan.sums;
-  return splits == 1 ? OptionalTensor() : empty_float({splits, static_cast<int64_t>(elements)}, like);
+  return elements == 0 ? OptionalTensor() : empty_float({splits, static_cast<int64_t>(elements)}, like);
 }
 
 /// dA and dB, those asked for, as one problem of lora_grad, and what its launches write: the partial sums, if there are

@@ -38,7 +38,7 @@ struct Launch {
 };
 
 /// Scratch: float32 partial sums, `splits` of each of `elements`, which `launch` (sum_splits) adds up after all else,
-/// or the steps themselves where it has no kernel. None where splits is 1.
+/// or the steps themselves where it has no kernel. None where there are no elements.
 struct PartialSums {
   uint32_t splits = 1;
   uint64_t elements = 0;

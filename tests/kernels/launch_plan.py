@@ -236,7 +236,7 @@ class Kernels(Launcher):
         )
         problem = DeltaProblem(is_backward, *dtypes, *operands, out is not None, save, offset, dropout, self.gpu_cores)
         launches, splits, elements = self._plan(problem)
-        return launches, fresh(torch.empty(0), splits, elements) if splits > 1 else None
+        return launches, fresh(torch.empty(0), splits, elements) if elements else None
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
