@@ -35,21 +35,26 @@ enum DeltaFlags { DELTA_WIDE_X = 1, DELTA_WIDE_A = 2, DELTA_WIDE_B = 4, DELTA_WI
 enum DeltaSizes {
   DELTA_SIMDGROUPS = 8,
   DELTA_COLUMNS = 64,    // of a tile of y
-  DELTA_RANK_CHUNK = 4,  // blocks of ranks of a tile of B
+  DELTA_HELD = 8,        // blocks of ranks of h that a simdgroup has room for in registers
+  DELTA_CHUNK = 4,       // blocks of ranks of a tile of B where h is not held
 };
 
-/// Columns of a tile of x: wider ones mean fewer barriers; what fits 32 KiB narrows as the rank grows.
-constexpr short delta_width(short rank_blocks) { return rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16; }
+/// Simdgroups that share the ranks of h in the first stage, so that each has at most DELTA_HELD blocks of them.
+constexpr short delta_rank_groups(short rank_blocks) {
+  return rank_blocks <= DELTA_HELD ? 1 : rank_blocks <= 2 * DELTA_HELD ? 2 : 4;
+}
 
-/// Simdgroups that share the ranks of h, so that each has at most eight blocks of them in registers.
-constexpr short delta_rank_groups(short rank_blocks) { return rank_blocks <= 8 ? 1 : rank_blocks <= 16 ? 2 : 4; }
+/// Columns of a tile of x: wider ones mean fewer barriers; what fits 32 KiB narrows as the rank grows.
+constexpr short delta_width(short rank_blocks) {
+  return rank_blocks <= 2 ? 128 : 64 / delta_rank_groups(rank_blocks);
+}
 
 /// Blocks of rows that a simdgroup has: it multiplies them with each block of A or B that it reads.
 constexpr short delta_blocks(short row_blocks) { return row_blocks > 1 ? 2 : 1; }
 
-/// Blocks of rows of a threadgroup in the second stage, whose threadgroup memory holds all ranks of h.
+/// Blocks of rows of a threadgroup in the second stage, whose threadgroup memory has room for their h.
 constexpr short delta_up_rows(short row_blocks, short rank_blocks) {
-  return rank_blocks > 8 && row_blocks > 2 ? 2 : row_blocks;
+  return rank_blocks > DELTA_HELD && row_blocks > 2 ? 2 : row_blocks;
 }
 
 }  // namespace tfl

@@ -27,14 +27,14 @@
 namespace tfl {
 
 /// The sum of what stands `stride` apart, in order. Eight loads are in flight at once.
-METAL_FUNC float4 sum_of_splits(device const float4* source, ulong stride, uint splits) {
+METAL_FUNC float2 sum_of_splits(device const float2* source, ulong stride, uint splits) {
   constexpr uint TOGETHER = 8;
-  float4 sum = float4(0);
+  float2 sum = float2(0);
   for (uint first = 0; first < splits; first += TOGETHER) {
-    float4 parts[TOGETHER];
+    float2 parts[TOGETHER];
     TFL_UNROLL
     for (uint i = 0; i < TOGETHER; ++i) {
-      parts[i] = first + i < splits ? source[i * stride] : float4(0);
+      parts[i] = first + i < splits ? source[i * stride] : float2(0);
     }
     TFL_UNROLL
     for (uint i = 0; i < TOGETHER; ++i) {
@@ -165,16 +165,32 @@ template <short RANK_BLOCKS, short ROW_BLOCKS>
 struct Up {
   static constant constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * delta_up_rows(ROW_BLOCKS, RANK_BLOCKS);
   static constant constexpr short BLOCKS = delta_blocks(ROW_BLOCKS), ROW_GROUPS = ROWS / (BLOCK * BLOCKS);
-  static constant constexpr short CHUNK = BLOCK * (RANK_BLOCKS < DELTA_RANK_CHUNK ? RANK_BLOCKS : DELTA_RANK_CHUNK);
+  static constant constexpr bool HELD = RANK_BLOCKS <= DELTA_HELD;
+  static constant constexpr short CHUNK = BLOCK * (HELD ? RANK_BLOCKS : short(DELTA_CHUNK));
   static constant constexpr short COLUMN_SLICES = DELTA_SIMDGROUPS / ROW_GROUPS;
   static constant constexpr short COLUMN_BLOCKS = DELTA_COLUMNS / (BLOCK * COLUMN_SLICES);  // of a simdgroup
-  using HTile = Tile<ROWS, RANKS>;
   using BTile = Tile<DELTA_COLUMNS, CHUNK>;
   using SumTile = Tile<ROWS, DELTA_COLUMNS>;
-  static constant constexpr short SIZE = HTile::size + BTile::size + SumTile::size;
+  using HTile = Tile<ROWS, RANKS>;  // where it is held, it lies where the sums will
+  static constant constexpr short H_PLACE = BTile::size + (HELD ? 0 : SumTile::size);
+  static constant constexpr short SIZE = BTile::size + SumTile::size + (HELD ? 0 : HTile::size);
+  static_assert(!HELD || HTile::size <= SumTile::size, "h fits where the sums will be");
   static_assert(RANKS % CHUNK == 0, "the chunks have equal shares of the ranks");
   static_assert(ROWS * DELTA_COLUMNS / RUN <= LANES * DELTA_SIMDGROUPS, "a thread has at most one run of a tile of y");
 };
+
+/// A simdgroup's rows of h, so many blocks of ranks from `rank`.
+template <short BLOCKS, short RANK_BLOCKS, typename HTile>
+METAL_FUNC void read_h(
+    thread simdgroup_float8x8 (&blocks)[BLOCKS][RANK_BLOCKS], HTile h_tile, short first_row, short rank) {
+  TFL_UNROLL
+  for (short b = 0; b < BLOCKS; ++b) {
+    TFL_UNROLL
+    for (short i = 0; i < RANK_BLOCKS; ++i) {
+      h_tile.read(blocks[b][i], first_row + BLOCK * b, rank + BLOCK * i);
+    }
+  }
+}
 
 /// Adds one threadgroup's share of s h B^T to y: rows from `row`, columns [column, column_end).
 template <short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, typename T, typename TA>
@@ -200,9 +216,9 @@ METAL_FUNC void add_up(
   constexpr short RANKS = Sizes::RANKS, ROWS = Sizes::ROWS, BLOCKS = Sizes::BLOCKS, CHUNK = Sizes::CHUNK;
   constexpr short WIDTH = DELTA_COLUMNS, THREADS = LANES * DELTA_SIMDGROUPS, COLUMN_BLOCKS = Sizes::COLUMN_BLOCKS;
   threadgroup float* const floats = reinterpret_cast<threadgroup float*>(memory);
-  const typename Sizes::HTile h_tile = {floats};
-  const typename Sizes::BTile B_tile = {floats + Sizes::HTile::size};
-  const typename Sizes::SumTile sum_tile = {floats + Sizes::HTile::size + Sizes::BTile::size};
+  const typename Sizes::BTile B_tile = {floats};
+  const typename Sizes::SumTile sum_tile = {floats + Sizes::BTile::size};
+  const typename Sizes::HTile h_tile = {floats + Sizes::H_PLACE};
   const short first_row = simdgroup_index / Sizes::COLUMN_SLICES * (BLOCKS * BLOCK);
   const short first_column = simdgroup_index % Sizes::COLUMN_SLICES * (COLUMN_BLOCKS * BLOCK);
 
@@ -211,34 +227,40 @@ METAL_FUNC void add_up(
   const uint N = B.rows, m = row + r, run_end = r < ROWS && m < M ? column_end : 0;
   uint n = column + c;
   ulong element = ulong(m) * N + n;
-  RunOf<T> next_y = fetch_run<T>(y + element, 1, n < run_end ? N - n : 0, wide_y);
+  device T* target = y + element;
+  RunOf<T> next_y = fetch_run<T>(target, 1, n < run_end ? N - n : 0, wide_y);
   Loader<TA, WIDTH, CHUNK, THREADS> B_loader(B, column, 0, thread_index);
   if (column < column_end) {
     B_loader.fetch();
   }
 
-  // h: four neighbouring ranks a thread.
-  for (short i = thread_index; i < ROWS * RANKS / 4; i += THREADS) {
-    const short h_row = 4 * i / RANKS, rank = 4 * i % RANKS;
-    float4 sum = float4(0);
+  // h: two neighbouring ranks a thread.
+  for (short i = thread_index; i < ROWS * RANKS / 2; i += THREADS) {
+    const short h_row = 2 * i / RANKS, rank = 2 * i % RANKS;
+    float2 sum = float2(0);
     if (row + h_row < M) {
-      device const float4* const first = reinterpret_cast<device const float4*>(partial + ulong(row) * RANKS) + i;
-      sum = sum_of_splits(first, ulong(M) * (RANKS / 4), splits);
+      device const float2* const first = reinterpret_cast<device const float2*>(partial + ulong(row) * RANKS) + i;
+      sum = sum_of_splits(first, ulong(M) * (RANKS / 2), splits);
       TFL_UNROLL
-      for (short j = 0; j < 4; ++j) {
+      for (short j = 0; j < 2; ++j) {
         if (save_h && uint(rank + j) < B.cols) {
           h[ulong(row + h_row) * h_stride + rank + j] = static_cast<TA>(sum[j]);
         }
       }
     }
-    *reinterpret_cast<threadgroup float4*>(h_tile.at(h_row, rank)) = sum;
+    *reinterpret_cast<threadgroup float2*>(h_tile.at(h_row, rank)) = sum;
+  }
+
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_float8x8 h_blocks[BLOCKS][CHUNK / BLOCK];
+  if (Sizes::HELD) {
+    read_h<BLOCKS, CHUNK / BLOCK>(h_blocks, h_tile, first_row, 0);
   }
 
   for (; column < column_end; column += WIDTH) {
     const RunOf<T> before = next_y;
     const uint count = n < run_end ? N - n : 0;
     n += WIDTH;
-    next_y = fetch_run<T>(y + element + WIDTH, 1, n < run_end ? N - n : 0, wide_y);
     simdgroup_float8x8 sums[BLOCKS][COLUMN_BLOCKS];
     TFL_UNROLL
     for (short b = 0; b < BLOCKS; ++b) {
@@ -256,22 +278,24 @@ METAL_FUNC void add_up(
         B_loader.back(RANKS);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (is_last) {
+        next_y = fetch_run<T>(target + WIDTH, 1, n < run_end ? N - n : 0, wide_y);
+      }
       if (!is_last || column + WIDTH < column_end) {
         B_loader.fetch();
       }
+      if (!Sizes::HELD) {
+        read_h<BLOCKS, CHUNK / BLOCK>(h_blocks, h_tile, first_row, chunk);
+      }
       TFL_UNROLL
-      for (short i = 0; i < CHUNK; i += BLOCK) {
-        simdgroup_float8x8 h_blocks[BLOCKS], B_block;
+      for (short j = 0; j < COLUMN_BLOCKS; ++j) {
+        simdgroup_float8x8 B_block;
         TFL_UNROLL
-        for (short b = 0; b < BLOCKS; ++b) {
-          h_tile.read(h_blocks[b], first_row + BLOCK * b, chunk + i);
-        }
-        TFL_UNROLL
-        for (short j = 0; j < COLUMN_BLOCKS; ++j) {
-          B_tile.read_transposed(B_block, first_column + BLOCK * j, i);
+        for (short i = 0; i < CHUNK / BLOCK; ++i) {
+          B_tile.read_transposed(B_block, first_column + BLOCK * j, BLOCK * i);
           TFL_UNROLL
           for (short b = 0; b < BLOCKS; ++b) {
-            simdgroup_multiply_accumulate(sums[b][j], h_blocks[b], B_block, sums[b][j]);
+            simdgroup_multiply_accumulate(sums[b][j], h_blocks[b][i], B_block, sums[b][j]);
           }
         }
       }
@@ -295,8 +319,9 @@ METAL_FUNC void add_up(
       Run sum = widened(before);
       sum.low = fma(delta.low, float4(scaling), sum.low);
       sum.high = fma(delta.high, float4(scaling), sum.high);
-      store_run(y + element, sum, count, wide_y);
+      store_run(target, sum, count, wide_y);
     }
+    target += WIDTH;
     element += WIDTH;
   }
 }

@@ -36,13 +36,21 @@ METAL_FUNC void accumulate_columns(
   const Tile<DEPTH, RANKS> small_tile = {small_floats};
   Loader<T, DEPTH, COLS, THREADS, DROPPED> big_loader(big, row, column, thread_index, dropout);
   Loader<TA, DEPTH, RANKS, THREADS> small_loader(small, row, 0, thread_index);
+  if (row < big.rows) {
+    big_loader.fetch();
+    small_loader.fetch();
+  }
   for (; row < big.rows; row += DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    big_loader.fetch();
     big_loader.store(big_tile);
-    small_loader.fetch();
     small_loader.store(small_tile);
+    big_loader.next_rows();
+    small_loader.next_rows();
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (row + DEPTH < big.rows) {
+      big_loader.fetch();
+      small_loader.fetch();
+    }
     for (short m = 0; m < DEPTH; m += BLOCK) {
       simdgroup_float8x8 big_blocks[BLOCKS], small_block;
       TFL_UNROLL
@@ -58,8 +66,6 @@ METAL_FUNC void accumulate_columns(
         }
       }
     }
-    big_loader.next_rows();
-    small_loader.next_rows();
   }
 }
 

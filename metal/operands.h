@@ -80,8 +80,9 @@ METAL_FUNC RunOf<T> fetch_run(device const T* source, uint stride, uint count, b
   TFL_UNROLL
   for (short i = 0; i < RUN; ++i) {
     if (uint(i) < count) {
-      run.set(i, source[ulong(i) * stride]);
+      run.set(i, *source);
     }
+    source += stride;  // not eight offsets, which would stay in registers from one call to the next
   }
   return run;
 }

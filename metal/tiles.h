@@ -106,10 +106,12 @@ struct Loader {
           }
           tile.set_run(r, c, run);
         } else {
+          threadgroup float* place = tile.at(r, c);
           TFL_UNROLL
           for (short j = 0; j < RUN; ++j) {
             const float value = run.get(j);
-            *tile.at(r + j, c) = DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value;
+            *place = DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value;
+            place += tile.stride;
           }
         }
       }

@@ -33,8 +33,8 @@ DeltaConfiguration choose(const Delta& delta) {
   DeltaConfiguration c;
   const uint64_t M = p.in.rows, K = p.in.cols, N = delta.up.rows, ranks = delta.slice.end - delta.slice.begin;
   const uint64_t rank_blocks = ceil_div(ranks, BLOCK);
-  c.rank_blocks = static_cast<uint32_t>(
-      rank_blocks > DELTA_RANK_CHUNK ? ceil_div(rank_blocks, DELTA_RANK_CHUNK) * DELTA_RANK_CHUNK : rank_blocks);
+  // A few sizes of tiles for all ranks.
+  c.rank_blocks = static_cast<uint32_t>(rank_blocks > DELTA_CHUNK ? ceil_div(rank_blocks, DELTA_CHUNK) * DELTA_CHUNK : rank_blocks);
   c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : M <= 2 * BLOCK ? 2 : 4);
 
   // As many threadgroups as the GPU has room for at once, in either stage: what the rows leave free, K and N fill.
