@@ -26,25 +26,6 @@
 
 namespace tfl {
 
-/// The sum of what stands `stride` apart, in order. Eight loads are in flight at once.
-METAL_FUNC float2 sum_of_splits(device const float2* source, ulong stride, uint splits) {
-  constexpr uint TOGETHER = 8;
-  float2 sum = float2(0);
-  for (uint first = 0; first < splits; first += TOGETHER) {
-    float2 parts[TOGETHER];
-    TFL_UNROLL
-    for (uint i = 0; i < TOGETHER; ++i) {
-      parts[i] = first + i < splits ? source[i * stride] : float2(0);
-    }
-    TFL_UNROLL
-    for (uint i = 0; i < TOGETHER; ++i) {
-      sum += parts[i];
-    }
-    source += TOGETHER * stride;
-  }
-  return sum;
-}
-
 /// The sizes of the first stage.
 template <short RANK_BLOCKS, short ROW_BLOCKS>
 struct Down {

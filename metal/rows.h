@@ -33,6 +33,18 @@ struct Place {
   }
 };
 
+/// How many elements of a row of H there are in the run at a column; WIDE: all or none.
+template <bool WIDE>
+METAL_FUNC uint run_count(uint column, uint H) {
+  return column < H ? (WIDE ? RUN : H - column) : 0;
+}
+
+/// The run of a row at a column, zeros past the matrix.
+template <bool WIDE, typename T>
+METAL_FUNC RunOf<T> fetch_at(Matrix<T> matrix, uint row, uint column) {
+  return matrix.fetch(matrix.at(row, column), row < matrix.rows ? run_count<WIDE>(column, matrix.cols) : 0);
+}
+
 METAL_FUNC Run filled(float value) { return {float4(value), float4(value)}; }
 
 METAL_FUNC Run operator+(Run a, Run b) { return {a.low + b.low, a.high + b.high}; }

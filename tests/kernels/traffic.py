@@ -244,7 +244,7 @@ def model_rows(operator: str, case: RowCase) -> Moved:
             "softmax_backward": lambda: kernels.plan_softmax_backward(x, x),
         }[operator]()
     groups, simdgroups = launches[0].threads[0] // launches[0].group[0], launches[0].group[0] // 32
-    *_, row_simdgroups, _, how = launches[0].kernel.decode().split("_")
+    *_, row_simdgroups, _, how, _ = launches[0].kernel.decode().split("_")
     slots, held = groups * simdgroups // int(row_simdgroups), how == "held"
     read = {name: ((1 if held else 2) * case.bytes(name), 0) for name in ("x", "grad", "y")}
     written = {name: (0, case.bytes(name)) for name in ("y", "dx")}
