@@ -2,20 +2,21 @@
 //
 // With A and B in swapped roles (and x = dY) the same kernel is the dx side of backward: dx += mask * s (dY B) A.
 //
-// Two dispatches: a threadgroup that did both would hold the registers of both, and a few of them cannot wait for
-// memory together. Both fill the GPU whatever the rows, as K and N are shared between threadgroups.
+// Two dispatches, h = x A^T and y += s h B^T: a threadgroup that did both would have the registers of both, and so few
+//   of them on a core that they could not hide each other's waiting. Either fills the GPU however few the rows are, as
+//   threadgroups share the columns of x, then those of y.
 //
-// Algorithm, down. h = x A^T. A threadgroup has ROWS rows (8, 16 or 32) and a split of K, and walks over it in tiles. A
-//   simdgroup has sixteen of the rows (eight where there are no more), at most 64 of the ranks, and every K_SLICES-th
-//   block of eight columns. The slices are added up through threadgroup memory, the splits by the second dispatch: both
-//   in a fixed order.
-// Algorithm, up. y += s h B^T. A threadgroup has ROWS rows (at most 16 above rank 64) and a split of N. It adds up the
-//   partial h of its rows, keeps h in threadgroup memory, and walks over N in tiles of 64 columns, over the ranks of a
-//   tile in chunks of 32. y is read, added to, rounded once and written.
-//   In both, the next tile is on its way into registers, as raw elements, while one is multiplied.
-// Tile, down. x: ROWS x WIDTH, A: RANKS x WIDTH; WIDTH is 64, 32 or 16 as the rank grows. 14 KB at rank 16, at most 26.
-// Tile, up. h: ROWS x RANKS, B: 64 x 32 at most, sums: ROWS x 64. 17 KB at rank 16, at most 30.
-// Threads. 256: at 32 rows one run of eight elements of x or of y, at most two of A, one of B, a thread and tile.
+// Algorithm, down. A threadgroup has ROWS rows (8, 16 or 32) and a split of K, and walks over it in tiles. A simdgroup
+//   has sixteen of the rows (eight where there are no more), at most 64 of the ranks, and every K_SLICES-th block of
+//   eight columns. The slices are added up through threadgroup memory, the splits by the second dispatch, both in a
+//   fixed order.
+// Algorithm, up. A threadgroup has ROWS rows (at most 16 above rank 64) and a split of N. It adds up the partial h of
+//   its rows, then walks over its columns in tiles of 64. Up to rank 64 a simdgroup has the h of its rows in registers;
+//   above, h stays in threadgroup memory, and a tile takes a step for every 32 ranks.
+//   In both, while one tile is multiplied, the next one is on its way into registers, as raw elements.
+// Tile. Down: x ROWS x WIDTH, A RANKS x WIDTH, WIDTH 128 up to rank 16, then 64, 32 and 16; at most 26 KB. Up: B 64 x
+//   64 at most, sums ROWS x 64, h ROWS x RANKS above rank 64; 14 KB at rank 16, 26 KB at 64, at most 30.
+// Threads. 256. A thread has one or two runs of eight elements of a tile of x and of A, one of y, one or two of B.
 // Bytes. x is read once, y read and written once: the least possible. A is read once per ROWS rows, and so is B, which
 //   for 32 rows and rank r adds r / 32 of the bytes of x and y (all counted by the executor), from the GPU's cache as
 //   far as it holds A and B. The partial h besides: M r floats a split of K, written once and read once a split of N,
