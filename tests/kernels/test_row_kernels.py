@@ -199,7 +199,9 @@ def test_trace_has_no_findings_and_lane_orders_agree_bit_for_bit(shape, dtype, w
 @pytest.mark.parametrize("shape", [(1, 100), (70, 100), (200, 1000), (33, 4096), (40, 4097)], ids=str)
 def test_rows_over_any_number_of_cores(shape, gpu_cores):
     x, grad, weight = randn(*shape), randn(*shape), torch.randn(shape[1])
-    check_rms_norm(RowKernels(gpu_cores), x, weight, grad)
+    kernels = RowKernels(gpu_cores, trace=True)
+    check_rms_norm(kernels, x, weight, grad)
+    assert not findings(kernels)
 
 
 @pytest.mark.parametrize("H", [100, 700, 4100])
