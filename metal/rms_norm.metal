@@ -1,10 +1,11 @@
 // rms_norm: y = x * rstd * weight with rstd = (mean of x^2 + eps)^(-1/2) of the row; rms_norm_backward: dx and dweight.
 //
 // Algorithm. A threadgroup walks over blocks of rows. HELD: a thread keeps its run of the row in registers, and its run
-//   of the weight for all rows; longer rows are looped over, once for the sum and once for the result. Backward, with
-//   n = x * rstd and c = mean of grad * weight * n: dx = rstd * (grad * weight - n * c), dweight = sum of grad * n over
-//   the rows. A thread adds up its columns of dweight over its rows: in registers or, where rows are looped over, in
-//   the group's row of partial sums. Deterministic: no atomics; sum_splits adds the groups' sums in order.
+//   of the weight for all rows; while it works on a row, its run of the next one is on the way from memory, as the raw
+//   elements. Longer rows are looped over, once for the sum and once for the result. Backward, with n = x * rstd and
+//   c = mean of grad * weight * n: dx = rstd * (grad * weight - n * c), dweight = sum of grad * n over the rows.
+//   A thread adds up its columns of dweight over its rows: in registers or, where rows are looped over, in the group's
+//   row of partial sums. Deterministic: no atomics; sum_splits adds the groups' sums in order.
 // Tile. None: a float a simdgroup in threadgroup memory, twice; 8 KiB to add the sums of a block's rows in backward.
 // Threads. A run of eight elements each: 1 to 16 simdgroups a row, 8 to 16 a group.
 // Bytes (counted by the executor). HELD: x, grad, y, dx and rstd are touched once, the least possible, the weight once

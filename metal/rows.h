@@ -1,4 +1,7 @@
 // What the kernels on rows share: which thread has which part of a row, and sums over a row.
+//
+// WIDE, an argument of all of them: every row of every operand is made of whole runs, contiguous and aligned to 16
+// bytes, so that nothing but loads and stores of 16 bytes is compiled. Without it elements are read one by one.
 #pragma once
 
 #include "operands.h"

@@ -112,7 +112,8 @@ Plan<RowConfiguration> plan(const RmsNormProblem& p) {
   if (!plan.error.empty() || is_empty(p.x)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(p);
-  assemble(Variant("rms_norm").add(msl(p.dtype)).add(msl(p.weight.dtype)), rms_norm_source, c,
+  assemble(
+      Variant("rms_norm").add(msl(p.dtype)).add(msl(p.weight.dtype)), rms_norm_source, c,
       wide(p.x, p.dtype) && wide(p.weight), launch);
   const float eps = static_cast<float>(p.eps);
   uint32_t eps_bits;
@@ -138,7 +139,8 @@ Plan<RowConfiguration> plan(const RmsNormBackwardProblem& p) {
   assemble(
       Variant("rms_norm_backward").add(msl(p.dtype)).add(type).add(plan.sums.splits > 1 ? "float" : type),
       rms_norm_source, c, wide(p.x, p.dtype) && wide(p.grad, p.dtype) && wide(p.weight), launch);
-  const uint32_t flags = (p.weight.given ? NORM_HAS_WEIGHT : 0) | (p.need_x ? NORM_NEED_X : 0) | (p.need_weight ? NORM_NEED_WEIGHT : 0);
+  const uint32_t flags =
+      (p.weight.given ? NORM_HAS_WEIGHT : 0) | (p.need_x ? NORM_NEED_X : 0) | (p.need_weight ? NORM_NEED_WEIGHT : 0);
   set_arguments(
       launch,
       {{NORM_BACKWARD_M_H, pair(p.x.rows, p.x.cols)},
@@ -173,7 +175,9 @@ Plan<RowConfiguration> plan(const SoftmaxBackwardProblem& p) {
   if (!plan.error.empty() || is_empty(p.y)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(overrides().softmax_backward, p.y);
-  assemble(Variant("softmax_backward").add(msl(p.dtype)), softmax_source, c, wide(p.y, p.dtype) && wide(p.grad, p.dtype), launch);
+  assemble(
+      Variant("softmax_backward").add(msl(p.dtype)), softmax_source, c, wide(p.y, p.dtype) && wide(p.grad, p.dtype),
+      launch);
   set_arguments(
       launch,
       {{SOFTMAX_BACKWARD_M_H, pair(p.y.rows, p.y.cols)},
