@@ -45,9 +45,7 @@ constexpr short delta_rank_groups(short rank_blocks) {
 }
 
 /// Columns of a tile of x: wider ones mean fewer barriers; what fits 32 KiB narrows as the rank grows.
-constexpr short delta_width(short rank_blocks) {
-  return rank_blocks <= 2 ? 128 : 64 / delta_rank_groups(rank_blocks);
-}
+constexpr short delta_width(short rank_blocks) { return rank_blocks <= 2 ? 128 : 64 / delta_rank_groups(rank_blocks); }
 
 /// Blocks of rows that a simdgroup has: it multiplies them with each block of A or B that it reads.
 constexpr short delta_blocks(short row_blocks) { return row_blocks > 1 ? 2 : 1; }

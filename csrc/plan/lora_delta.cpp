@@ -34,7 +34,8 @@ DeltaConfiguration choose(const Delta& delta) {
   const uint64_t M = p.in.rows, K = p.in.cols, N = delta.up.rows, ranks = delta.slice.end - delta.slice.begin;
   const uint64_t rank_blocks = ceil_div(ranks, BLOCK);
   // A few sizes of tiles for all ranks.
-  c.rank_blocks = static_cast<uint32_t>(rank_blocks > DELTA_CHUNK ? ceil_div(rank_blocks, DELTA_CHUNK) * DELTA_CHUNK : rank_blocks);
+  c.rank_blocks =
+      static_cast<uint32_t>(rank_blocks > DELTA_CHUNK ? ceil_div(rank_blocks, DELTA_CHUNK) * DELTA_CHUNK : rank_blocks);
   c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : M <= 2 * BLOCK ? 2 : 4);
 
   // As many threadgroups as the GPU has room for at once, in either stage: what the rows leave free, K and N fill.
@@ -46,7 +47,8 @@ DeltaConfiguration choose(const Delta& delta) {
   };
   const uint64_t width = delta_width(short_(c.rank_blocks)), k_tiles = ceil_div(K, width);
   c.width = static_cast<uint32_t>(width);
-  c.k_columns = static_cast<uint32_t>(share(k_tiles, splits(forced.k_splits, c.row_blocks, k_tiles, kMostSplits)) * width);
+  c.k_columns =
+      static_cast<uint32_t>(share(k_tiles, splits(forced.k_splits, c.row_blocks, k_tiles, kMostSplits)) * width);
   c.k_splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(K, c.k_columns), 1));
   c.up_row_blocks = static_cast<uint32_t>(delta_up_rows(short_(c.row_blocks), short_(c.rank_blocks)));
   const uint64_t tiles = ceil_div(N, DELTA_COLUMNS);

@@ -42,7 +42,8 @@ GradConfiguration choose(const GradProblem& p) {
   const uint64_t M = p.dy.rows;
   const Tiles tiles(p, c);
   uint64_t splits = std::min(
-      groups_a_core(c) * p.gpu_cores / std::max<uint64_t>(tiles.A + tiles.B, 1), M / std::max(kLeastSplitRows, 2 * p.r));
+      groups_a_core(c) * p.gpu_cores / std::max<uint64_t>(tiles.A + tiles.B, 1),
+      M / std::max(kLeastSplitRows, 2 * p.r));
   splits = std::max<uint64_t>(splits, 1);
   splits = std::min<uint64_t>(unless(overrides().lora_grad.splits, splits), UINT32_MAX);
   const uint64_t rows = std::max<uint64_t>(ceil_div(ceil_div(M, splits), GRAD_DEPTH) * GRAD_DEPTH, GRAD_DEPTH);

@@ -27,7 +27,6 @@ def test_delta_s_chain_is_its_tiles(K, N, r, width):
     y, x, A, B = empty((16, N), (16, K), (r, K), (N, r))
     with overridden("lora_delta.k_splits=1,lora_delta.splits=1"):
         down, up = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
-    print(down, up)
     rank_blocks = -(-r // 32) * 4 if r > 32 else -(-r // 8)
     rank_groups, chunks = (2, rank_blocks // 4) if r > 64 else (1, 1)
     assert down.longest_steps == K // width

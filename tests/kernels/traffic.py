@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tests import ROOT
 from tests.emulator.metal_on_cpu import Report
-from tests.kernels.launch_plan import Kernels, Launch
+from tests.kernels.launch_plan import Kernels
 from tests.kernels.row_plan import RowKernels
 
 W_ROWS = int(re.findall(r"DECODE_W_ROWS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])

@@ -75,10 +75,11 @@ vec<D, 2> multiply_accumulate(vec<A, 2> a, vec<B, 2> b, vec<C, 2> c) {
     b_rows[i] = tf32(executor_lane() / 4 % 2 == 0 ? even : odd);
   }
   float2 unused = 0;
-  __asm__("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-          "{%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, {%0, %1, %2, %3};"
-          : "+f"(sum.x), "+f"(sum.y), "+f"(unused.x), "+f"(unused.y)
-          : "r"(tf32(float(a[0]))), "r"(0), "r"(tf32(float(a[1]))), "r"(b_rows[0]), "r"(b_rows[1]));
+  __asm__(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, {%0, %1, %2, %3};"
+      : "+f"(sum.x), "+f"(sum.y), "+f"(unused.x), "+f"(unused.y)
+      : "r"(tf32(float(a[0]))), "r"(0), "r"(tf32(float(a[1]))), "r"(b_rows[0]), "r"(b_rows[1]));
 #else
   const uint lane = executor_lane(), own_row = lane & 0b10110, own_column = lane & 0b01001;
   for (uint k = 0; k < 8; ++k) {
