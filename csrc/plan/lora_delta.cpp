@@ -14,7 +14,6 @@ using namespace tfl;  // what metal/ says
 
 namespace {
 
-constexpr uint64_t kGroupsACore = 4;  // that hide each other's waiting
 constexpr uint64_t kMostSplits = 16;  // of K: every threadgroup of the second dispatch adds them up
 
 /// out += s (in down^T) up^T for a slice of the ranks. `down` is r x K, `up` N x r.
@@ -23,6 +22,9 @@ struct Delta {
   Operand down, up;
   Slice slice;
 };
+
+/// Threadgroups that a core has room for, so that they hide each other's waiting: the registers grow with the rank.
+uint64_t groups_a_core(const DeltaConfiguration& c) { return c.rank_blocks <= 4 ? 3 : 2; }
 
 /// An even share of so many tiles.
 uint64_t share(uint64_t tiles, uint64_t splits) { return std::max<uint64_t>(ceil_div(tiles, splits), 1); }
@@ -40,7 +42,7 @@ DeltaConfiguration choose(const Delta& delta) {
 
   // As many threadgroups as the GPU has room for at once, in either stage: what the rows leave free, K and N fill.
   const auto short_ = [](uint32_t value) { return static_cast<short>(value); };
-  const uint64_t groups = kGroupsACore * p.gpu_cores;
+  const uint64_t groups = groups_a_core(c) * p.gpu_cores;
   const auto splits = [&](uint32_t forced, uint64_t row_blocks, uint64_t tiles, uint64_t most) {
     const uint64_t row_tiles = ceil_div(M, BLOCK * row_blocks);
     return within(unless(forced, std::min(groups / row_tiles, most)), 1, std::max<uint64_t>(tiles, 1));
