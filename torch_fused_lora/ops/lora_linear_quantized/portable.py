@@ -4,18 +4,19 @@ gradients are lora_linear's."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...affine import dequantize
-from ..dispatch import Floats, Ints, Maybe, Saved
+from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..lora_linear.portable import add_delta_, low_rank_backward
-from ..rows import HALF, flat, packed, unflat
+from ..rows import flat, packed, unflat
 
-# Elements of W that are dequantised at a time: 4 MiB of float32 on a CPU, 32 MiB of a half dtype elsewhere. In backward,
-# where a block is of whole columns, no fewer than one group of each row.
+# Elements of W that are dequantised at a time: 4 MiB of float32 on a CPU, 32 MiB of a half dtype elsewhere. In backward
+# a block is of columns, no fewer than one group of each row.
 _BLOCK = {"cpu": 1 << 20}
 _BLOCK_ELSEWHERE = 1 << 24
 
@@ -26,8 +27,8 @@ def forward(
     scales: Tensor,
     biases: Tensor,
     bias: Maybe,
-    lora_A: Maybe,
-    lora_B: Maybe,
+    lora_A: Saved,
+    lora_B: Saved,
     scaling: float | Tensor,
     seed: Maybe,
     dropout_p: Floats,
@@ -37,9 +38,7 @@ def forward(
     save_h: bool,
 ) -> tuple[Tensor, Maybe]:
     """The base product, then y += s h Bᵀ in place. Returns (y, h), h None unless it is to be saved."""
-    rows = flat(x)
-    if x.dtype in HALF:
-        (rows,) = packed(rows)
+    (rows,) = packed(flat(x))
     y = _product(rows, weight, scales, biases, bias, bits)
     h = None
     if lora_A is not None:
@@ -53,8 +52,8 @@ def backward(
     weight: Tensor,
     scales: Tensor,
     biases: Tensor,
-    lora_A: Maybe,
-    lora_B: Maybe,
+    lora_A: Saved,
+    lora_B: Saved,
     scaling: Any,
     h: Saved,
     seed: Maybe,
@@ -62,22 +61,26 @@ def backward(
     ranks: Ints,
     bits: int,
     group_size: int,
-    needs: tuple[bool, ...],
+    needs: Flags,
 ) -> tuple[Maybe, ...]:
-    """As lora_linear's; of x, weight, scales, biases, bias, lora_A, lora_B and scaling, the packed three None."""
+    """As lora_linear's, in the order of the forward's inputs."""
     need_x, need_bias, *low_rank_needs = needs
     rows, x_rows = packed(flat(grad), None if x is None else flat(x))
     base = functools.partial(_product_backward, rows, weight, scales, biases, bits) if need_x else None
+    grad_x: Maybe
+    others: Sequence[Maybe]
     if lora_A is None:
-        low_rank: tuple[Maybe, ...] = (base() if base else None, None, None, None)
+        grad_x, others = base() if base else None, (None, None, None)
     else:
-        low_rank = low_rank_backward(
+        grad_x, *others = low_rank_backward(
             rows, x_rows, base, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, (need_x, *low_rank_needs)
         )
-    grad_x, *others = low_rank
-    if grad_x is not None:
-        grad_x = unflat(grad_x, grad)
-    return grad_x, None, None, None, rows.sum(0) if need_bias else None, *others
+    return with_packed(None if grad_x is None else unflat(grad_x, grad), rows.sum(0) if need_bias else None, *others)
+
+
+def with_packed(x: Any, *others: Any) -> tuple[Any, ...]:
+    """What concerns x, bias, lora_A, lora_B and scaling, and in their places nothing of weight, scales and biases."""
+    return x, None, None, None, *others
 
 
 def _block(weight: Tensor) -> int:
