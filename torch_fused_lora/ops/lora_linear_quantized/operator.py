@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...affine import SCALE_DTYPES, dequantize, why_not
+from ...affine import SCALE_DTYPES, Packed, why_not
 from .. import dispatch
 from ..dispatch import (
     NAMESPACE,
@@ -56,7 +56,7 @@ def quantized_linear(
 ) -> Tensor:
     """A linear layer over packed words: ``x Wᵀ + b``; as `lora_linear_quantized`, without an adapter."""
     check_types(0.0, x=x, weight=weight, scales=scales, biases=biases)
-    return _call(x, weight, scales, biases, bias, None, None, 1.0, 0.0, bits, group_size)
+    return _call(x, Packed(weight, scales, biases, bits, group_size), bias, None, None, 1.0, 0.0)
 
 
 def lora_linear_quantized(
@@ -97,52 +97,36 @@ def lora_linear_quantized(
             sparse tensor; dropout_p outside [0, 1).
     """
     check_types(dropout_p, x=x, weight=weight, scales=scales, biases=biases, lora_A=lora_A, lora_B=lora_B)
-    dropout_p = dropout_p if training else 0.0
-    return _call(x, weight, scales, biases, bias, lora_A, lora_B, scaling, dropout_p, bits, group_size)
+    packed = Packed(weight, scales, biases, bits, group_size)
+    return _call(x, packed, bias, lora_A, lora_B, scaling, dropout_p if training else 0.0)
 
 
 def _call(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    biases: Tensor,
-    bias: Maybe,
-    lora_A: Maybe,
-    lora_B: Maybe,
-    scaling: float | Tensor,
-    dropout_p: float,
-    bits: int,
-    group_size: int,
+    x: Tensor, packed: Packed, bias: Maybe, lora_A: Maybe, lora_B: Maybe, scaling: float | Tensor, dropout_p: float
 ) -> Tensor:
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
-    way, packed = route(x), (weight, scales, biases)
+    way, (*tensors, bits, group_size) = route(x), packed
     if way is dispatch.BY_TORCH:
-        x, *_, bias, lora_A, lora_B = _operator.autocast(x, *packed, bias, lora_A, lora_B)
+        x, *_, bias, lora_A, lora_B = _operator.autocast(x, *tensors, bias, lora_A, lora_B)
         if not (x.is_nested or torch.jit.is_tracing()):  # whose shapes are no numbers
-            _Quantized.check(x, *packed, bias, lora_A, lora_B, 1.0, None, (), (), bits, group_size, False)
-        y = F.linear(x, dequantize(*packed, bits, x.dtype), bias)
+            _Quantized.check(x, *tensors, bias, lora_A, lora_B, 1.0, None, (), (), bits, group_size, False)
+        y = F.linear(x, packed.dequantize(x.dtype), bias)
         if lora_A is None or lora_B is None:
             return y
         return differentiable.delta_by_torch(y, x, lora_A, lora_B, scaling, dropout_p)
-    if not are_plain(*packed, bias, lora_A, lora_B):
+    if not are_plain(*tensors, bias, lora_A, lora_B):
         way = dispatch.BY_DISPATCHER
-    return lora_linear_quantized_stacked(
-        x, *packed, bias, lora_A, lora_B, scaling, bits, group_size, (dropout_p,), way=way
-    )
+    return lora_linear_quantized_stacked(x, packed, bias, lora_A, lora_B, scaling, (dropout_p,), way=way)
 
 
 def lora_linear_quantized_stacked(
     x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    biases: Tensor,
+    packed: Packed,
     bias: Maybe,
     lora_A: Maybe,
     lora_B: Maybe,
     scaling: float | Tensor,
-    bits: int,
-    group_size: int,
     dropout_p: Floats = (),
     ranks: Ints = (),
     caller: str | None = None,
@@ -159,7 +143,8 @@ def lora_linear_quantized_stacked(
         dropout_p = ranks = ()
     if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
         scaling = as_scaling(scaling, x)
-    inputs = (x, weight, scales, biases, bias, lora_A, lora_B, scaling)
+    *tensors, bits, group_size = packed
+    inputs = (x, *tensors, bias, lora_A, lora_B, scaling)
     return _operator.call(way, caller, inputs, seed, dropout_p, ranks, bits, group_size, False, checked=checked)
 
 
@@ -240,8 +225,8 @@ class _Quantized(dispatch.Operator):
     def twin(
         x: Tensor, weight: Tensor, scales: Tensor, biases: Tensor, bias: Maybe, lora_A: Saved, lora_B: Saved, *rest: Any
     ) -> Pair:
-        scaling, seed, dropout_p, ranks, bits, _, save_h = rest
-        whole = dequantize(weight, scales, biases, bits, x.dtype)
+        scaling, seed, dropout_p, ranks, bits, group_size, save_h = rest
+        whole = Packed(weight, scales, biases, bits, group_size).dequantize(x.dtype)
         if lora_A is None:
             return F.linear(x, whole, bias), x.new_empty(0)
         return differentiable.forward(x, whole, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
@@ -258,8 +243,8 @@ class _Quantized(dispatch.Operator):
         lora_B: Saved,
         *rest: Any,
     ) -> tuple[Maybe, ...]:
-        scaling, h, seed, dropout_p, ranks, bits, _, needs = rest
-        whole = dequantize(weight, scales, biases, bits, grad.dtype)
+        scaling, h, seed, dropout_p, ranks, bits, group_size, needs = rest
+        whole = Packed(weight, scales, biases, bits, group_size).dequantize(grad.dtype)
         if lora_A is None:
             grad_x, grad_bias = grad @ whole if needs[0] else None, flat(grad).sum(0) if needs[1] else None
             return portable.with_packed(grad_x, grad_bias, None, None, None)

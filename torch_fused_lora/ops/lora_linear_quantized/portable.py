@@ -10,14 +10,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...affine import dequantize
+from ...affine import Packed
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..lora_linear.portable import add_delta_, low_rank_backward
 from ..rows import flat, packed, unflat
 
 # Elements of W that are dequantised at a time: 4 MiB of float32 on a CPU, 32 MiB of a half dtype elsewhere. In backward
 # a block is of columns, no fewer than one group of each row.
-_BLOCK = {"cpu": 1 << 20}
+_BLOCK = 1 << 20
 _BLOCK_ELSEWHERE = 1 << 24
 
 
@@ -39,7 +39,7 @@ def forward(
 ) -> tuple[Tensor, Maybe]:
     """The base product, then y += s h Bᵀ in place. Returns (y, h), h None unless it is to be saved."""
     (rows,) = packed(flat(x))
-    y = _product(rows, weight, scales, biases, bias, bits)
+    y = _product(rows, Packed(weight, scales, biases, bits, group_size), bias)
     h = None
     if lora_A is not None:
         h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
@@ -66,14 +66,24 @@ def backward(
     """As lora_linear's, in the order of the forward's inputs."""
     need_x, need_bias, *low_rank_needs = needs
     rows, x_rows = packed(flat(grad), None if x is None else flat(x))
-    base = functools.partial(_product_backward, rows, weight, scales, biases, bits) if need_x else None
+    base = functools.partial(_product_backward, rows, Packed(weight, scales, biases, bits, group_size))
     grad_x: Maybe
     others: Sequence[Maybe]
     if lora_A is None:
-        grad_x, others = base() if base else None, (None, None, None)
+        grad_x, others = base() if need_x else None, (None, None, None)
     else:
         grad_x, *others = low_rank_backward(
-            rows, x_rows, base, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, (need_x, *low_rank_needs)
+            rows,
+            x_rows,
+            base if need_x else None,
+            lora_A,
+            lora_B,
+            scaling,
+            h,
+            seed,
+            dropout_p,
+            ranks,
+            (need_x, *low_rank_needs),
         )
     return with_packed(None if grad_x is None else unflat(grad_x, grad), rows.sum(0) if need_bias else None, *others)
 
@@ -83,34 +93,33 @@ def with_packed(x: Any, *others: Any) -> tuple[Any, ...]:
     return x, None, None, None, *others
 
 
-def _block(weight: Tensor) -> int:
-    return _BLOCK.get(weight.device.type, _BLOCK_ELSEWHERE)
-
-
-def _product(rows: Tensor, weight: Tensor, scales: Tensor, biases: Tensor, bias: Maybe, bits: int) -> Tensor:
+def _product(rows: Tensor, weight: Packed, bias: Maybe) -> Tensor:
     """``rows Wᵀ + bias``, a block of W's rows at a time."""
-    N, size = weight.shape[0], max(_block(weight) // max(rows.shape[1], 1), 1)
+    (N, groups), K = weight.scales.shape, rows.shape[1]
+    size = max(_block(rows) // max(K, 1), 1)
     if size >= N:
-        return F.linear(rows, dequantize(weight, scales, biases, bits, rows.dtype), bias)
+        return F.linear(rows, weight.dequantize(rows.dtype), bias)
     y = rows.new_empty(rows.shape[0], N)
     for start in range(0, N, size):
-        part = slice(start, start + size)
-        block = dequantize(weight[part], scales[part], biases[part], bits, rows.dtype)
+        part = slice(start, min(start + size, N))
+        block = weight.part(part, slice(0, groups)).dequantize(rows.dtype)
         y[:, part] = F.linear(rows, block, None if bias is None else bias[part])
     return y
 
 
-def _product_backward(grad: Tensor, weight: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
-    """``grad W``, a block of W's columns at a time, so that each sum is formed at once."""
-    (N, groups), words = scales.shape, weight.shape[1]
-    K = words * 32 // bits
-    size = max(_block(weight) * groups // max(N * K, 1), 1)
+def _product_backward(grad: Tensor, weight: Packed) -> Tensor:
+    """``grad W``, a block of W's columns at a time, so that no sum is rounded before its end."""
+    (N, groups), width = weight.scales.shape, weight.group_size
+    size = max(_block(grad) // max(N * width, 1), 1)
     if size >= groups:
-        return grad.mm(dequantize(weight, scales, biases, bits, grad.dtype))
-    grad_x = grad.new_empty(grad.shape[0], K)
+        return grad.mm(weight.dequantize(grad.dtype))
+    grad_x = grad.new_empty(grad.shape[0], groups * width)
     for start in range(0, groups, size):
-        part = slice(start, start + size)
-        held, columns = (slice(start * n // groups, (start + size) * n // groups) for n in (words, K))
-        block = dequantize(weight[:, held], scales[:, part], biases[:, part], bits, grad.dtype)
-        grad_x[:, columns] = grad.mm(block)
+        stop = min(start + size, groups)
+        block = weight.part(slice(0, N), slice(start, stop)).dequantize(grad.dtype)
+        grad_x[:, start * width : stop * width] = grad.mm(block)
     return grad_x
+
+
+def _block(rows: Tensor) -> int:
+    return _BLOCK if rows.is_cpu else _BLOCK_ELSEWHERE
