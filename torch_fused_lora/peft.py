@@ -406,6 +406,6 @@ def _check_config(tuner: Any, config: Any) -> None:
     reads += [] if start in _INDEPENDENT_STARTS else [f"init_lora_weights={start!r}"]
     if reads:
         raise ValueError(
-            f"{' and '.join(reads)}: the weight of a base that is a torch_fused_lora.QuantLinear is packed words, which "
-            "this cannot read: call torch_fused_lora.dequantize_(model) first"
+            f"{' and '.join(reads)}: cannot read a base's weight that is packed words, as a QuantLinear's is: call "
+            "torch_fused_lora.dequantize_(model) first"
         )

@@ -206,14 +206,13 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    layer: Any
-    for layer in _modules(model).values():
-        if type(layer) is QuantLinear:
-            weight = layer.dequantize(dtype)
-            for name in ("scales", "biases", "bits", "group_size", "_dtype"):
-                delattr(layer, name)
-            layer.__class__ = nn.Linear
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+    layers: list[Any] = [layer for layer in _modules(model).values() if type(layer) is QuantLinear]
+    for layer in layers:
+        weight = layer.dequantize(dtype)
+        for name in ("scales", "biases", "bits", "group_size", "_dtype"):
+            delattr(layer, name)
+        layer.__class__ = nn.Linear
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _modules(model: nn.Module) -> dict[str, Any]:
