@@ -1,4 +1,4 @@
-"""Packed words on an NVIDIA GPU, as Triton kernels: a product of few rows in one pass over them, and their
+"""Packed words on an NVIDIA GPU, as Triton kernels: a product of few half rows in one pass over them, and their
 dequantisation for torch's own products of many.
 
 Least traffic of the product: the packed bytes, once; a tile of the weight exists in registers only. It and the weight
@@ -21,7 +21,7 @@ ROWS = 16  # of the product: what one tile of the matrix units takes
 
 
 def product(rows: Tensor, packed: Packed, bias: Maybe, h: Maybe, lora_B: Maybe, scaling: float | Tensor) -> Tensor:
-    """``rows Wᵀ + bias + scaling · h Bᵀ``, rounded once: rows (M, K), M up to `ROWS`; h (M, r), or None for no term."""
+    """``rows Wᵀ + bias + scaling · h Bᵀ``, rounded once: half rows (M, K), M up to `ROWS`; h (M, r) or None."""
     words, scales, biases, bits, group_size = _contiguous(packed)
     (M, K), N = rows.shape, scales.shape[0]
     if h is not None and isinstance(scaling, Tensor):
@@ -86,7 +86,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         k = start + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(rows + m * rows_m + k * rows_k, mask=(m < M) & (k < K), other=0.0)
         tile = _tile(words, scales, biases, n, start, K, N, BITS, GROUP, BLOCK_N, BLOCK_K).to(x.dtype)
-        total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+        total = tl.dot(x, tl.trans(tile), total)
     column = n[None, :]
     if bias is not None:
         total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
