@@ -2,7 +2,8 @@
 dequantisation for torch's own products of many.
 
 Least traffic of the product: the packed bytes, once; a tile of the weight exists in registers only. It and the weight
-that `dequantize` writes are formed in float32 and rounded once to x's dtype. Block sizes are the best of a sweep on an H200.
+that `dequantize` writes are formed in float32 and rounded once to x's dtype. Block sizes are the best of a sweep on an
+H200.
 """
 
 from __future__ import annotations
