@@ -18,9 +18,11 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
+from torch_fused_lora.affine import Packed  # noqa: E402
 from torch_fused_lora.ops import launcher  # noqa: E402
 from torch_fused_lora.ops.lora_linear import gluon, ways  # noqa: E402
 from torch_fused_lora.ops.lora_linear import triton as kernels  # noqa: E402
+from torch_fused_lora.ops.lora_linear_quantized import triton as quantized  # noqa: E402
 
 # The interpreter multiplies no bfloat16: float16, and a plain product. What is allocated begins as NaN.
 INTERPRETED = """
@@ -74,10 +76,11 @@ with torch.no_grad():
     kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
     h = torch.randn(M, r)
-    added, *grads = kernels.backward(grad, torch.zeros(N, K, dtype=dtype), x, A, B, 0.5, h, True, True)
-    written, *again = kernels.backward(grad, None, x, A, B, 0.5, h, True, True)
+    base = lambda: torch.zeros(M, K, dtype=dtype)
+    added, *grads = kernels.backward(grad, None, base, x, A, B, 0.5, h, True, True)
+    written, *again = kernels.backward(grad, None, None, x, A, B, 0.5, h, True, True)
     assert torch.equal(added, written) and all(map(torch.equal, grads, again))
-    *none, alone = kernels.backward(grad, None, None, A, B, 0.5, h, False, True)
+    *none, alone = kernels.backward(grad, None, None, None, A, B, 0.5, h, False, True)
     assert none == [None, None]
     Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
 
@@ -144,6 +147,19 @@ for dtypes, (K, N), dropouts, reached in (
 """)
 
 
+def take_launches(patch):
+    """From now on launches are not made but listed: kernel, arguments and how it is compiled."""
+    found = []
+
+    def take(self, tensors, numbers, options, key):
+        _, arguments, how = self._prepare(*tensors, *options)
+        given = self._describe(*tensors, *options) if self._describe else tensors
+        found.append((self._kernel, (*given, *numbers, *arguments), how))
+
+    patch.setattr(launcher.Launcher, "__call__", take)
+    return found
+
+
 def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
     """What a forward and a backward of bfloat16 rows launch: kernel, arguments and how it is compiled."""
     x, W, bias, A, B, grad = (
@@ -157,27 +173,21 @@ def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
             ((M, 4096), torch.bfloat16),
         )
     )
-    found = []
-
-    def take(self, tensors, numbers, options, key):
-        _, arguments, how = self._prepare(*tensors, *options)
-        given = self._describe(*tensors, *options) if self._describe else tensors
-        found.append((self._kernel, (*given, *numbers, *arguments), how))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher.Launcher, "__call__", take)
+        found = take_launches(patch)
         patch.setattr(kernels, "carrying_rank", lambda rows, weight, columns: gluon if carried else None)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
         dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
         _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)
-        kernels.backward(grad, W if carried else None, x, A, B, 0.5, h, True, True, dropouts)
+        kernels.backward(grad, W if carried else None, None, x, A, B, 0.5, h, True, True, dropouts)
     return found
 
 
 def compiled_for(capability, kernel, arguments, how):
     """As Triton compiles it for a launch: pointers aligned, integers known to be 1 or a multiple of 16."""
     signature, constants, attributes = {}, {}, {}
-    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
     for parameter, value in zip(kernel.params, arguments, strict=True):
         is_tensor, known = isinstance(value, torch.Tensor), not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (known and type(value) is int and value == 1):
@@ -308,6 +318,68 @@ def test_an_old_card_takes_the_composition(monkeypatch):
     ways._has_kernels.cache_clear()
     assert [ways._has_kernels(device) for device in (-1, 0, 1)] == [True, False, True]
     ways._has_kernels.cache_clear()
+
+
+def test_packed_words():
+    """Few rows in one pass with the low-rank term, and dequantised blocks: ragged tiles, every layout."""
+    interpret("""
+from tests.operators.test_lora_linear import laid_out
+from tests.operators.test_quantized import call
+from tests.reference import QuantizedLayer
+from torch_fused_lora.affine import quantize
+from torch_fused_lora.ops.lora_linear_quantized import portable, triton as quantized
+launched = []
+for name in ("product", "dequantize"):
+    def counting(*arguments, name=name, kernel=getattr(quantized, name)):
+        launched.append(name)
+        return kernel(*arguments)
+    setattr(quantized, name, counting)
+portable._BLOCK = 64 * 40
+half, wide = torch.float16, torch.float32
+for bits, group_size, M, (K, N, r), dtype, adapter_dtype, scale_dtype, layout in (
+    (4, 64, 1, (320, 37, 4), half, wide, half, "contiguous"),
+    (8, 32, 16, (96, 16, 20), half, wide, torch.bfloat16, "transposed"),
+    (4, 32, 2, (96, 90, 3), wide, wide, half, "contiguous"),
+    (4, 128, 5, (384, 20, 1), half, half, wide, "strided"),
+    (4, 32, 3, (32, 3, 0), half, None, wide, "offset"),
+    (8, 64, 17, (64, 90, 3), half, wide, half, "contiguous"),
+):
+    packed = quantize((torch.randn(N, K) * K**-0.5).to(scale_dtype), bits, group_size)
+    x, bias = laid_out((M, K), dtype, layout), torch.randn(N).to(dtype)
+    A, B = (laid_out(s, adapter_dtype, layout) for s in ((r, K), (N, r))) if r else (None, None)
+    leaves = [t.requires_grad_() for t in (x, bias, A, B) if t is not None]
+    for scaling in (0.5, torch.tensor(0.5)) if r else (1.0,):
+        launched.clear()
+        y = call(x, packed, bias, A, B, scaling)
+        few = M <= 16 and dtype == half
+        assert launched == ["product"] if few else set(launched) == {"dequantize"} and len(launched) > 1, launched
+        adapter = (A, B, 0.5) if r else (x.new_zeros(1, K), x.new_zeros(N, 1), 0.0)
+        layer = QuantizedLayer.of(x, packed, bias, *adapter)
+        layer.output().check(y.detach())
+        grad = torch.randn(M, N).to(dtype)
+        for name, found in zip(("x", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, leaves, grad)):
+            layer.gradients(grad)[name].check(found, name)
+    for to in (half, wide):
+        assert torch.equal(quantized.dequantize(packed, to), packed.dequantize(to))
+""")
+
+
+@pytest.mark.parametrize(("bits", "adapters"), [(4, True), (8, False)])
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(capability, bits, adapters):
+    N, K, half = 4096, 4096, torch.bfloat16
+    words = torch.empty(N, K * bits // 32, dtype=torch.int32, device="meta")
+    scales = torch.empty(N, K // 64, dtype=half, device="meta")
+    packed = Packed(words, scales, scales, bits, 64)
+    x, bias = torch.empty(8, K, dtype=half, device="meta"), torch.empty(N, dtype=half, device="meta")
+    h, B = torch.empty(8, 16, device="meta"), torch.empty(N, 16, device="meta")
+    adapter = (bias, h, B, 0.5) if adapters else (None, None, None, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        found = take_launches(patch)
+        quantized.product(x, packed, *adapter)
+        quantized.dequantize(packed, half)
+    for kernel, arguments, how in found:
+        check_compiled(capability, kernel, arguments, how)
 
 
 def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(monkeypatch):

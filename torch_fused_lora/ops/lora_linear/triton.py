@@ -12,7 +12,7 @@ products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfl
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +148,7 @@ def _low_rank(
 def backward(
     grad: Tensor,
     weight: Tensor | None,
+    base: Callable[[], Tensor] | None,
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -157,14 +158,14 @@ def backward(
     scale_h: bool,
     dropouts: Sequence[Dropout] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dY W + dropout(z A)`` with z = s dY B, without dY W if there is no weight; zᵀ dropout(x), of the adapters'
-    dtype; and dYᵀ h, times s and of the adapters' dtype if ``scale_h``, else float32. None where not needed, or where a
-    tensor is not given."""
+    """``base() + dropout(z A)`` with z = s dY B, without ``base`` if it is None, and by a product of our own where base
+    makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of the
+    adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given."""
     (M, N), (r, K) = grad.shape, A.shape
     in_product = carrying_rank(grad, weight, K) if need_x and len(dropouts) < 2 else None
     grad_x = None
     if need_x and not in_product:
-        grad_x = grad.new_empty((M, K)) if weight is None else grad.mm(weight)
+        grad_x = grad.new_empty((M, K)) if base is None else base()
     grad_A = None if x is None else grad.new_empty((r, K), dtype=A.dtype)
     grad_B = None if h is None else grad.new_empty((N, r), dtype=B.dtype if scale_h else torch.float32)
     scale_B = scale if scale_h else 1.0
@@ -172,7 +173,7 @@ def backward(
     plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried)
     work = grad.new_empty(plan.size, dtype=torch.float32)
     if plan.parts:
-        dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, weight is None
+        dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, base is None
         zeroed = plan.counters, plan.size - plan.counters
         _product(work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried)
         if in_product:
