@@ -31,7 +31,8 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
     meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them. ``carrying``: from how
-    many bfloat16 rows on the base product carries the rank, on Hopper; half adapters without dropout from `LARGE` on."""
+    many bfloat16 rows on the base product carries the rank, on Hopper; of half adapters, without dropout, from `LARGE`
+    on."""
 
     block: int
     triton: bool = False
