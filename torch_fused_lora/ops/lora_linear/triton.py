@@ -3,7 +3,8 @@
 Beside torch's product for the base a forward is two launches: h, in parts (`_product_kernel`), and what it adds to y
 (`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows a
 forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's. The base comes
-first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more.
+first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more. On Hopper
+it carries the rank, where there are rows enough (`gluon.py`), and only h, z and the adapters' gradients are made here.
 
 Operands of the full width are read as they are, masks drawn in registers. Sums are in float32, in a fixed order;
 products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfloat16 rounding.
@@ -285,8 +286,8 @@ def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: boo
     parts, splits = _parts(M, N, r, carried), 1
     rows, columns, *_ = tile("gradients", M, r, drops, carried)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
-    # The programs that draw a mask take longer than those of dY's columns, which have to make room for others.
-    programs = 4 * PROGRAMS if drops and carried and r <= 32 else PROGRAMS
+    # Those that draw a mask take longer than those of dY's columns, which make room for others.
+    programs = 2 * PROGRAMS if drops and carried and r <= 32 else PROGRAMS
     while 3 * splits * blocks <= 2 * programs and 2 * splits * rows <= M:
         splits *= 2
     sums = ceil_div(parts * M * r, 16) * 16  # aligned
