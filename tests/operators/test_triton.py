@@ -297,6 +297,44 @@ def test_what_carries_the_rank_wants_hopper_and_a_tested_triton(monkeypatch):
     ways._gluon_kernels.cache_clear()
 
 
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "adapter_dtype", "drops", "capability", "expected"),
+    [
+        ((16, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.BY_TRITON),
+        ((17, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),  # torch's own calls cost the host less
+        ((17, 4096, 4096), BFLOAT16, FLOAT32, False, (8, 0), ways.BY_TRITON),
+        ((17, 4096, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BY_TRITON),
+        ((17, 4092, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BLOCKS),  # half a counter
+        ((17, 4096, 4096), FLOAT16, FLOAT32, False, (7, 5), ways.WHOLE),
+        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.BY_TRITON),  # carried
+        ((4096, 4096, 4088), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),
+        ((4096, 4096, 4096), FLOAT16, FLOAT16, False, (9, 0), ways.WHOLE),
+        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.WHOLE),
+        ((4096, 4096, 4096), FLOAT32, FLOAT32, False, (9, 0), ways.WHOLE),
+    ],
+)
+def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype, drops, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(launcher, "TESTED", (launcher.triton.__version__.rpartition(".")[0],))
+    ways._has_kernels.cache_clear()
+    ways._gluon_kernels.cache_clear()
+
+    def on_card(shape, dtype):
+        where = {"is_cpu": False, "is_cuda": True, "device": SimpleNamespace(type="cuda"), "get_device": lambda: 0}
+        tensor = SimpleNamespace(shape=shape, dtype=dtype, **where)
+        tensor.float = lambda: tensor
+        return tensor
+
+    M, K, N = shape
+    operands = on_card((M, K), dtype), on_card((4, K), adapter_dtype), on_card((N, 4), adapter_dtype)
+    assert ways.choose(*operands, drops)[0] is expected
+    ways._has_kernels.cache_clear()
+    ways._gluon_kernels.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("M", "N", "columns", "fills"),
     [
