@@ -12,7 +12,7 @@ a matrix), threadgroup memory's bytes, and how many threadgroups a core has room
 are neither, which make the row kernels and lora_decode on few cores up to twice as slow as modelled, and multiplies
 that overlap (lora_grad at rank 64 is modelled too slow).
 
-``--check`` compares the model with what was measured on an H100 (docs/metal_on_an_nvidia_gpu.json), where the same
+``--check`` compares the model with what was measured on an H200 (docs/metal_on_an_nvidia_gpu.json), where the same
 kernels are launched now.
 ``--plot FILE`` draws the table.
 """
@@ -160,9 +160,9 @@ def counts(gpu_cores: int, launch_all: Callable[[Dispatches], object]) -> list[C
     return found
 
 
-# ------------------------------------------------------------------------------------------------ against the H100
+# ------------------------------------------------------------------------------------------------ against the H200
 
-COLUMNS = [("us", "H100", None), ("us_fma", "H100 FMA", ("lora_delta", "lora_grad")), ("us_for_40_cores", "H100", None)]
+COLUMNS = [("us", "H200", None), ("us_fma", "H200 FMA", ("lora_delta", "lora_grad")), ("us_for_40_cores", "H200", None)]
 
 
 def compared(column: str, chip: Chip, kernels: Sequence[str] | None = None) -> Iterator[tuple[str, float, float]]:
@@ -305,7 +305,7 @@ def draw(found: Mapping[tuple[str, str, int], Mapping[int, Mapping[str, float]]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare with what was measured on an H100")
+    parser.add_argument("--check", action="store_true", help="compare with what was measured on an H200")
     parser.add_argument("--size", type=int, default=4096, help="of the layer")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()
