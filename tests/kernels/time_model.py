@@ -6,7 +6,7 @@ memory's bytes over its bandwidth, plus the steps that wait for each other on th
 times the threadgroups that a core has one after the other. The executor counts all of it, in trace mode, on the
 launch's first threadgroup, which speaks for all. chips.tsv has the constants.
 
-Of the first kernels, launches, bytes, multiplies and steps alone put 22 of 28 launches within 1.5 of an H100's times and 12
+Of the first kernels, launches, bytes, multiplies and steps alone put 22 of 28 within 1.5 of an H100's times and 12
 of 517 pairs in the wrong order: missing were simd operations in the chain (a simd_sum, a load of a matrix), threadgroup
 memory's bytes, and how many threadgroups a core has room for. Still missing: instructions that are none of these, which
 make the row kernels on few cores up to twice as slow as modelled.
