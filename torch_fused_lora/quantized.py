@@ -178,7 +178,7 @@ def quantize_(
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: a format that is not supported; a weight, which is named, that is not finite, is shared with another
-            module, or does not divide into groups.
+            module, has adapters merged into it, or does not divide into groups.
     """
     _check_format(bits, group_size)
     layers: dict[str, Any] = dict(_linears(model, skip))
@@ -223,17 +223,17 @@ def _linears(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Li
     """The layers to quantise, by name."""
     modules = _modules(model)
     skipped = [f".{part}." for part in ([skip] if isinstance(skip, str) else skip)]
-    adapters = [f"{name}.{part}." for name, module in modules.items() for part in _adapters(module)]
+    adapters: list[str] = []  # what PEFT adds to layers that it has wrapped
+    for name, module in modules.items():
+        if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
+            if module.merged:
+                raise ValueError(f"{name}: adapters are merged into its base: unmerge them first")
+            adapters += [f"{name}.{part}." for part in module.adapter_layer_names]
     for name, module in modules.items():
         if type(module) is nn.Linear and "forward" not in module.__dict__:
             within = any(f"{name}.".startswith(prefix) for prefix in adapters)
             if not within and not any(part in f".{name}." for part in skipped):
                 yield name, module
-
-
-def _adapters(module: nn.Module) -> Sequence[str]:
-    """The names of what PEFT adds to a layer that it has wrapped."""
-    return getattr(module, "adapter_layer_names", ()) if hasattr(module, "base_layer") else ()
 
 
 def _check_format(bits: int, group_size: int) -> None:
