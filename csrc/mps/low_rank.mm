@@ -125,8 +125,8 @@ void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const O
   const Tensor scale = constant(adapters.scaling);
   const OptionalTensor seed = constant(adapters.seed);
   const auto plan = plan_or_throw(DeltaProblem{
-      DeltaProblem::Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand,
-      A.operand, B.operand, true, h.has_value(), static_cast<uint64_t>(y.storage_offset()), dropout, gpu_cores()});
+      Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand, A.operand,
+      B.operand, true, h.has_value(), static_cast<uint64_t>(y.storage_offset()), dropout, gpu_cores()});
   const OptionalTensor partial = scratch(plan, y);
   Dispatches dispatches;
   dispatches.add(
@@ -173,7 +173,7 @@ LowRankGradients low_rank_backward(
   Plan<DeltaConfiguration> delta;
   if (M > 0 && (dx || need.A)) {
     delta = plan_or_throw(DeltaProblem{
-        DeltaProblem::Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), need.A,
+        Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), need.A,
         dx ? static_cast<uint64_t>(dx->storage_offset()) : 0, dropout, gpu_cores()});
   }
   const Operand x_shape = {dy.operand.rows, static_cast<uint64_t>(K)};

@@ -24,7 +24,7 @@ struct Operand {
   uint64_t rows, cols, inner, outer_stride, row_stride, col_stride, offset;
 };
 
-constexpr uint32_t kMostTensors = 8, kMostWords = 12;
+constexpr uint32_t kMostTensors = 10, kMostWords = 12;
 
 /// One dispatch. Buffers [0, tensors) are the kernel's tensors, the rest `words`, eight bytes each. `threads` are
 /// totals, multiples of `group`. The strings live as long as the process, and `source` is the same pointer for the same

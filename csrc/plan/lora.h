@@ -31,17 +31,39 @@ struct DecodeProblem {
 /// rows are contiguous.
 bool decodes(uint64_t M, uint64_t r, bool weight_in_rows, bool drops);
 
+enum class Pass : int32_t { forward, backward };
+
 /// lora_delta. Forward: y += s (drop(x) A^T) B^T, and h. Backward, with the operands in other roles: dx += mask * s
 /// (dy B) A, and z; without dx, z alone.
 struct DeltaProblem {
-  enum class Pass : int32_t { forward, backward };
-
   Pass pass;
   Scalar dtype, adapter_dtype;
   Operand in, lora_A, lora_B;  // x or dy
   bool has_out, has_low_rank;  // results: y or dx; h or z
   uint64_t out_offset;
   Dropout dropout;
+  uint32_t gpu_cores;
+};
+
+/// A frozen weight, N x K: elements, or packed words of so many bits, whose rows are contiguous.
+struct Weight {
+  Operand operand;
+  uint32_t bits;  // 0: elements of x's dtype
+  uint32_t group_size;
+  Scalar scale_dtype;
+};
+
+/// lora_gemm: y = x W^T + b + s h factor^T with factor = B; backward dx = dy W + mask * s h factor, with h = z and
+/// factor = A. h is contiguous, M x r; r 0: there is neither. Only backward drops, one adapter's p.
+struct GemmProblem {
+  Pass pass;
+  Scalar dtype, adapter_dtype;
+  Operand in;  // x or dy
+  Weight weight;
+  Operand factor;
+  uint64_t r, bias_stride;
+  bool has_bias;
+  double dropout_p;
   uint32_t gpu_cores;
 };
 
@@ -58,6 +80,7 @@ struct GradProblem {
 
 Plan<DecodeConfiguration> plan(const DecodeProblem& problem);
 Plan<DeltaConfiguration> plan(const DeltaProblem& problem);
+Plan<GemmConfiguration> plan(const GemmProblem& problem);
 Plan<GradConfiguration> plan(const GradProblem& problem);
 
 }  // namespace torch_fused_lora

@@ -81,7 +81,7 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, uint32_t stages, 
   variant.add(msl(p.dtype)).add(msl(p.adapter_dtype)).add(c.rank_blocks).add(c.row_blocks).add(c.simdgroups);
   if (slice.p == 0) {
     variant.add("tfl::Mask::none", "plain");
-  } else if (p.pass == DeltaProblem::Pass::forward) {
+  } else if (p.pass == Pass::forward) {
     variant.add("tfl::Mask::input", "drop_input");
   } else {
     variant.add("tfl::Mask::output", "drop_output");
@@ -107,7 +107,7 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, uint32_t stages, 
 }  // namespace
 
 Plan<DeltaConfiguration> plan(const DeltaProblem& p) {
-  const bool is_forward = p.pass == DeltaProblem::Pass::forward;
+  const bool is_forward = p.pass == Pass::forward;
   Plan<DeltaConfiguration> plan = {
       too_large({{is_forward ? "x" : "dy", p.in}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
   if (!plan.error.empty() || p.in.rows == 0) return plan;

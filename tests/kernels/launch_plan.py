@@ -75,6 +75,32 @@ class DeltaProblem(ctypes.Structure):
     ]
 
 
+class Weight(ctypes.Structure):
+    _fields_ = [
+        ("operand", Operand),
+        ("bits", ctypes.c_uint32),
+        ("group_size", ctypes.c_uint32),
+        ("scale_dtype", ctypes.c_int32),
+    ]
+
+
+class GemmProblem(ctypes.Structure):
+    plan = "plan_gemm"
+    _fields_ = [
+        ("is_backward", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        ("input", Operand),
+        ("weight", Weight),
+        ("factor", Operand),
+        ("r", ctypes.c_uint64),
+        ("bias_stride", ctypes.c_uint64),
+        ("has_bias", ctypes.c_bool),
+        ("dropout_p", ctypes.c_double),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
 class GradProblem(ctypes.Structure):
     plan = "plan_grad"
     _fields_ = [
@@ -147,6 +173,34 @@ def operand(x: Tensor) -> Operand:
     if outer == 1 or strides[0] == inner * strides[1]:
         return Operand(outer * inner, cols, outer * inner, 0, strides[1], col_stride, x.storage_offset())
     return Operand(outer * inner, cols, inner, strides[0], strides[1], col_stride, x.storage_offset())
+
+
+@dataclasses.dataclass
+class Packed:
+    """A weight (N, K) in MLX's affine format: words (N, K * bits / 32), scales and biases (N, K / group_size)."""
+
+    words: Tensor
+    scales: Tensor
+    biases: Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, words = self.words.shape
+        return N, words * 32 // self.bits
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.words, self.scales, self.biases
+
+
+def weight_of(weight: Tensor | Packed) -> Weight:
+    """As the plan takes it."""
+    if isinstance(weight, Tensor):
+        return Weight(operand(weight))
+    N, K = weight.shape
+    return Weight(Operand(N, K, N, 0, K, 1, 0), weight.bits, weight.group_size, DTYPES[weight.scales.dtype])
 
 
 @dataclasses.dataclass
@@ -237,6 +291,29 @@ class Kernels(Launcher):
         problem = DeltaProblem(is_backward, *dtypes, *operands, out is not None, save, offset, dropout, self.gpu_cores)
         launches, splits, elements = self._plan(problem)
         return launches, fresh(torch.empty(0), splits, elements) if splits > 1 else None
+
+    def gemm(self, x, weight, bias, lora_B, h, scaling) -> Tensor:
+        """y (M, N), of a weight packed or not; without an adapter where h is None."""
+        return self._gemm(False, x, weight, bias, lora_B, h, scaling)
+
+    def gemm_dx(self, dy, weight, lora_A, z, scaling, seed=0, dropout_p=0.0) -> Tensor:
+        """dx (M, K)."""
+        return self._gemm(True, dy, weight, None, lora_A, z, scaling, seed, dropout_p)
+
+    def _gemm(self, is_backward, x, weight, bias, factor, h, scaling, seed=0, dropout_p=0.0) -> Tensor:
+        y = fresh(x, operand(x).rows, weight.shape[1 if is_backward else 0])
+        buffers = weight.buffers if isinstance(weight, Packed) else (weight, None, None)
+        for launch in self.plan_gemm(is_backward, x, weight, bias, factor, h, dropout_p):
+            self._dispatch(launch, (x, *buffers, bias, h, factor, y, scalar(scaling), seed_tensor(seed)))
+        return y
+
+    def plan_gemm(self, is_backward, x, weight, bias, factor, h, dropout_p=0.0) -> list[Launch]:
+        dtypes = _dtypes(x, factor if factor is not None else x)
+        shapes = operand(x), weight_of(weight), operand(factor) if factor is not None else Operand()
+        stride, r = bias.stride(0) if bias is not None else 0, h.shape[1] if h is not None else 0
+        return self._plan(
+            GemmProblem(is_backward, *dtypes, *shapes, r, stride, bias is not None, dropout_p, self.gpu_cores)
+        )[0]
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
