@@ -36,8 +36,8 @@ void check_saved(
 /// The product of all dimensions of `tensor` but the last.
 int64_t rows_in(const Tensor& tensor);
 
-/// y += s h B^T in place with h = dropout(x) A^T, which is written where it is given.
-void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);
+/// y += s h B^T in place, where y is given, with h = dropout(x) A^T, which is written where it is given.
+void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);
 
 /// The gradients asked for.
 struct LowRankGradients {
@@ -48,12 +48,14 @@ struct LowRankNeeds {
   bool A, B, scaling;
 };
 
-/// dx += mask * (z A) in place, where dx is given, with z = s dy B; and the gradients asked for.
+/// dx += mask * s z A in place, where dx is given, with z = dy B, which is written where it is given, as for lora_A's
+/// gradient it has to be; and the gradients asked for.
 LowRankGradients low_rank_backward(
     const Rows& dy,
     const OptionalTensor& dx,
     const std::optional<Rows>& x,
     const OptionalTensor& h,
+    const OptionalTensor& z,
     const Adapters& adapters,
     const LowRankNeeds& need);
 

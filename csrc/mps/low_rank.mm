@@ -119,7 +119,7 @@ int64_t rows_in(const Tensor& tensor) {
   return rows;
 }
 
-void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
+void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
   const Rows A = rows_of(adapters.lora_A), B = rows_of(adapters.lora_B);
   const AdapterDropout dropout(adapters.lora_A.size(0), adapters.seed, adapters.dropout_p, adapters.ranks);
   const Tensor scale = constant(adapters.scaling);
@@ -147,6 +147,7 @@ LowRankGradients low_rank_backward(
     const OptionalTensor& dx,
     const std::optional<Rows>& x,
     const OptionalTensor& h,
+    const OptionalTensor& z,
     const Adapters& adapters,
     const LowRankNeeds& need) {
   const auto& [lora_A, lora_B, scaling, seed, dropout_p, ranks] = adapters;
@@ -157,8 +158,7 @@ LowRankGradients low_rank_backward(
   const auto fresh = [&](const std::vector<int64_t>& shape, const Tensor& like) {
     return M == 0 ? torch::stable::new_zeros(like, shape) : empty(shape, like);
   };
-  OptionalTensor z, dA, dB, unscaled_dB, x_tensor, h_tensor;
-  if (need.A) z = empty({M, r}, lora_A);
+  OptionalTensor dA, dB, unscaled_dB, x_tensor, h_tensor;
   if (need.A) dA = fresh({r, K}, lora_A);
   if (need.B || need.scaling) (need.scaling ? unscaled_dB : dB) = fresh({N, r}, lora_B);
   if (x.has_value()) x_tensor = x->tensor;
@@ -171,9 +171,9 @@ LowRankGradients low_rank_backward(
   const Scalar dtype = scalar(dy.tensor.scalar_type()), adapter_dtype = scalar(lora_A.scalar_type());
   const AdapterDropout dropout(r, seed, dropout_p, ranks);
   Plan<DeltaConfiguration> delta;
-  if (M > 0 && (dx || need.A)) {
+  if (M > 0 && (dx || z)) {
     delta = plan_or_throw(DeltaProblem{
-        Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), need.A,
+        Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), z.has_value(),
         dx ? static_cast<uint64_t>(dx->storage_offset()) : 0, dropout, gpu_cores()});
   }
   const Operand x_shape = {dy.operand.rows, static_cast<uint64_t>(K)};
