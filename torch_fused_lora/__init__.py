@@ -10,6 +10,7 @@ from .norms import patch_norms, unpatch_norms
 from .ops.dispatch import keep_operators
 from .ops.lora_delta import lora_delta
 from .ops.lora_linear import lora_linear
+from .ops.lora_linear_quantized import lora_linear_quantized, quantized_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
 from .version import __version__ as __version__
@@ -26,8 +27,10 @@ __all__ = [
     "keep_operators",
     "lora_delta",
     "lora_linear",
+    "lora_linear_quantized",
     "patch_norms",
     "patch_peft",
+    "quantized_linear",
     "rms_norm",
     "softmax",
     "unpatch_norms",
