@@ -34,6 +34,6 @@ ProductGradients backward_product(
     const std::optional<Rows>& x,
     const OptionalTensor& h,
     const std::optional<Adapters>& adapters,
-    const LowRankNeeds& need);
+    LowRankNeeds need);
 
 }  // namespace torch_fused_lora

@@ -19,11 +19,13 @@ Tensor multiply(
     const OptionalTensor& low_rank) {
   const bool is_forward = pass == Pass::forward;
   const Operand& W = base.weight.operand;
-  const int64_t rows = static_cast<int64_t>(in.operand.rows), columns = static_cast<int64_t>(is_forward ? W.rows : W.cols);
+  const int64_t rows = static_cast<int64_t>(in.operand.rows),
+                columns = static_cast<int64_t>(is_forward ? W.rows : W.cols);
   const Tensor y = empty({rows, columns}, in.tensor);
   if (rows == 0 || columns == 0) return y;
   OptionalTensor factor, scaling, seed;
-  GemmProblem problem = {pass, scalar(in.tensor.scalar_type()), scalar(in.tensor.scalar_type()), in.operand, base.weight};
+  GemmProblem problem = {
+      pass, scalar(in.tensor.scalar_type()), scalar(in.tensor.scalar_type()), in.operand, base.weight};
   problem.gpu_cores = gpu_cores();
   if (bias.has_value()) {
     problem.has_bias = true;
@@ -81,17 +83,16 @@ ProductGradients backward_product(
     const std::optional<Rows>& x,
     const OptionalTensor& h,
     const std::optional<Adapters>& adapters,
-    const LowRankNeeds& need) {
+    LowRankNeeds need) {
   ProductGradients found;
   // Adapters that drop apart have a mask each, and the sums of one simdgroup are all of them: lora_delta adds them.
   const bool apart = adapters.has_value() && adapters->seed.has_value() && adapters->ranks.size() > 1;
   if (need_x && apart) found.x = multiply(Pass::backward, dy, base, std::nullopt, std::nullopt, std::nullopt);
-  OptionalTensor z;
   if (adapters.has_value()) {
-    if (need.A || (need_x && !apart)) z = empty({static_cast<int64_t>(dy.operand.rows), adapters->lora_A.size(0)}, adapters->lora_A);
-    found.low_rank = low_rank_backward(dy, found.x, x, h, z, *adapters, need);
+    need.z = need_x && !apart;
+    found.low_rank = low_rank_backward(dy, found.x, x, h, *adapters, need);
   }
-  if (need_x && !apart) found.x = multiply(Pass::backward, dy, base, std::nullopt, adapters, z);
+  if (need_x && !apart) found.x = multiply(Pass::backward, dy, base, std::nullopt, adapters, found.low_rank.z);
   return found;
 }
 

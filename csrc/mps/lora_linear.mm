@@ -31,11 +31,7 @@ void check_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   expect(
       weight.scalar_type() == x.scalar_type() && !weight.is_cpu(), "weight", weight, "x's dtype ",
       name_of(x.scalar_type()), ", on mps");
-  if (bias.has_value()) {
-    expect(
-        has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias, "shape (", N,
-        ",), x's dtype and device");
-  }
+  check_bias(expect, bias, x, N);
   check_adapters(expect, x, "x", K, N, adapters);
 }
 
@@ -145,10 +141,7 @@ std::vector<Tensor> backward(
   std::vector<Tensor> found;
   if (need.x) found.push_back(grad.dim() == 2 ? *dx : with_shape(*dx, with_last(grad, lora_A.size(1))));
   if (need.weight) found.push_back(product(transposed(dy.tensor), x_rows->tensor));
-  if (need.bias) {
-    const std::vector<int64_t> rows = {0};
-    found.push_back(torch::stable::sum(dy.tensor, rows));
-  }
+  if (need.bias) found.push_back(sum_of_rows(dy.tensor));
   for (const OptionalTensor& gradient : {low_rank.A, low_rank.B, low_rank.scaling}) {
     if (gradient) found.push_back(*gradient);
   }

@@ -24,6 +24,8 @@ void check_adapters(
 /// Their shapes, and grad's beside them: what a backward knows before it is told which gradients are asked for.
 void check_low_rank(const Expect& expect, const Tensor& grad, const Adapters& adapters);
 
+void check_bias(const Expect& expect, const OptionalTensor& bias, const Tensor& x, int64_t N);
+
 /// An operand of a backward that was saved for it.
 void check_saved(
     const Expect& expect,
@@ -39,23 +41,21 @@ int64_t rows_in(const Tensor& tensor);
 /// y += s h B^T in place, where y is given, with h = dropout(x) A^T, which is written where it is given.
 void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);
 
-/// The gradients asked for.
+/// The gradients asked for, and z where it was needed.
 struct LowRankGradients {
-  OptionalTensor A, B, scaling;
+  OptionalTensor A, B, scaling, z;
 };
 
 struct LowRankNeeds {
-  bool A, B, scaling;
+  bool A, B, scaling, z = false;
 };
 
-/// dx += mask * s z A in place, where dx is given, with z = dy B, which is written where it is given, as for lora_A's
-/// gradient it has to be; and the gradients asked for.
+/// dx += mask * s z A in place, where dx is given, with z = dy B; and the gradients asked for.
 LowRankGradients low_rank_backward(
     const Rows& dy,
     const OptionalTensor& dx,
     const std::optional<Rows>& x,
     const OptionalTensor& h,
-    const OptionalTensor& z,
     const Adapters& adapters,
     const LowRankNeeds& need);
 

@@ -99,6 +99,13 @@ void check_low_rank(const Expect& expect, const Tensor& grad, const Adapters& ad
       ", ", r, ")");
 }
 
+void check_bias(const Expect& expect, const OptionalTensor& bias, const Tensor& x, int64_t N) {
+  if (!bias.has_value()) return;
+  expect(
+      has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias, "shape (", N,
+      ",), x's dtype and device");
+}
+
 void check_saved(
     const Expect& expect,
     const char* name,
@@ -126,8 +133,9 @@ void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters,
   const OptionalTensor seed = constant(adapters.seed);
   const auto plan = plan_or_throw(DeltaProblem{
       Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand, A.operand,
-      B.operand, true, h.has_value(), static_cast<uint64_t>(y.storage_offset()), dropout, gpu_cores()});
-  const OptionalTensor partial = scratch(plan, y);
+      B.operand, y.has_value(), h.has_value(), y ? static_cast<uint64_t>(y->storage_offset()) : 0, dropout,
+      gpu_cores()});
+  const OptionalTensor partial = scratch(plan, x.tensor);
   Dispatches dispatches;
   dispatches.add(
       plan,
@@ -147,7 +155,6 @@ LowRankGradients low_rank_backward(
     const OptionalTensor& dx,
     const std::optional<Rows>& x,
     const OptionalTensor& h,
-    const OptionalTensor& z,
     const Adapters& adapters,
     const LowRankNeeds& need) {
   const auto& [lora_A, lora_B, scaling, seed, dropout_p, ranks] = adapters;
@@ -158,7 +165,8 @@ LowRankGradients low_rank_backward(
   const auto fresh = [&](const std::vector<int64_t>& shape, const Tensor& like) {
     return M == 0 ? torch::stable::new_zeros(like, shape) : empty(shape, like);
   };
-  OptionalTensor dA, dB, unscaled_dB, x_tensor, h_tensor;
+  OptionalTensor z, dA, dB, unscaled_dB, x_tensor, h_tensor;
+  if (need.A || need.z) z = empty({M, r}, lora_A);
   if (need.A) dA = fresh({r, K}, lora_A);
   if (need.B || need.scaling) (need.scaling ? unscaled_dB : dB) = fresh({N, r}, lora_B);
   if (x.has_value()) x_tensor = x->tensor;
@@ -222,11 +230,11 @@ LowRankGradients low_rank_backward(
   dispatches.encode();
 
   // Collect.
-  if (!need.scaling) return {dA, dB, std::nullopt};
+  if (!need.scaling) return {dA, dB, std::nullopt, z};
   if (need.B) dB = torch::stable::to(multiply(*unscaled_dB, scaling), lora_B.scalar_type());
   const Tensor wide = torch::stable::to(*unscaled_dB, ScalarType::Float);
   const Tensor total = torch::stable::sum(multiply(wide, lora_B));
-  return {dA, dB, torch::stable::to(total, scaling.device())};
+  return {dA, dB, torch::stable::to(total, scaling.device()), z};
 }
 
 }  // namespace torch_fused_lora
