@@ -13,6 +13,8 @@ struct BaseWeight {
   Weight weight;
 };
 
+BaseWeight plain(const Tensor& weight);
+
 /// x W^T + bias + s h B^T, with h = dropout(x) A^T, which is written where it is given; without adapters, x W^T + bias.
 Tensor forward_product(
     const Rows& x,

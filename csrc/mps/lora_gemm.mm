@@ -61,6 +61,11 @@ Tensor multiply(
 
 }  // namespace
 
+BaseWeight plain(const Tensor& weight) {
+  const Rows rows = rows_of(weight);
+  return {rows.tensor, std::nullopt, std::nullopt, {rows.operand}};
+}
+
 Tensor forward_product(
     const Rows& x,
     const BaseWeight& base,

@@ -11,6 +11,7 @@
 #include "../../metal/lora_decode.h"
 #include "../plan/lora.h"
 #include "kernels.h"
+#include "lora_gemm.h"
 #include "low_rank.h"
 #include "products.h"
 #include "tensors.h"
@@ -79,10 +80,14 @@ std::tuple<Tensor, Tensor> forward(
     return results(y);
   }
 
+  const Adapters adapters = {lora_A, lora_B, scaling, seed, dropout_p, ranks};
+  if (multiplies_plain(scalar(x.scalar_type()))) {
+    return results(with_shape(forward_product(x_rows, plain(weight), bias, adapters, h), with_last(x, N)));
+  }
   x_rows = as_matrix(x_rows);
   const Tensor base = linear(x_rows.tensor, weight, bias);
   const Tensor y = x.dim() == 2 ? base : with_shape(base, with_last(x, N));
-  add_delta(y, x_rows, {lora_A, lora_B, scaling, seed, dropout_p, ranks}, h);
+  add_delta(y, x_rows, adapters, h);
   return results(y);
 }
 
@@ -134,15 +139,23 @@ std::vector<Tensor> backward(
   if (need.x || need.weight || need.bias) dy = as_matrix(dy);
   std::optional<Rows> x_rows;
   if (need.A || need.weight) x_rows = need.weight ? as_matrix(rows_of(*x)) : rows_of(*x);
-  OptionalTensor dx;
-  if (need.x) dx = product(dy.tensor, *weight);
-  const LowRankGradients low_rank = low_rank_backward(dy, dx, x_rows, h, adapters, {need.A, need.B, need.scaling});
+  const LowRankNeeds low_rank_needs = {need.A, need.B, need.scaling};
+  ProductGradients gradients;
+  if (need.x && multiplies_plain(scalar(grad.scalar_type()))) {
+    gradients = backward_product(dy, plain(*weight), true, x_rows, h, adapters, low_rank_needs);
+  } else {
+    if (need.x) gradients.x = product(dy.tensor, *weight);
+    gradients.low_rank = low_rank_backward(dy, gradients.x, x_rows, h, adapters, low_rank_needs);
+  }
 
   std::vector<Tensor> found;
-  if (need.x) found.push_back(grad.dim() == 2 ? *dx : with_shape(*dx, with_last(grad, lora_A.size(1))));
+  if (need.x) {
+    const Tensor& dx = *gradients.x;
+    found.push_back(grad.dim() == 2 ? dx : with_shape(dx, with_last(grad, lora_A.size(1))));
+  }
   if (need.weight) found.push_back(product(transposed(dy.tensor), x_rows->tensor));
   if (need.bias) found.push_back(sum_of_rows(dy.tensor));
-  for (const OptionalTensor& gradient : {low_rank.A, low_rank.B, low_rank.scaling}) {
+  for (const OptionalTensor& gradient : {gradients.low_rank.A, gradients.low_rank.B, gradients.low_rank.scaling}) {
     if (gradient) found.push_back(*gradient);
   }
   return found;

@@ -67,6 +67,9 @@ struct GemmProblem {
   uint32_t gpu_cores;
 };
 
+/// Whether a weight of elements goes that way as well, rather than by torch's products: a half one, by override alone.
+bool multiplies_plain(Scalar dtype);
+
 /// lora_grad: dA = s z^T drop(x) and dB = s dy^T h, those asked for. Of x only the shape counts where dA is not. With
 /// partial sums, dA and dB there are float32, with the split as a leading dimension.
 struct GradProblem {

@@ -38,6 +38,8 @@ Pair layout(const Weight& weight) {
   return pair(weight.operand.cols * weight.bits / 32, shift);
 }
 
+bool multiplies_plain(Scalar dtype) { return overrides().lora_gemm.plain > 0 && dtype != Scalar::float32; }
+
 Plan<GemmConfiguration> plan(const GemmProblem& p) {
   const bool is_forward = p.pass == Pass::forward;
   const Operand& W = p.weight.operand;
