@@ -27,6 +27,7 @@ from tests.emulator import metal_on_cpu
 METAL = ROOT / "metal"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 DELTA, DECODE, GRAD, SUM = "lora_delta.metal", "lora_decode.metal", "lora_grad.metal", "sum_splits.metal"
+GEMM, WEIGHTS = "lora_gemm.metal", "weights.h"
 ROWS, NORM, SOFTMAX = "rows.h", "rms_norm.metal", "softmax.metal"
 # What tests a kernel, for pytest. Trace mode first: it finds most in the fewest compilations.
 Stages = tuple[tuple[str, ...], ...]
@@ -34,6 +35,10 @@ LORA_TESTS: Stages = (
     ("test_metal_kernels.py", "-k", "trace"),
     ("test_metal_kernels.py", "-k", "not trace"),
     ("test_traffic.py",),
+)
+PACKED_TESTS: Stages = (
+    ("test_quantized_kernels.py", "-k", "trace"),
+    ("test_quantized_kernels.py", "-k", "not trace"),
 )
 ROW_TESTS: Stages = (
     ("test_row_kernels.py", "-k", "trace"),
@@ -53,6 +58,8 @@ class Edit:
 
     @property
     def tests(self) -> Stages:
+        if self.file in (GEMM, WEIGHTS):
+            return PACKED_TESTS
         return ROW_TESTS if self.file in (ROWS, NORM, SOFTMAX) else LORA_TESTS
 
     def apply(self, source: str) -> str:
@@ -171,6 +178,53 @@ EDITS = [
     Edit(DECODE, "ulong(n) * W_strides.x + ulong(first) * W_strides.y", "ulong(n) * W_strides.x"),
     Edit(DECODE, "ulong(n + j) * flags_bias_stride.y", "(n + j)"),
     Edit(DECODE, "x.at(m, first + thread_index)", "x.at(m, thread_index)"),
+    # weights.h
+    Edit(WEIGHTS, "i * BITS / 32", "0"),
+    Edit(WEIGHTS, ">> (i * BITS % 32)", ">> (i * BITS % 16)"),
+    Edit(WEIGHTS, "& ((1u << BITS) - 1)", ""),
+    Edit(WEIGHTS, "fma(float(q), scale, bias)", "float(q) * scale"),
+    Edit(WEIGHTS, "row < source.rows && col < source.cols", "row < source.rows"),
+    Edit(WEIGHTS, "row < source.rows && col < source.cols", "col < source.cols"),
+    Edit(WEIGHTS, "col >> source.shift", "0"),
+    Edit(WEIGHTS, "ulong(row) * weight.row_words + col / RUN * WORDS", "ulong(row) * weight.row_words"),
+    Edit(WEIGHTS, "scales = weight.scales + groups", "scales = weight.scales"),
+    Edit(WEIGHTS, "biases = weight.biases + groups", "biases = weight.biases"),
+    Edit(WEIGHTS, "col += COLS;", ""),
+    Edit(WEIGHTS, "row += ROWS;", ""),
+    Edit(WEIGHTS, "scales += groups;", ""),
+    Edit(WEIGHTS, "biases += groups;", ""),
+    # lora_gemm.metal
+    Edit(GEMM, f"    {BARRIER}", ""),
+    Edit(GEMM, f"    {BARRIER}", "", 1),
+    Edit(GEMM, f"    {BARRIER}", "", 2),
+    Edit(GEMM, f"    {BARRIER}", "", 3),
+    Edit(GEMM, f"\n  {BARRIER}", ""),
+    Edit(GEMM, f"\n  {BARRIER}", "", 1),
+    Edit(GEMM, "simdgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    Edit(GEMM, "simdgroup_barrier(mem_flags::mem_threadgroup);", "", 1),
+    Edit(GEMM, "simdgroup_barrier(mem_flags::mem_threadgroup);", "", 2),
+    Edit(GEMM, "k < GEMM_DEPTH", "k < GEMM_DEPTH - BLOCK"),
+    Edit(GEMM, "row + BLOCK * i, k", "row, k"),
+    Edit(GEMM, "right.read(right_block, k, col + BLOCK * j)", "right.read(right_block, k, col)"),
+    Edit(GEMM, "right.read_transposed(right_block, col + BLOCK * j, k)", "right.read_transposed(right_block, col, k)"),
+    Edit(GEMM, "rank < ranks; rank += DEPTH", "rank + DEPTH <= ranks; rank += DEPTH"),
+    Edit(GEMM, "h_loader.next_columns();", ""),
+    Edit(GEMM, "factor_loader.next_rows();", ""),
+    Edit(GEMM, "factor_loader.next_columns();", ""),
+    Edit(GEMM, "simdgroup_index / 2 * (ROWS / 2)", "simdgroup_index / 2 * BLOCK"),
+    Edit(GEMM, "lane % (LANES / RUN) * RUN", "lane % (LANES / RUN)"),
+    Edit(GEMM, "!= 0) {", "== 0) {"),
+    Edit(GEMM, "ulong(n) * flags_bias_stride.y", "ulong(n)"),
+    Edit(GEMM, "element += ulong(BLOCK) * columns;", ""),
+    Edit(GEMM, "ulong element = ulong(m) * columns + n", "ulong element = ulong(m) * columns"),
+    Edit(GEMM, "float4(scaling), added.low", "float4(1.0f), added.low"),
+    Edit(GEMM, "float4(scaling), added.high", "float4(scaling), float4(0)"),
+    Edit(GEMM, "if (k + DEPTH < terms)", "if (true)"),
+    Edit(GEMM, "if (k + DEPTH < terms)", "if (k + 2 * DEPTH < terms)"),
+    Edit(GEMM, "W_loader.next_rows();", ""),
+    Edit(GEMM, "W_loader.next_columns();", ""),
+    Edit(GEMM, "if (m + BLOCK * i < M)", "if (true)"),
+    Edit(GEMM, "store_run(target, run, count,", "store_run(target, run, RUN,"),
     # lora_grad.metal
     Edit(GRAD, BARRIER, ""),
     Edit(GRAD, BARRIER, "", 1),
