@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "../plan/launch.h"
 #include "tensors.h"
 
 namespace torch_fused_lora {
@@ -37,6 +38,9 @@ void check_saved(
 
 /// The product of all dimensions of `tensor` but the last.
 int64_t rows_in(const Tensor& tensor);
+
+/// What a plan's steps hand on to each other, if they do.
+OptionalTensor scratch(const PartialSums& sums, const Tensor& like);
 
 /// y += s h B^T in place, where y is given, with h = dropout(x) A^T, which is written where it is given.
 void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);

@@ -29,12 +29,6 @@ class AdapterDropout {
   const double* p_;
 };
 
-/// Partial sums that a plan's own steps hand on.
-OptionalTensor scratch(const Plan<DeltaConfiguration>& plan, const Tensor& like) {
-  const auto& [splits, elements, launch] = plan.sums;
-  return splits == 1 ? OptionalTensor() : empty_float({splits, static_cast<int64_t>(elements)}, like);
-}
-
 /// dA and dB, those asked for, as one problem of lora_grad, and what its launches write: the partial sums, if there are
 /// any.
 struct Gradients {
@@ -54,6 +48,11 @@ Gradients plan_gradients(
 }
 
 }  // namespace
+
+OptionalTensor scratch(const PartialSums& sums, const Tensor& like) {
+  const std::vector<int64_t> shape = {sums.splits, static_cast<int64_t>(sums.elements)};
+  return sums.elements == 0 ? OptionalTensor() : empty_float(shape, like);
+}
 
 void check_adapters(
     const Expect& expect, const Tensor& like, const char* like_name, int64_t K, int64_t N, const Adapters& adapters) {
@@ -135,7 +134,7 @@ void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters,
       Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand, A.operand,
       B.operand, y.has_value(), h.has_value(), y ? static_cast<uint64_t>(y->storage_offset()) : 0, dropout,
       gpu_cores()});
-  const OptionalTensor partial = scratch(plan, x.tensor);
+  const OptionalTensor partial = scratch(plan.sums, x.tensor);
   Dispatches dispatches;
   dispatches.add(
       plan,
@@ -200,7 +199,7 @@ LowRankGradients low_rank_backward(
     gradients.push_back(plan_gradients(std::nullopt, unscaled_dB, one, grad_problem(false, true)));
   }
 
-  const OptionalTensor partial = scratch(delta, dy.tensor);
+  const OptionalTensor partial = scratch(delta.sums, dy.tensor);
 
   // Encode.
   Dispatches dispatches;

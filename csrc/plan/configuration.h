@@ -18,15 +18,12 @@ struct Field {
 };
 
 struct DecodeConfiguration {
-  uint32_t rows;                // of W that a threadgroup owns
-  uint32_t w_rows;              // of W that a simdgroup reads at once
-  uint32_t w_vector, a_vector;  // neighbouring elements of W and of A that a lane reads at once
+  uint32_t slices;      // simdgroups of a threadgroup that share rows of W
+  uint32_t dispatches;  // 2: h in one of its own
 
   static constexpr Field<DecodeConfiguration> fields[] = {
-      {"rows", &DecodeConfiguration::rows},
-      {"w_rows", &DecodeConfiguration::w_rows, {1, 2, 4}},
-      {"w_vector", &DecodeConfiguration::w_vector, {1, 4, 8}},
-      {"a_vector", &DecodeConfiguration::a_vector, {1, 4, 8}}};
+      {"slices", &DecodeConfiguration::slices, {1, 2, 4, 8}},
+      {"dispatches", &DecodeConfiguration::dispatches, {1, 2}}};
 };
 
 struct DeltaConfiguration {
