@@ -13,7 +13,7 @@
 //   requests, from the cache; h once a threadgroup. In one dispatch A once a threadgroup (all counted by the executor).
 // Rounding. Once: base, bias and low-rank term are summed in float32.
 #include "lora_decode.h"
-#include "operands.h"
+#include "weights.h"
 
 namespace tfl {
 
@@ -34,6 +34,27 @@ struct Rows {
   template <bool WIDE>
   METAL_FUNC Run load(short i, uint k, uint count) const thread {
     return widened(WIDE ? fetch_eight(begin[i] + k) : fetch_run(begin[i] + ulong(k) * stride, stride, count, false));
+  }
+};
+
+/// The same of packed rows; decoded on the way into registers.
+template <short BITS, typename S, short COUNT>
+struct Rows<Affine<BITS, S>, COUNT> {
+  Affine<BITS, S> begin;  // the first row
+  uint words[COUNT], groups[COUNT];  // from there to the row
+
+  METAL_FUNC Rows(Affine<BITS, S> matrix, uint first) : begin(matrix.from_row(first)) {
+    const uint last = begin.rows - 1;
+    TFL_UNROLL
+    for (short i = 0; i < COUNT; ++i) {
+      words[i] = min(uint(i), last) * begin.row_words;
+      groups[i] = min(uint(i), last) * (begin.cols >> begin.shift);
+    }
+  }
+
+  template <bool WIDE>
+  METAL_FUNC Run load(short i, uint k, uint) const thread {
+    return begin.load(words[i] + k / RUN * Affine<BITS, S>::WORDS, groups[i] + (k >> begin.shift));
   }
 };
 
@@ -90,11 +111,13 @@ struct Sums {
 };
 
 /// M: the rows of x, or a few more, of which the last ones are not stored.
-template <typename T, typename TA, short M>
+template <typename T, typename TA, typename FORMAT, short M>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * DECODE_SIMDGROUPS)]]
 void lora_decode(
     device const T* x [[buffer(DECODE_X)]],
-    device const T* weight [[buffer(DECODE_WEIGHT)]],
+    device const typename FORMAT::Word* weight [[buffer(DECODE_WEIGHT)]],
+    device const typename FORMAT::Scale* scales [[buffer(DECODE_SCALES)]],
+    device const typename FORMAT::Scale* biases [[buffer(DECODE_BIASES)]],
     device const T* bias [[buffer(DECODE_BIAS)]],
     device const TA* lora_A [[buffer(DECODE_LORA_A)]],
     device const TA* lora_B [[buffer(DECODE_LORA_B)]],
@@ -106,7 +129,7 @@ void lora_decode(
     constant Pair& rank_rows [[buffer(DECODE_RANK_ROWS)]],  // r, and how many rows x has
     constant Pair& x_levels [[buffer(DECODE_X_LEVELS)]],
     constant Pair& x_strides [[buffer(DECODE_X_STRIDES)]],
-    constant Pair& W_strides [[buffer(DECODE_W_STRIDES)]],
+    constant Pair& W_layout [[buffer(DECODE_W_LAYOUT)]],
     constant Pair& A_strides [[buffer(DECODE_A_STRIDES)]],
     constant Pair& B_strides [[buffer(DECODE_B_STRIDES)]],
     constant Pair& flags_bias_stride [[buffer(DECODE_FLAGS_BIAS_STRIDE)]],
@@ -158,7 +181,8 @@ void lora_decode(
     const uint first = first_row + simdgroup_index / slices * DECODE_W_ROWS;
     if (first < N) {
       Sums<M> own = {};
-      const Rows<T, DECODE_W_ROWS> W_rows(matrix_of(weight, N, K, W_strides, false), first);
+      const Rows<typename FORMAT::Element, DECODE_W_ROWS> W_rows(
+          FORMAT::of(weight, scales, biases, N, K, W_layout, false), first);
       own.add(W_rows, x_rows, K, (flags & DECODE_WIDE_W) != 0, ushort2(slice, slices), lane);
       const Rows<TA, DECODE_W_ROWS> B_rows(matrix_of(lora_B, N, r, B_strides, false), first);
       for (uint rank = slice * LANES + lane; rank < r; rank += slices * LANES) {

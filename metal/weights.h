@@ -11,6 +11,7 @@ template <typename T>
 struct Plain {
   using Word = T;
   using Scale = T;  // of which there are none
+  using Element = T;
 
   template <short ROWS, short COLS, short THREADS>
   using BlockLoader = Loader<T, ROWS, COLS, THREADS>;
@@ -31,6 +32,7 @@ template <short BITS, typename S>
 struct Affine {
   using Word = uint;
   using Scale = S;
+  using Element = Affine;
 
   static constant constexpr short WORDS = BITS * RUN / 32;  // of a run
 
@@ -51,6 +53,21 @@ struct Affine {
      Pair layout,
      bool) {
     return {weight, scales, biases, rows, cols, layout.x, layout.y};
+  }
+
+  METAL_FUNC Affine from_row(uint row) const thread {
+    const ulong groups = ulong(row) * (cols >> shift);
+    return {words + ulong(row) * row_words, scales + groups, biases + groups, rows - row, cols, row_words, shift};
+  }
+
+  /// The run that starts with this word, of this group.
+  METAL_FUNC Run load(uint word, uint group) const thread {
+    uint run[WORDS];
+    TFL_UNROLL
+    for (short i = 0; i < WORDS; ++i) {
+      run[i] = words[word + i];
+    }
+    return decode(run, float(scales[group]), float(biases[group]));
   }
 
   static METAL_FUNC Run decode(thread const uint (&words)[WORDS], float scale, float bias) {

@@ -8,17 +8,14 @@
 #include <tuple>
 #include <vector>
 
-#include "../../metal/lora_decode.h"
 #include "../plan/lora.h"
 #include "kernels.h"
-#include "lora_gemm.h"
+#include "base_product.h"
 #include "low_rank.h"
 #include "products.h"
 #include "tensors.h"
 
 namespace torch_fused_lora {
-
-using namespace tfl;  // what metal/ says
 
 namespace {
 
@@ -57,34 +54,11 @@ std::tuple<Tensor, Tensor> forward(
   const auto results = [&](const Tensor& y) { return std::tuple(y, save_h ? *h : empty({0}, lora_A)); };
   if (M == 0 || N == 0) return results(empty(with_last(x, N), x));
 
-  const bool weight_in_rows = weight.stride(1) == 1 || K == 1;
-  if (decodes(x_rows.operand.rows, static_cast<uint64_t>(r), weight_in_rows, seed.has_value())) {
-    const Tensor y = empty(with_last(x, N), x), scale = constant(scaling);
-    const Rows A = rows_of(lora_A), B = rows_of(lora_B);
-    const uint64_t bias_stride = bias.has_value() ? static_cast<uint64_t>(bias->stride(0)) : 0;
-    const auto plan = plan_or_throw(DecodeProblem{
-        scalar(x.scalar_type()), scalar(lora_A.scalar_type()), x_rows.operand, rows_of(weight).operand, A.operand,
-        B.operand, bias_stride, bias.has_value(), save_h, gpu_cores()});
-    const OptionalTensor h_sums = scratch(plan.sums, y);
-    Dispatches dispatches;
-    dispatches.add(
-        plan,
-        {{DECODE_X, x_rows.tensor},
-         {DECODE_WEIGHT, weight},
-         {DECODE_BIAS, bias},
-         {DECODE_LORA_A, A.tensor},
-         {DECODE_LORA_B, B.tensor},
-         {DECODE_Y, y},
-         {DECODE_H, h},
-         {DECODE_H_SUMS, h_sums},
-         Binding::constant(DECODE_SCALING, scale)});
-    dispatches.encode();
-    return results(y);
-  }
-
   const Adapters adapters = {lora_A, lora_B, scaling, seed, dropout_p, ranks};
-  if (multiplies_plain(scalar(x.scalar_type()))) {
-    return results(with_shape(forward_product(x_rows, plain(weight), bias, adapters, h), with_last(x, N)));
+  const bool weight_in_rows = weight.stride(1) == 1 || K == 1;
+  if (decodes(x_rows.operand.rows, static_cast<uint64_t>(r), weight_in_rows, seed.has_value()) ||
+      multiplies_plain(scalar(x.scalar_type()))) {
+    return results(forward_product(x_rows, plain(weight), bias, adapters, h));
   }
   x_rows = as_matrix(x_rows);
   const Tensor base = linear(x_rows.tensor, weight, bias);

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "lora_gemm.h"
+#include "base_product.h"
 #include "low_rank.h"
 #include "products.h"
 #include "tensors.h"
@@ -90,8 +90,7 @@ std::tuple<Tensor, Tensor> forward(
   const Tensor& h_like = lora_A.has_value() ? *lora_A : x;
   OptionalTensor h;
   if (save_h && adapters.has_value()) h = empty({rows_in(x), lora_A->size(0)}, *lora_A);
-  const Tensor y = forward_product(rows_of(x), base, bias, adapters, h);
-  return {with_shape(y, with_last(x, N)), h.has_value() ? *h : empty({0}, h_like)};
+  return {forward_product(rows_of(x), base, bias, adapters, h), h.has_value() ? *h : empty({0}, h_like)};
 }
 
 std::vector<Tensor> backward(
@@ -133,7 +132,7 @@ std::vector<Tensor> backward(
   const ProductGradients gradients = backward_product(dy, base, need_x, x_rows, h, adapters, need);
 
   std::vector<Tensor> found;
-  if (need_x) found.push_back(with_shape(*gradients.x, with_last(grad, K)));
+  if (need_x) found.push_back(*gradients.x);
   if (need_bias) found.push_back(sum_of_rows(as_matrix(dy).tensor));
   for (const OptionalTensor& gradient : {gradients.low_rank.A, gradients.low_rank.B, gradients.low_rank.scaling}) {
     if (gradient) found.push_back(*gradient);

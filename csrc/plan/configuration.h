@@ -22,8 +22,7 @@ struct DecodeConfiguration {
   uint32_t dispatches;  // 2: h in one of its own
 
   static constexpr Field<DecodeConfiguration> fields[] = {
-      {"slices", &DecodeConfiguration::slices, {1, 2, 4, 8}},
-      {"dispatches", &DecodeConfiguration::dispatches, {1, 2}}};
+      {"slices", &DecodeConfiguration::slices, {1, 2, 4, 8}}, {"dispatches", &DecodeConfiguration::dispatches, {1, 2}}};
 };
 
 struct DeltaConfiguration {

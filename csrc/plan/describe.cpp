@@ -60,7 +60,7 @@ std::string describe_lora(
   };
   Description found;
   if (decodes(M, r, true, false)) {
-    found.add("forward", DecodeProblem{dtype, adapter_dtype, x, weight, A, B, 0, false, true, gpu_cores});
+    found.add("forward", DecodeProblem{dtype, adapter_dtype, x, {weight}, A, B, 0, false, true, gpu_cores});
   } else {
     found.add("forward", delta(Pass::forward, x));
   }

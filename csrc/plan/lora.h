@@ -18,10 +18,20 @@ struct Dropout {
   const double* p;
 };
 
+/// A frozen weight, N x K: elements, or packed words of so many bits, whose rows are contiguous.
+struct Weight {
+  Operand operand;
+  uint32_t bits;  // 0: elements of x's dtype
+  uint32_t group_size;
+  Scalar scale_dtype;
+};
+
 /// lora_decode: y = x W^T + b + s (x A^T) B^T in one pass, for at most DECODE_MAX_ROWS rows of x.
 struct DecodeProblem {
   Scalar dtype, adapter_dtype;
-  Operand x, weight, lora_A, lora_B;
+  Operand x;
+  Weight weight;
+  Operand lora_A, lora_B;  // of no rank: none
   uint64_t bias_stride;
   bool has_bias, save_h;
   uint32_t gpu_cores;
@@ -43,14 +53,6 @@ struct DeltaProblem {
   uint64_t out_offset;
   Dropout dropout;
   uint32_t gpu_cores;
-};
-
-/// A frozen weight, N x K: elements, or packed words of so many bits, whose rows are contiguous.
-struct Weight {
-  Operand operand;
-  uint32_t bits;  // 0: elements of x's dtype
-  uint32_t group_size;
-  Scalar scale_dtype;
 };
 
 /// lora_gemm: y = x W^T + b + s h factor^T with factor = B; backward dx = dy W + mask * s h factor, with h = z and

@@ -5,6 +5,7 @@
 #include "dropout.h"
 #include "lora.h"
 #include "planning.h"
+#include "weight.h"
 
 extern const char lora_gemm_source[];  // metal/embed.py writes it
 
@@ -22,21 +23,6 @@ GemmConfiguration choose(const GemmProblem& p, uint64_t columns) {
 }
 
 }  // namespace
-
-void add_format(Variant& variant, const Weight& weight, Scalar dtype) {
-  const bool packed = weight.bits > 0;
-  const std::string type = msl(packed ? weight.scale_dtype : dtype), bits = std::to_string(weight.bits);
-  variant.add(
-      packed ? "tfl::Affine<" + bits + ", " + type + ">" : "tfl::Plain<" + type + ">",
-      packed ? "affine" + bits + "_" + type : "plain");
-}
-
-Pair layout(const Weight& weight) {
-  if (weight.bits == 0) return strides(weight.operand);
-  uint32_t shift = 0;
-  while ((weight.group_size >> shift) > 1) ++shift;
-  return pair(weight.operand.cols * weight.bits / 32, shift);
-}
 
 bool multiplies_plain(Scalar dtype) { return overrides().lora_gemm.plain > 0 && dtype != Scalar::float32; }
 

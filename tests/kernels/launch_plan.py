@@ -47,12 +47,23 @@ class Dropout(ctypes.Structure):
         return cls(count, (ctypes.c_uint32 * count)(*ranks), (ctypes.c_double * count)(*p)) if p else cls()
 
 
+class Weight(ctypes.Structure):
+    _fields_ = [
+        ("operand", Operand),
+        ("bits", ctypes.c_uint32),
+        ("group_size", ctypes.c_uint32),
+        ("scale_dtype", ctypes.c_int32),
+    ]
+
+
 class DecodeProblem(ctypes.Structure):
     plan = "plan_decode"
     _fields_ = [
         ("dtype", ctypes.c_int32),
         ("adapter_dtype", ctypes.c_int32),
-        *((name, Operand) for name in ("x", "weight", "lora_A", "lora_B")),
+        ("x", Operand),
+        ("weight", Weight),
+        *((name, Operand) for name in ("lora_A", "lora_B")),
         ("bias_stride", ctypes.c_uint64),
         ("has_bias", ctypes.c_bool),
         ("save_h", ctypes.c_bool),
@@ -72,15 +83,6 @@ class DeltaProblem(ctypes.Structure):
         ("out_offset", ctypes.c_uint64),
         ("dropout", Dropout),
         ("gpu_cores", ctypes.c_uint32),
-    ]
-
-
-class Weight(ctypes.Structure):
-    _fields_ = [
-        ("operand", Operand),
-        ("bits", ctypes.c_uint32),
-        ("group_size", ctypes.c_uint32),
-        ("scale_dtype", ctypes.c_int32),
     ]
 
 
@@ -162,8 +164,10 @@ def overridden(text: str) -> Iterator[None]:
         library().override_plans(b"")
 
 
-def operand(x: Tensor) -> Operand:
-    """A tensor of one to three dimensions as the kernels see it: its leading dimensions are rows."""
+def operand(x: Tensor | None) -> Operand:
+    """A tensor of one to three dimensions as the kernels see it: its leading dimensions are rows. None has none."""
+    if x is None:
+        return Operand()
     strides, sizes = list(x.stride()), list(x.shape)
     while len(sizes) < 3:
         sizes.insert(0, 1)
@@ -250,7 +254,7 @@ class Kernels(Launcher):
         y, h = fresh(x, M, N), fresh(lora_A, M, lora_A.shape[0]) if save_h else None
         launches, h_sums = self._plan_decode(x, weight, bias, lora_A, lora_B, save_h)
         for launch in launches:
-            self._dispatch(launch, (x, weight, bias, lora_A, lora_B, y, h, h_sums, scalar(scaling)))
+            self._dispatch(launch, (x, *buffers(weight), bias, lora_A, lora_B, y, h, h_sums, scalar(scaling)))
         return y, h
 
     def plan_decode(self, x, weight, bias, lora_A, lora_B, save_h=False) -> list[Launch]:
@@ -258,8 +262,8 @@ class Kernels(Launcher):
 
     def _plan_decode(self, x, weight, bias, lora_A, lora_B, save_h) -> tuple[list[Launch], Tensor | None]:
         """The dispatches, and scratch that they share."""
-        dtypes, operands = _dtypes(x, lora_A), map(operand, (x, weight, lora_A, lora_B))
-        stride = bias.stride(0) if bias is not None else 0
+        dtypes, stride = _dtypes(x, lora_A), bias.stride(0) if bias is not None else 0
+        operands = operand(x), weight_of(weight), operand(lora_A), operand(lora_B)
         problem = DecodeProblem(*dtypes, *operands, stride, bias is not None, save_h, self.gpu_cores)
         launches, _, elements = self._plan(problem)
         return launches, fresh(torch.empty(0), elements) if elements else None
@@ -309,14 +313,13 @@ class Kernels(Launcher):
 
     def _gemm(self, is_backward, x, weight, bias, factor, h, scaling, seed=0, dropout_p=0.0) -> Tensor:
         y = fresh(x, operand(x).rows, weight.shape[1 if is_backward else 0])
-        buffers = weight.buffers if isinstance(weight, Packed) else (weight, None, None)
         for launch in self.plan_gemm(is_backward, x, weight, bias, factor, h, dropout_p):
-            self._dispatch(launch, (x, *buffers, bias, h, factor, y, scalar(scaling), seed_tensor(seed)))
+            self._dispatch(launch, (x, *buffers(weight), bias, h, factor, y, scalar(scaling), seed_tensor(seed)))
         return y
 
     def plan_gemm(self, is_backward, x, weight, bias, factor, h, dropout_p=0.0) -> list[Launch]:
-        dtypes = _dtypes(x, factor if factor is not None else x)
-        shapes = operand(x), weight_of(weight), operand(factor) if factor is not None else Operand()
+        dtypes = _dtypes(x, factor)
+        shapes = operand(x), weight_of(weight), operand(factor)
         stride, r = bias.stride(0) if bias is not None else 0, h.shape[1] if h is not None else 0
         return self._plan(
             GemmProblem(is_backward, *dtypes, *shapes, r, stride, bias is not None, dropout_p, self.gpu_cores)
@@ -349,8 +352,13 @@ class Kernels(Launcher):
         return self._plan(GradProblem(*dtypes, *operands, r, need_A, need_B, dropout, self.gpu_cores))[:2]
 
 
-def _dtypes(x: Tensor, lora_A: Tensor) -> tuple[int, int]:
-    return DTYPES[x.dtype], DTYPES[lora_A.dtype]
+def buffers(weight: Tensor | Packed) -> tuple[Tensor | None, ...]:
+    """What a kernel is given of a weight."""
+    return weight.buffers if isinstance(weight, Packed) else (weight, None, None)
+
+
+def _dtypes(x: Tensor, lora_A: Tensor | None) -> tuple[int, int]:
+    return DTYPES[x.dtype], DTYPES[(x if lora_A is None else lora_A).dtype]
 
 
 def fresh(like: Tensor, *shape: int) -> Tensor:

@@ -1,4 +1,5 @@
-// The base product with the low-rank term inside it, forward and backward, over a weight packed or not: by lora_gemm.
+// The base product with the low-rank term inside it, forward and backward, over a weight packed or not: by lora_decode
+// where the rows are few, else by lora_gemm.
 #pragma once
 
 #include "../plan/lora.h"
