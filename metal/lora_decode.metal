@@ -37,24 +37,22 @@ struct Rows {
   }
 };
 
-/// The same of packed rows; decoded on the way into registers.
+/// The same of packed rows, decoded on the way into registers.
 template <short BITS, typename S, short COUNT>
 struct Rows<Affine<BITS, S>, COUNT> {
-  Affine<BITS, S> begin;  // the first row
-  uint words[COUNT], groups[COUNT];  // from there to the row
+  Affine<BITS, S> begin[COUNT];
 
-  METAL_FUNC Rows(Affine<BITS, S> matrix, uint first) : begin(matrix.from_row(first)) {
-    const uint last = begin.rows - 1;
+  METAL_FUNC Rows(Affine<BITS, S> matrix, uint first) {
     TFL_UNROLL
     for (short i = 0; i < COUNT; ++i) {
-      words[i] = min(uint(i), last) * begin.row_words;
-      groups[i] = min(uint(i), last) * (begin.cols >> begin.shift);
+      begin[i] = matrix.from_row(min(first + i, matrix.rows - 1));
     }
   }
 
   template <bool WIDE>
   METAL_FUNC Run load(short i, uint k, uint) const thread {
-    return begin.load(words[i] + k / RUN * Affine<BITS, S>::WORDS, groups[i] + (k >> begin.shift));
+    const PackedRun<BITS, S> run = begin[i].fetch(k);  // named: a method of a temporary has no address space
+    return run.decode();
   }
 };
 

@@ -19,57 +19,101 @@
 
 namespace tfl {
 
-/// sums += left right^T, or left right where BACKWARD; `row` and `col` are the simdgroup's corner.
-template <bool BACKWARD, short ROW_BLOCKS, short COL_BLOCKS, typename LEFT, typename RIGHT>
-METAL_FUNC void multiply_tiles(
-    thread simdgroup_float8x8 (&sums)[ROW_BLOCKS][COL_BLOCKS], LEFT left, RIGHT right, short row, short col) {
-  TFL_UNROLL
-  for (short k = 0; k < GEMM_DEPTH; k += BLOCK) {
-    simdgroup_float8x8 left_blocks[ROW_BLOCKS], right_block;
+/// A simdgroup's quarter of a threadgroup's ROWS x GEMM_COLUMNS, and the tiles that it is summed up from.
+template <short ROWS, bool BACKWARD>
+struct Quarter {
+  static constant constexpr short RIGHT_ROWS = BACKWARD ? GEMM_DEPTH : GEMM_COLUMNS;
+  static constant constexpr short RIGHT_COLS = BACKWARD ? GEMM_COLUMNS : GEMM_DEPTH;
+  static constant constexpr short ROW_BLOCKS = ROWS / BLOCK / 2, COL_BLOCKS = GEMM_COLUMNS / BLOCK / 2;
+  using Left = Tile<ROWS, GEMM_DEPTH>;
+  using Right = Tile<RIGHT_ROWS, RIGHT_COLS>;
+  using Strip = Tile<BLOCK, BLOCK * COL_BLOCKS>;  // a row of the quarter's blocks
+  static constant constexpr short SIZE = Left::size + Right::size;
+  static_assert(
+      COL_BLOCKS * BLOCK == LANES && GEMM_SIMDGROUPS * Strip::size <= SIZE, "a strip a simdgroup, a run a lane");
+
+  Left left;
+  Right right;
+  Strip strip;
+  short row, col, strip_row, strip_col;  // of the quarter in the threadgroup's, and of the lane's run of a strip
+  simdgroup_float8x8 sums[ROW_BLOCKS][COL_BLOCKS];
+
+  METAL_FUNC Quarter(threadgroup float* floats, short simdgroup_index, short lane)
+      : left({floats}), right({floats + Left::size}), strip({floats + simdgroup_index * Strip::size}),
+        row(simdgroup_index / 2 * (ROWS / 2)), col(simdgroup_index % 2 * (GEMM_COLUMNS / 2)),
+        strip_row(lane / (LANES / RUN)), strip_col(lane % (LANES / RUN) * RUN) {
     TFL_UNROLL
     for (short i = 0; i < ROW_BLOCKS; ++i) {
-      left.read(left_blocks[i], row + BLOCK * i, k);
+      TFL_UNROLL
+      for (short j = 0; j < COL_BLOCKS; ++j) {
+        sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      }
     }
-    TFL_UNROLL
-    for (short j = 0; j < COL_BLOCKS; ++j) {
+  }
+
+  /// Adds a product of matrices, the right one transposed but BACKWARD, over so many terms.
+  template <typename L, typename R>
+  METAL_FUNC void add_product(thread L& left_loader, thread R& right_loader, uint terms) thread {
+    if (terms > 0) {
+      left_loader.fetch();
+      right_loader.fetch();
+    }
+    for (uint k = 0; k < terms; k += GEMM_DEPTH) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      left_loader.store(left);
+      right_loader.store(right);
+      left_loader.next_columns();
       if (BACKWARD) {
-        right.read(right_block, k, col + BLOCK * j);
+        right_loader.next_rows();
       } else {
-        right.read_transposed(right_block, col + BLOCK * j, k);
+        right_loader.next_columns();
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (k + GEMM_DEPTH < terms) {
+        left_loader.fetch();
+        right_loader.fetch();
       }
       TFL_UNROLL
-      for (short i = 0; i < ROW_BLOCKS; ++i) {
-        simdgroup_multiply_accumulate(sums[i][j], left_blocks[i], right_block, sums[i][j]);
+      for (short d = 0; d < GEMM_DEPTH; d += BLOCK) {
+        simdgroup_float8x8 left_blocks[ROW_BLOCKS], right_block;
+        TFL_UNROLL
+        for (short i = 0; i < ROW_BLOCKS; ++i) {
+          left.read(left_blocks[i], row + BLOCK * i, d);
+        }
+        TFL_UNROLL
+        for (short j = 0; j < COL_BLOCKS; ++j) {
+          if (BACKWARD) {
+            right.read(right_block, d, col + BLOCK * j);
+          } else {
+            right.read_transposed(right_block, col + BLOCK * j, d);
+          }
+          TFL_UNROLL
+          for (short i = 0; i < ROW_BLOCKS; ++i) {
+            simdgroup_multiply_accumulate(sums[i][j], left_blocks[i], right_block, sums[i][j]);
+          }
+        }
       }
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-}
 
-/// A row of a simdgroup's blocks, through threadgroup memory of its own: a run of it a lane.
-template <short COL_BLOCKS>
-struct Strip {
-  using Blocks = Tile<BLOCK, BLOCK * COL_BLOCKS>;
-  static_assert(COL_BLOCKS * BLOCK == LANES, "a run a lane");
-
-  Blocks blocks;
-  short row, col;  // of the lane's run
-
-  METAL_FUNC Run put(thread simdgroup_float8x8 (&sums)[COL_BLOCKS]) const thread {
+  /// The lane's run of a row of blocks.
+  METAL_FUNC Run get(short i) thread {
     simdgroup_barrier(mem_flags::mem_threadgroup);
     TFL_UNROLL
     for (short j = 0; j < COL_BLOCKS; ++j) {
-      simdgroup_store(sums[j], blocks.at(0, BLOCK * j), Blocks::stride);
+      simdgroup_store(sums[i][j], strip.at(0, BLOCK * j), Strip::stride);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    return blocks.run(row, col);
+    return strip.run(strip_row, strip_col);
   }
 
-  METAL_FUNC void take(thread simdgroup_float8x8 (&sums)[COL_BLOCKS], Run run) const thread {
-    blocks.set_run(row, col, run);
+  METAL_FUNC void set(short i, Run run) thread {
+    strip.set_run(strip_row, strip_col, run);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     TFL_UNROLL
     for (short j = 0; j < COL_BLOCKS; ++j) {
-      blocks.read(sums[j], 0, BLOCK * j);
+      strip.read(sums[i][j], 0, BLOCK * j);
     }
   }
 };
@@ -99,114 +143,54 @@ void lora_gemm(
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr short THREADS = LANES * GEMM_SIMDGROUPS, COLS = GEMM_COLUMNS, DEPTH = GEMM_DEPTH;
-  constexpr short RIGHT_ROWS = BACKWARD ? DEPTH : COLS, RIGHT_COLS = BACKWARD ? COLS : DEPTH;
-  constexpr short ROW_BLOCKS = ROWS / BLOCK / 2, COL_BLOCKS = COLS / BLOCK / 2;
-  using LeftTile = Tile<ROWS, DEPTH>;
-  using RightTile = Tile<RIGHT_ROWS, RIGHT_COLS>;
-  threadgroup float4 memory[(LeftTile::size + RightTile::size) / 4];
-  threadgroup float* const floats = reinterpret_cast<threadgroup float*>(memory);
-  const LeftTile left_tile = {floats};
-  const RightTile right_tile = {floats + LeftTile::size};
-  static_assert(
-      GEMM_SIMDGROUPS * Strip<COL_BLOCKS>::Blocks::size <= LeftTile::size + RightTile::size,
-      "the strips fit the tiles");
-
+  using Sums = Quarter<ROWS, BACKWARD>;
+  constexpr short THREADS = LANES * GEMM_SIMDGROUPS;
+  threadgroup float4 memory[Sums::SIZE / 4];
+  Sums sums(reinterpret_cast<threadgroup float*>(memory), simdgroup_index, lane);
   const uint M = rows_terms.x, terms = rows_terms.y, columns = columns_ranks.x, ranks = columns_ranks.y;
-  const uint row = group.y * ROWS, column = group.x * COLS, flags = flags_bias_stride.x;
+  const uint row = group.y * ROWS, column = group.x * GEMM_COLUMNS, flags = flags_bias_stride.x;
   const uint right_row = BACKWARD ? 0 : column, right_col = BACKWARD ? column : 0;
-  const short simd_row = simdgroup_index / 2 * (ROWS / 2), simd_col = simdgroup_index % 2 * (COLS / 2);
-  simdgroup_float8x8 sums[ROW_BLOCKS][COL_BLOCKS];
-  TFL_UNROLL
-  for (short i = 0; i < ROW_BLOCKS; ++i) {
-    TFL_UNROLL
-    for (short j = 0; j < COL_BLOCKS; ++j) {
-      sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    }
-  }
 
-  // The low-rank term.
+  // The low-rank term, scaled, dropped, and with the bias.
   const Matrix<TA> h_matrix = matrix_of(h, M, ranks, Pair(ranks, 1), (flags & GEMM_WIDE_H) != 0);
   const Matrix<TA> factor_matrix = matrix_of(
       factor, BACKWARD ? ranks : columns, BACKWARD ? columns : ranks, factor_strides, (flags & GEMM_WIDE_FACTOR) != 0);
-  Loader<TA, ROWS, DEPTH, THREADS> h_loader(h_matrix, row, 0, thread_index);
-  Loader<TA, RIGHT_ROWS, RIGHT_COLS, THREADS> factor_loader(factor_matrix, right_row, right_col, thread_index);
-  for (uint rank = 0; rank < ranks; rank += DEPTH) {
-    h_loader.fetch();
-    factor_loader.fetch();
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    h_loader.store(left_tile);
-    factor_loader.store(right_tile);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    multiply_tiles<BACKWARD, ROW_BLOCKS, COL_BLOCKS>(sums, left_tile, right_tile, simd_row, simd_col);
-    h_loader.next_columns();
-    if (BACKWARD) {
-      factor_loader.next_rows();
-    } else {
-      factor_loader.next_columns();
-    }
-  }
-
-  // The first tiles of the base product are on their way meanwhile.
-  const Matrix<T> x_matrix = matrix_of(x, M, terms, x_levels, x_strides, (flags & GEMM_WIDE_X) != 0);
-  Loader<T, ROWS, DEPTH, THREADS> x_loader(x_matrix, row, 0, thread_index);
-  typename FORMAT::template BlockLoader<RIGHT_ROWS, RIGHT_COLS, THREADS> W_loader(
-      FORMAT::of(
-          weight, scales, biases, BACKWARD ? terms : columns, BACKWARD ? columns : terms, W_layout,
-          (flags & GEMM_WIDE_W) != 0),
-      right_row, right_col, thread_index);
-  x_loader.fetch();
-  W_loader.fetch();
-
-  // What stands in the sums, scaled, dropped, and with the bias.
-  const Strip<COL_BLOCKS> strip = {
-      {floats + simdgroup_index * Strip<COL_BLOCKS>::Blocks::size},
-      short(lane / (LANES / RUN)),
-      short(lane % (LANES / RUN) * RUN)};
-  const uint m = row + simd_row + strip.row, n = column + simd_col + strip.col, count = left(n, columns);
+  Loader<TA, ROWS, GEMM_DEPTH, THREADS> h_loader(h_matrix, row, 0, thread_index);
+  Loader<TA, Sums::RIGHT_ROWS, Sums::RIGHT_COLS, THREADS> factor_loader(
+      factor_matrix, right_row, right_col, thread_index);
+  sums.add_product(h_loader, factor_loader, ranks);
+  const uint m = row + sums.row + sums.strip_row, n = column + sums.col + sums.strip_col, count = left(n, columns);
   Run added = {float4(0), float4(0)};
   if ((flags & GEMM_HAS_BIAS) != 0) {
     added = load_run(bias + ulong(n) * flags_bias_stride.y, flags_bias_stride.y, count, false);
   }
   const Dropout dropout = {seed, 0, dropout_words.x, as_type<float>(dropout_words.y)};
   ulong element = ulong(m) * columns + n;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  device T* target = y + element;
   TFL_UNROLL
-  for (short i = 0; i < ROW_BLOCKS; ++i) {
-    Run delta = strip.put(sums[i]);
+  for (short i = 0; i < Sums::ROW_BLOCKS; ++i) {
+    Run delta = sums.get(i);
     if (DROPPED) {
       delta = dropout.apply(delta, element);
       element += ulong(BLOCK) * columns;
     }
     delta.low = fma(delta.low, float4(scaling), added.low);
     delta.high = fma(delta.high, float4(scaling), added.high);
-    strip.take(sums[i], delta);
+    sums.set(i, delta);
   }
 
-  // The base product.
-  for (uint k = 0; k < terms; k += DEPTH) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    x_loader.store(left_tile);
-    W_loader.store(right_tile);
-    x_loader.next_columns();
-    if (BACKWARD) {
-      W_loader.next_rows();
-    } else {
-      W_loader.next_columns();
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (k + DEPTH < terms) {
-      x_loader.fetch();
-      W_loader.fetch();
-    }
-    multiply_tiles<BACKWARD, ROW_BLOCKS, COL_BLOCKS>(sums, left_tile, right_tile, simd_row, simd_col);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
-  device T* target = y + ulong(m) * columns + n;
+  // The base product on top.
+  const Matrix<T> x_matrix = matrix_of(x, M, terms, x_levels, x_strides, (flags & GEMM_WIDE_X) != 0);
+  Loader<T, ROWS, GEMM_DEPTH, THREADS> x_loader(x_matrix, row, 0, thread_index);
+  typename FORMAT::template BlockLoader<Sums::RIGHT_ROWS, Sums::RIGHT_COLS, THREADS> W_loader(
+      FORMAT::of(
+          weight, scales, biases, BACKWARD ? terms : columns, BACKWARD ? columns : terms, W_layout,
+          (flags & GEMM_WIDE_W) != 0),
+      right_row, right_col, thread_index);
+  sums.add_product(x_loader, W_loader, terms);
   TFL_UNROLL
-  for (short i = 0; i < ROW_BLOCKS; ++i) {
-    const Run run = strip.put(sums[i]);
+  for (short i = 0; i < Sums::ROW_BLOCKS; ++i) {
+    const Run run = sums.get(i);
     if (m + BLOCK * i < M) {
       store_run(target, run, count, (flags & GEMM_WIDE_Y) != 0);
     }

@@ -25,8 +25,6 @@ void check_adapters(
 /// Their shapes, and grad's beside them: what a backward knows before it is told which gradients are asked for.
 void check_low_rank(const Expect& expect, const Tensor& grad, const Adapters& adapters);
 
-void check_bias(const Expect& expect, const OptionalTensor& bias, const Tensor& x, int64_t N);
-
 /// An operand of a backward that was saved for it.
 void check_saved(
     const Expect& expect,

@@ -98,13 +98,6 @@ void check_low_rank(const Expect& expect, const Tensor& grad, const Adapters& ad
       ", ", r, ")");
 }
 
-void check_bias(const Expect& expect, const OptionalTensor& bias, const Tensor& x, int64_t N) {
-  if (!bias.has_value()) return;
-  expect(
-      has_shape(*bias, {N}) && bias->scalar_type() == x.scalar_type() && !bias->is_cpu(), "bias", *bias, "shape (", N,
-      ",), x's dtype and device");
-}
-
 void check_saved(
     const Expect& expect,
     const char* name,

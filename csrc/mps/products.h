@@ -15,9 +15,6 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
 /// left right.
 Tensor product(const Tensor& left, const Tensor& right);
 
-/// (rows, columns) -> (columns,)
-Tensor sum_of_rows(const Tensor& matrix);
-
 Tensor transposed(const Tensor& matrix);
 
 }  // namespace torch_fused_lora

@@ -27,11 +27,6 @@ Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a,
 
 }  // namespace
 
-Tensor sum_of_rows(const Tensor& matrix) {
-  const std::vector<int64_t> rows = {0};
-  return torch::stable::sum(matrix, rows);
-}
-
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {

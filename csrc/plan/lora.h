@@ -18,14 +18,6 @@ struct Dropout {
   const double* p;
 };
 
-/// A frozen weight, N x K: elements, or packed words of so many bits, whose rows are contiguous.
-struct Weight {
-  Operand operand;
-  uint32_t bits;  // 0: elements of x's dtype
-  uint32_t group_size;
-  Scalar scale_dtype;
-};
-
 /// lora_decode: y = x W^T + b + s (x A^T) B^T in one pass, for at most DECODE_MAX_ROWS rows of x.
 struct DecodeProblem {
   Scalar dtype, adapter_dtype;
@@ -56,14 +48,14 @@ struct DeltaProblem {
 };
 
 /// lora_gemm: y = x W^T + b + s h factor^T with factor = B; backward dx = dy W + mask * s h factor, with h = z and
-/// factor = A. h is contiguous, M x r; r 0: there is neither. Only backward drops, one adapter's p.
+/// factor = A; h is contiguous. A factor of no elements: there is neither. Only backward drops, one adapter's p.
 struct GemmProblem {
   Pass pass;
   Scalar dtype, adapter_dtype;
   Operand in;  // x or dy
   Weight weight;
   Operand factor;
-  uint64_t r, bias_stride;
+  uint64_t bias_stride;
   bool has_bias;
   double dropout_p;
   uint32_t gpu_cores;

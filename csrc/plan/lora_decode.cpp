@@ -4,7 +4,6 @@
 
 #include "lora.h"
 #include "planning.h"
-#include "weight.h"
 
 extern const char lora_decode_source[];  // metal/embed.py writes it
 

@@ -5,7 +5,6 @@
 #include "dropout.h"
 #include "lora.h"
 #include "planning.h"
-#include "weight.h"
 
 extern const char lora_gemm_source[];  // metal/embed.py writes it
 
@@ -42,7 +41,7 @@ Plan<GemmConfiguration> plan(const GemmProblem& p) {
       .add(p.dropout_p > 0 ? "true" : "false", p.dropout_p > 0 ? "drop" : "keep")
       .assemble(lora_gemm_source, launch);
   set_grid(launch, LANES * GEMM_SIMDGROUPS, ceil_div(columns, GEMM_COLUMNS), ceil_div(p.in.rows, c.rows));
-  const uint64_t r = p.r;
+  const uint64_t r = is_forward ? p.factor.cols : p.factor.rows;
   const uint32_t flags = (p.has_bias ? GEMM_HAS_BIAS : 0) | (aligned(p.in, p.dtype) ? GEMM_WIDE_X : 0) |
       (p.weight.bits == 0 && aligned(W, p.dtype) ? GEMM_WIDE_W : 0) |
       (r % wide_elements(p.adapter_dtype) == 0 ? GEMM_WIDE_H : 0) |

@@ -61,10 +61,10 @@ def quantized(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[La
     formats = [*((4, scale_dtype) for scale_dtype in NARROW), (8, torch.float16)]
     weights = [empty(dtype, K, K), *(packed(K, bits, scale_dtype) for bits, scale_dtype in formats)]
     for M, weight in itertools.product((16, 4096), weights):
-        x, h, factor = empty(dtype, M, K), empty(adapter, M, 16), empty(adapter, 16, K)
-        launches += kernels.plan_gemm(False, x, weight, None, factor.T, h)
-        launches += kernels.plan_gemm(True, x, weight, None, factor, h)
-        launches += kernels.plan_gemm(True, x, weight, None, factor, h, 0.5)
+        x, factor = empty(dtype, M, K), empty(adapter, 16, K)
+        launches += kernels.plan_gemm(False, x, weight, None, factor.T)
+        launches += kernels.plan_gemm(True, x, weight, None, factor)
+        launches += kernels.plan_gemm(True, x, weight, None, factor, 0.5)
     return launches
 
 

@@ -95,7 +95,6 @@ class GemmProblem(ctypes.Structure):
         ("input", Operand),
         ("weight", Weight),
         ("factor", Operand),
-        ("r", ctypes.c_uint64),
         ("bias_stride", ctypes.c_uint64),
         ("has_bias", ctypes.c_bool),
         ("dropout_p", ctypes.c_double),
@@ -313,16 +312,16 @@ class Kernels(Launcher):
 
     def _gemm(self, is_backward, x, weight, bias, factor, h, scaling, seed=0, dropout_p=0.0) -> Tensor:
         y = fresh(x, operand(x).rows, weight.shape[1 if is_backward else 0])
-        for launch in self.plan_gemm(is_backward, x, weight, bias, factor, h, dropout_p):
+        for launch in self.plan_gemm(is_backward, x, weight, bias, factor, dropout_p):
             self._dispatch(launch, (x, *buffers(weight), bias, h, factor, y, scalar(scaling), seed_tensor(seed)))
         return y
 
-    def plan_gemm(self, is_backward, x, weight, bias, factor, h, dropout_p=0.0) -> list[Launch]:
+    def plan_gemm(self, is_backward, x, weight, bias, factor, dropout_p=0.0) -> list[Launch]:
         dtypes = _dtypes(x, factor)
         shapes = operand(x), weight_of(weight), operand(factor)
-        stride, r = bias.stride(0) if bias is not None else 0, h.shape[1] if h is not None else 0
+        stride = bias.stride(0) if bias is not None else 0
         return self._plan(
-            GemmProblem(is_backward, *dtypes, *shapes, r, stride, bias is not None, dropout_p, self.gpu_cores)
+            GemmProblem(is_backward, *dtypes, *shapes, stride, bias is not None, dropout_p, self.gpu_cores)
         )[0]
 
     def grad(

@@ -129,7 +129,7 @@ def test_rows_are_64_where_they_fill_the_gpu(format):
     names = []
     for M, cores in ((32, 1), (33, 1), (256, 2), (256, 3)):
         x, weight, *_ = layer(M, 64, 64, 1, format=format)
-        (launch,) = Kernels(cores).plan_gemm(False, x, weight, None, None, None)
+        (launch,) = Kernels(cores).plan_gemm(False, x, weight, None, None)
         names.append(launch.kernel.decode())
     assert ["_64_" in name for name in names] == [False, False, True, False]
 
