@@ -13,6 +13,7 @@ from .ops.lora_linear import lora_linear
 from .ops.lora_linear_quantized import lora_linear_quantized, quantized_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
+from .quantized import QuantLinear, dequantize_, quantize_
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -23,13 +24,16 @@ extension.load()
 
 __all__ = [
     "LoRALinear",
+    "QuantLinear",
     "check_peft",
+    "dequantize_",
     "keep_operators",
     "lora_delta",
     "lora_linear",
     "lora_linear_quantized",
     "patch_norms",
     "patch_peft",
+    "quantize_",
     "quantized_linear",
     "rms_norm",
     "softmax",

@@ -6,6 +6,8 @@ A weight (N, K) is held as ``words``, uint32 (N, K · bits / 32), the first elem
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,39 @@ def why_not(bits: int, group_size: int) -> tuple[str, int, str] | None:
     return None
 
 
-def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Words, scales and biases of a finite weight (N, K), the same bits as `mlx.core.quantize` gives on a CPU.
+class Packed(NamedTuple):
+    """A weight (N, K) in the format."""
+
+    words: Tensor
+    scales: Tensor
+    biases: Tensor
+    bits: int
+    group_size: int
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight, formed in float32 (float64 for float64), then rounded to ``dtype``."""
+        wide = wide_dtype(dtype)
+        held = self.words.view(torch.int32).contiguous().view(torch.uint8)  # mps copies no uint32
+        if self.bits == 8:
+            codes = held.to(wide)
+        else:  # on a CPU in an eighth of the time that it takes to stack the two
+            codes = held.new_empty((*held.shape, 2), dtype=wide)
+            codes[..., 0] = held & 15
+            codes[..., 1] = held >> 4
+        groups = codes.view(*self.scales.shape, self.group_size)
+        groups.mul_(self.scales.to(wide)[..., None]).add_(self.biases.to(wide)[..., None])
+        return groups.flatten(-2).to(dtype)
+
+    def part(self, rows: slice, groups: slice) -> Packed:
+        """Of these rows, and of these groups of each, both slices with an end."""
+        words = slice(*(group * self.group_size * self.bits // 32 for group in (groups.start, groups.stop)))
+        return self._replace(
+            words=self.words[rows, words], scales=self.scales[rows, groups], biases=self.biases[rows, groups]
+        )
+
+
+def quantize(weight: Tensor, bits: int, group_size: int) -> Packed:
+    """A finite weight (N, K) of one of `SCALE_DTYPES`, the same bits as `mlx.core.quantize` gives on a CPU.
 
     The end of a group's range that is larger in magnitude is a whole number of scales, and so is zero.
     """
@@ -42,18 +75,5 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     codes = ((groups - biases[..., None]) / scales[..., None]).round().clamp(0, most).flatten(-2).to(torch.uint8)
     if bits == 4:
         codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return codes.contiguous().view(torch.uint32), scales.to(weight.dtype), biases.to(weight.dtype)
-
-
-def dequantize(words: Tensor, scales: Tensor, biases: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K): formed in float32 (float64 for float64), then rounded to ``dtype``."""
-    wide = wide_dtype(dtype)
-    held = words.view(torch.uint8)
-    if bits == 8:
-        codes = held.to(wide)
-    else:  # four times as fast on a CPU as to stack the two
-        codes = held.new_empty((*held.shape, 2), dtype=wide)
-        codes[..., 0] = held & 15
-        codes[..., 1] = held >> 4
-    groups = codes.view(*scales.shape, -1).mul_(scales.to(wide)[..., None]).add_(biases.to(wide)[..., None])
-    return groups.flatten(-2).to(dtype)
+    words = codes.contiguous().view(torch.uint32)
+    return Packed(words, scales.to(weight.dtype), biases.to(weight.dtype), bits, group_size)
