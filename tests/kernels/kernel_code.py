@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from tests.emulator.metal_on_cpu.codegen import Code, inspect
-from tests.kernels.launch_plan import Kernels, Launch, Packed
+from tests.kernels.launch_plan import Kernels, Launch
 from tests.kernels.row_plan import RowKernels
 from tests.reference import MIXED, NARROW
+from torch_fused_lora.affine import Packed
 
 FIGURES = Path(__file__).with_suffix(".tsv")
 REGISTER_FILE = 208 << 10

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tests import ROOT
 from tests.emulator import metal_on_cpu
+from torch_fused_lora.affine import Packed
 from torch_fused_lora.ops.rows import METAL_DTYPES
 
 _EMBED = runpy.run_path(str(ROOT / "metal" / "embed.py"))
@@ -178,31 +179,19 @@ def operand(x: Tensor | None) -> Operand:
     return Operand(outer * inner, cols, inner, strides[0], strides[1], col_stride, x.storage_offset())
 
 
-@dataclasses.dataclass
-class Packed:
-    """A weight (N, K) in MLX's affine format: words (N, K * bits / 32), scales and biases (N, K / group_size)."""
-
-    words: Tensor
-    scales: Tensor
-    biases: Tensor
-    bits: int
-    group_size: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        N, words = self.words.shape
-        return N, words * 32 // self.bits
-
-    @property
-    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.words, self.scales, self.biases
+def shape_of(weight: Tensor | Packed) -> tuple[int, int]:
+    """N and K."""
+    if isinstance(weight, Tensor):
+        return tuple(weight.shape)
+    N, groups = weight.scales.shape
+    return N, groups * weight.group_size
 
 
 def weight_of(weight: Tensor | Packed) -> Weight:
     """As the plan takes it."""
     if isinstance(weight, Tensor):
         return Weight(operand(weight))
-    N, K = weight.shape
+    N, K = shape_of(weight)
     return Weight(Operand(N, K, N, 0, K, 1, 0), weight.bits, weight.group_size, DTYPES[weight.scales.dtype])
 
 
@@ -249,7 +238,7 @@ class Kernels(Launcher):
 
     def decode(self, x, weight, bias, lora_A, lora_B, scaling, save_h=False) -> tuple[Tensor, Tensor | None]:
         """y (M, N) and h."""
-        M, N = operand(x).rows, weight.shape[0]
+        M, N = operand(x).rows, shape_of(weight)[0]
         y, h = fresh(x, M, N), fresh(lora_A, M, lora_A.shape[0]) if save_h else None
         launches, h_sums = self._plan_decode(x, weight, bias, lora_A, lora_B, save_h)
         for launch in launches:
@@ -311,7 +300,7 @@ class Kernels(Launcher):
         return self._gemm(True, dy, weight, None, lora_A, z, scaling, seed, dropout_p)
 
     def _gemm(self, is_backward, x, weight, bias, factor, h, scaling, seed=0, dropout_p=0.0) -> Tensor:
-        y = fresh(x, operand(x).rows, weight.shape[1 if is_backward else 0])
+        y = fresh(x, operand(x).rows, shape_of(weight)[is_backward])
         for launch in self.plan_gemm(is_backward, x, weight, bias, factor, dropout_p):
             self._dispatch(launch, (x, *buffers(weight), bias, h, factor, y, scalar(scaling), seed_tensor(seed)))
         return y
@@ -353,7 +342,7 @@ class Kernels(Launcher):
 
 def buffers(weight: Tensor | Packed) -> tuple[Tensor | None, ...]:
     """What a kernel is given of a weight."""
-    return weight.buffers if isinstance(weight, Packed) else (weight, None, None)
+    return weight[:3] if isinstance(weight, Packed) else (weight, None, None)
 
 
 def _dtypes(x: Tensor, lora_A: Tensor | None) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.launch_plan import Kernels, Packed, overridden
+from tests.kernels.launch_plan import Kernels, overridden
 from tests.kernels.test_metal_kernels import (
     BF16,
     F16,
@@ -21,13 +21,14 @@ from tests.kernels.test_metal_kernels import (
     SCALING,
     SEED,
     TWO_LEVELS,
-    dtype_id,
+    exact_decode,
+    exact_h,
     f64,
     masks,
     randn,
 )
 from tests.reference import Exact
-from torch_fused_lora.affine import dequantize
+from torch_fused_lora.affine import Packed
 
 Format = tuple[int, int, torch.dtype]  # bits, group size, dtype of the scales
 PLAIN = (0, 0, F32)
@@ -45,7 +46,7 @@ def weight_in(format: Format, N: int, K: int, dtype: torch.dtype, layout: str = 
 
 def whole(weight: Tensor | Packed) -> Tensor:
     """In float64."""
-    return weight.double() if isinstance(weight, Tensor) else dequantize(*weight.buffers, weight.bits, torch.float64)
+    return weight.double() if isinstance(weight, Tensor) else weight.dequantize(torch.float64)
 
 
 def layer(M, K, N, r, dtype=F32, adapter_dtype=F32, format=PLAIN, layout="contiguous"):
@@ -177,3 +178,49 @@ def test_every_code_of_every_place_is_decoded(bits):
     expected = codes.float() * scales.repeat_interleave(64, 1) + biases.repeat_interleave(64, 1)
     assert torch.equal(Kernels().gemm_dx(torch.eye(4), weight, None, None, 1.0), expected)
     assert torch.equal(Kernels().gemm(torch.eye(128), weight, None, None, None, 1.0), expected.T)
+
+
+# ------------------------------------------------------------------------------------------------- few rows: lora_decode
+
+
+def check_decode(kernels: Kernels, x, weight, bias, A, B) -> Tensor:
+    """y, of a call that saves h, too."""
+    W, N = whole(weight), weight.scales.shape[0]
+    y, h = kernels.decode(x, weight, bias, A, B, SCALING, save_h=A is not None)
+    if A is None:
+        A, B = torch.zeros(1, W.shape[1]), torch.zeros(N, 1)
+    else:
+        exact_h(x, A).check(h, "h")
+    exact_decode(x, W, bias, A, B, SCALING).check(y, "y")
+    return y
+
+
+DECODED = [
+    ((1, 128, 70, 16), (F16, F32), (4, 64, F16)),
+    ((2, 1024, 40, 5), (BF16, BF16), (8, 32, F32)),
+    ((3, 96, 67, 64), (F32, F32), (4, 32, BF16)),
+    ((8, 640, 33, 130), (BF16, F32), (4, 128, BF16)),
+    ((5, 32, 1, 1), (F16, F16), (8, 32, F16)),
+    ((1, 4352, 260, 8), (F16, F16), (8, 64, F16)),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtypes", "format"), DECODED, ids=str)
+def test_few_rows_in_trace_mode_and_all_lane_orders(shape, dtypes, format):
+    x, weight, bias, A, B, *_ = layer(*shape, *dtypes, format)
+    results = []
+    for order in ORDERS:
+        kernels = Kernels(trace=True, order=order)
+        results.append(check_decode(kernels, x, weight, bias, A, B))
+        without_findings(kernels)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_rows_without_an_adapter_and_in_any_layout(layout):
+    _, weight, bias, *_ = layer(3, 512, 70, 1, F16, F16, (4, 64, F16))
+    kernels = Kernels(trace=True)
+    check_decode(kernels, randn(3, 512, dtype=F16, layout=layout), weight, bias, None, None)
+    without_findings(kernels)
+    assert len(kernels.runs) == 1
