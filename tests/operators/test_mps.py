@@ -42,7 +42,7 @@ def operands(M=3, K=24, N=20, r=4, dtype=torch.float32, adapter_dtype=torch.floa
     return x.requires_grad_(needs), weight, bias, lora_A.requires_grad_(needs), lora_B.requires_grad_(needs)
 
 
-FAMILY_WORDS = ("lora", "decode", "delta", "grad", "sum", "splits")
+FAMILY_WORDS = ("lora", "decode", "delta", "gemm", "grad", "sum", "splits")
 
 
 def families(dispatches: dict[str, int]) -> dict[str, int]:
