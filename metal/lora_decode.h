@@ -40,8 +40,8 @@ enum DecodeFlags {
 enum DecodeSizes {
   DECODE_MAX_ROWS = 8,  // of x: as many have their sums in registers
   DECODE_SIMDGROUPS = 8,
-  DECODE_W_ROWS = 4,   // of W or A that a simdgroup reads at once
-  DECODE_MOST_H = 128,  // elements of h that a threadgroup computes
+  DECODE_W_ROWS = 4,  // of W or A that a simdgroup reads at once
+  DECODE_MOST_H = DECODE_W_ROWS * DECODE_MAX_ROWS,  // elements of h that a threadgroup computes
 };
 
 }  // namespace tfl

@@ -4,13 +4,14 @@
 //   simdgroups as share their columns, from registers; x is read from device memory, by 16 bytes like W, and each piece
 //   of it is used for W_ROWS rows. The simdgroups' sums meet in threadgroup memory, once, and are added in order.
 //   The low-rank term costs no reduction of its own: before it, every thread adds s B[n, j] h[j] for its ranks j.
-//   In two dispatches: the first computes h, W_ROWS ranks a threadgroup, the second y. Or, where A is so small that
-//   reading it again in each threadgroup takes less than a launch, in one, in which all of them compute all of h.
-// Tile. None: of x, W and A nothing is staged. The sums of 8 simdgroups, 4 KiB of threadgroup memory, and 512 bytes.
+//   In two dispatches: the first computes h, W_ROWS ranks a threadgroup, the second y. Or, where h and A are so small
+//   that computing all of h in each threadgroup takes less than a launch, in one.
+// Tile. None: of x, W and A nothing is staged. Threadgroup memory holds sums: 32 floats a simdgroup, and h, as many.
 // Threads. 256, 8 simdgroups; a lane reads 16 bytes of each of four rows at a time, 512 contiguous bytes a simdgroup.
 //   A threadgroup owns 4 rows of W (all its simdgroups share the columns) to 32 (each has its own).
-// Bytes. W, A, B, b and y are touched once: the least possible. x is read once every four rows of W, M / 4 of W's
-//   requests, from the cache; h once a threadgroup. In one dispatch A once a threadgroup (all counted by the executor).
+// Bytes. W, A, B and y are touched once: the least possible. x and h are read once every four rows of W, for x M / 4 of
+//   W's requests, from the cache, as is b for every row of x. In one dispatch A once a threadgroup (all counted by the
+//   executor).
 // Rounding. Once: base, bias and low-rank term are summed in float32.
 #include "lora_decode.h"
 #include "weights.h"

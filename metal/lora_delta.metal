@@ -26,25 +26,6 @@
 
 namespace tfl {
 
-/// The sum of what stands `stride` apart, in order. Eight loads are in flight at once.
-METAL_FUNC float4 sum_of_splits(device const float4* source, ulong stride, uint splits) {
-  constexpr uint TOGETHER = 8;
-  float4 sum = float4(0);
-  for (uint first = 0; first < splits; first += TOGETHER) {
-    float4 parts[TOGETHER];
-    TFL_UNROLL
-    for (uint i = 0; i < TOGETHER; ++i) {
-      parts[i] = first + i < splits ? source[i * stride] : float4(0);
-    }
-    TFL_UNROLL
-    for (uint i = 0; i < TOGETHER; ++i) {
-      sum += parts[i];
-    }
-    source += TOGETHER * stride;
-  }
-  return sum;
-}
-
 template <typename T, typename TA, short RANK_BLOCKS, short ROW_BLOCKS, short SIMDGROUPS, Mask MASK>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS)]]
 void lora_delta(

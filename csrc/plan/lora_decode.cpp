@@ -13,8 +13,8 @@ using namespace tfl;  // what metal/ says
 
 namespace {
 
-constexpr uint64_t kGroups = 256;         // that even out the finish, where W has the rows
-constexpr uint64_t kBytesALaunch = 96 << 10;  // that a core reads from the cache while a dispatch starts
+constexpr uint64_t kGroups = 256;             // at least, where W has the rows
+constexpr uint64_t kBytesALaunch = 64 << 10;  // that a core reads from the cache while a dispatch starts
 
 /// Rows of x that a kernel is compiled for: few kernels, and few sums for nothing.
 uint32_t compiled_rows(uint64_t M) { return M <= 2 ? static_cast<uint32_t>(M) : M <= 4 ? 4 : DECODE_MAX_ROWS; }
@@ -23,10 +23,15 @@ uint64_t group_rows(uint32_t slices) { return DECODE_SIMDGROUPS / slices * DECOD
 
 DecodeConfiguration choose(const DecodeProblem& p) {
   const DecodeConfiguration& forced = overrides().lora_decode;
-  DecodeConfiguration c = {1, 1};
+  DecodeConfiguration c = {};
   const uint64_t K = p.x.cols, N = p.weight.operand.rows, r = p.lora_A.rows;
   const auto groups = [&] { return ceil_div(N, group_rows(c.slices)); };
-  while (c.slices < DECODE_SIMDGROUPS && c.slices * LANES * RUN < K && groups() < kGroups) c.slices *= 2;
+  // The more simdgroups share rows, the more loads are in flight for each, and the more sums there are to add up.
+  const uint32_t least = p.x.rows == 1 ? 4 : 2;
+  c.slices = 1;
+  while (c.slices < DECODE_SIMDGROUPS && c.slices * LANES * RUN < K && (c.slices < least || groups() < kGroups)) {
+    c.slices *= 2;
+  }
   c.slices = unless(forced.slices, c.slices);
 
   // In one dispatch every threadgroup reads A again, as far as the sums of all ranks fit its memory.

@@ -32,11 +32,13 @@ def test_delta_s_chain_is_its_tiles(K, N, r):
 
 
 def test_decode_s_chain_is_its_passes():
-    """x is staged, then A, then W are passed over, 256 columns at a time."""
-    x, W, A, B = empty((1, 1024), (32, 1024), (16, 1024), (32, 16))
-    (found,) = counts(1, lambda kernels: kernels.decode(x, W, None, A, B, 1.0))
-    assert found.longest_steps == 1024 // 512 + 1024 // 256 + 1024 // 256
-    assert found.threadgroups == 1
+    """Over A in one dispatch, over W in the other, and a last step: h, then B; simdgroups share the columns."""
+    x, W, A, B = empty((1, 4096), (32, 4096), (16, 4096), (32, 16))
+    with overridden("lora_decode.slices=2,lora_decode.dispatches=2"):
+        down, up = counts(1, lambda kernels: kernels.decode(x, W, None, A, B, 1.0))
+    assert (down.longest_steps, up.longest_steps) == (4096 // 2048, 4096 // 512)
+    assert (down.threadgroups, up.threadgroups) == (16 // 4, 32 // 16)
+    assert down.longest_collectives == up.longest_collectives == 4
 
 
 def test_bytes_once_and_as_requested():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels import traffic
-from tests.kernels.launch_plan import Kernels
+from tests.kernels.launch_plan import Kernels, overridden
 from tests.kernels.traffic import ROW_OPERATORS, Case, RowCase
 
 F32, F16 = torch.float32, torch.float16
@@ -26,24 +26,32 @@ def test_formulas_are_what_the_executor_counts(case):
     assert traffic.count_grad(case) == traffic.model_grad(case)
 
 
-@pytest.mark.parametrize("case", [Case(1, 1024, 1000, 16), Case(3, 3000, 130, 5, F32, F32, 8)], ids=str)
-def test_decode_formula(case):
-    assert traffic.count_decode(case) == traffic.model_decode(case)
+DECODED = [Case(1, 1024, 1000, 16), Case(3, 3000, 130, 5, F32, F32, 8), Case(2, 256, 131, 3), Case(7, 520, 64, 5)]
 
 
-def test_decode_touches_weight_and_y_once_and_fills_40_cores():
-    case = Case(1, 4096, 4096, 16)
-    x, weight, bias, A, B, _ = traffic.operands(case)
-    (launch,) = Kernels(40).plan_decode(x, weight, bias, A, B)
-    assert launch.threads[0] // launch.group[0] >= 40
-    moved = traffic.count_decode(case)
-    W = case.bytes("weight")
-    assert moved["weight"] == (W, 0)
+@pytest.mark.parametrize("dispatches", [1, 2])
+@pytest.mark.parametrize("case", DECODED, ids=str)
+def test_decode_formula(case, dispatches):
+    with overridden(f"lora_decode.dispatches={dispatches}"):
+        moved = traffic.count_decode(case)
+        assert moved == traffic.model_decode(case)
+    assert (moved["partial"] == (0, 0)) == (dispatches == 1 and case.M < 7)
+
+
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+@pytest.mark.parametrize(("N", "r"), [(1024, 8), (4096, 16), (4096, 256), (14336, 64)])
+def test_decode_touches_all_but_x_once_and_has_256_groups(M, N, r):
+    case = Case(M, 4096, N, r)
+    x, weight, bias, A, B, _ = traffic.operands_meta(case)
+    first, second = Kernels(40).plan_decode(x, weight, bias, A, B)
+    assert second.threads[0] // second.group[0] >= 256
+    assert first.threads[0] // first.group[0] == r / 4
+    moved = traffic.model_decode(case)
+    for name in ("weight", "lora_A", "lora_B"):
+        assert moved[name] == (case.bytes(name), 0)
     assert moved["y"] == (0, case.bytes("y"))
-    assert moved["lora_B"] == (case.bytes("lora_B"), 0)
-    assert moved["bias"] == (case.bytes("bias"), 0)
-    again = moved["x"][0] + moved["lora_A"][0] - case.bytes("x") - case.bytes("lora_A")
-    assert again < 0.3 * W
+    assert moved["partial"][1] == 4 * M * r
+    assert moved["x"][0] == pytest.approx(M / 4 * case.bytes("weight"), rel=0.1)
 
 
 @pytest.mark.parametrize("case", [Case(1024, 256, 384, 16, gpu_cores=16), Case(1030, 64, 64, 64, F32, F32)], ids=str)
@@ -90,6 +98,9 @@ def test_dispatches_and_scratch():
     kernels = Kernels(40)
     assert len(kernels.plan_delta(y[:1000], x[:1000], A, B)) == 2
     assert len(kernels.plan_decode(x[:1], weight, bias, A, B)) == 1
+    assert len(kernels.plan_decode(x[:2], weight, bias, A, B)) == 1
+    assert len(kernels.plan_decode(x[:8], weight, bias, A, B)) == 2
+    assert len(kernels.plan_decode(x[:1], weight.expand(32, *weight.shape).flatten(0, 1), bias, A, B)) == 2
     assert len(kernels.plan_delta(y, x, A, B)) == 1
     assert len(kernels.plan_delta(y, x, A, B, dropout_p=(0.1,))) == 1
     launches, splits = kernels.plan_grad(x, y, A, B)

@@ -77,19 +77,37 @@ def test_the_kernel_is_registered(name):
 # --- Counts
 
 
-@pytest.mark.parametrize("M", [1, 8])
-def test_few_rows_are_one_dispatch(start, M):
-    a = operands(M)
+@pytest.mark.parametrize(("M", "K", "dispatches"), [(1, 24, 1), (8, 24, 1), (1, 40_000, 2), (6, 40_000, 2)])
+def test_few_rows_are_one_dispatch_or_two_where_a_is_long(start, M, K, dispatches):
+    a = operands(M, K, 4)
     tfl.lora_linear(*a, 0.5)
-    for recording, allocations in ((False, 1), (True, 2)):  # y, and h
+    for recording, allocations in ((False, 0), (True, 1)):  # h
         start()
         with torch.set_grad_enabled(recording):
             y = tfl.lora_linear(*a, 0.5)
         seen = counters()
-        assert families(seen.dispatches) == {"lora_decode": 1}
-        assert (seen.fallbacks, seen.allocations) == ({}, allocations)
+        assert families(seen.dispatches) == {"lora_decode": dispatches}
+        assert (seen.fallbacks, seen.allocations) == ({}, allocations + dispatches)  # y, and what the first hands on
         assert (seen.command_blocks, seen.synchronisations, seen.commits, seen.libraries) == (1, 0, 0, 0)
+        layer = Layer(*(t.detach() for t in a), 0.5)
+        layer.output().check(y.detach())
         del y
+
+
+@pytest.mark.parametrize(("first", "others"), [(8, (8, 5, 7)), (300, (300, 301, 517, 640))])
+def test_a_second_training_step_and_new_lengths_compile_nothing(start, first, others):
+    _, weight, bias, A, B = operands()
+
+    def step(M: int) -> None:
+        x = torch.randn(M, 24).to("mps").requires_grad_()
+        y = tfl.lora_linear(x, weight, bias, A, B, 0.5)
+        torch.autograd.grad(y, (x, A, B), torch.ones_like(y))
+
+    step(first)
+    start()
+    for M in others:
+        step(M)
+    assert counters().libraries == 0
 
 
 @pytest.mark.parametrize(("M", "dropout_p"), [(9, 0.0), (70, 0.0), (1, 0.5), (70, 0.5)])
