@@ -39,6 +39,7 @@ LORA_TESTS: Stages = (
 PACKED_TESTS: Stages = (
     ("test_quantized_kernels.py", "-k", "trace"),
     ("test_quantized_kernels.py", "-k", "not trace"),
+    ("test_traffic.py", "-k", "packed"),
 )
 ROW_TESTS: Stages = (
     ("test_row_kernels.py", "-k", "trace"),

@@ -180,7 +180,7 @@ def test_every_code_of_every_place_is_decoded(bits):
     assert torch.equal(Kernels().gemm(torch.eye(128), weight, None, None, None, 1.0), expected.T)
 
 
-# ------------------------------------------------------------------------------------------------- few rows: lora_decode
+# -------------------------------------------------------------------------------------------- few rows, by lora_decode
 
 
 def check_decode(kernels: Kernels, x, weight, bias, A, B) -> Tensor:
