@@ -53,7 +53,7 @@ class Fused(Layer):
 
     def gradients(self, grad):
         found = super().gradients(grad)
-        magnitude = self._low_rank_gradients(grad.cpu().double().flatten(0, -2))[1]
+        magnitude = self._low_rank_gradients(grad.cpu().double().reshape(-1, grad.shape[-1]))[1]
         return found | {"x": dataclasses.replace(found["x"], rounded=self._if_half(magnitude).view(self.x.shape))}
 
     def shape(self, side: int) -> tuple[int, ...]:
