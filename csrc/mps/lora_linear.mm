@@ -235,8 +235,9 @@ std::tuple<Tensor, Tensor> lora_linear_quantized(
   const Base base = packed(expect, weight, scales, biases, bits, group_size);
   const bool fits = x.dim() >= 1 && x.size(x.dim() - 1) == base.K();
   expect(fits, "x", x, "shape (..., ", base.K(), "), since weight is (", base.N(), ", ", base.K(), ")");
+  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), expect.op, ": lora_A, lora_B: expected both or neither");
   MaybeAdapters adapters;
-  if (lora_A && lora_B) adapters.emplace(Adapters{*lora_A, *lora_B, scaling, seed, dropout_p, ranks});
+  if (lora_A) adapters.emplace(Adapters{*lora_A, *lora_B, scaling, seed, dropout_p, ranks});
   return forward(expect, x, base, bias, adapters, save_h);
 }
 
@@ -336,8 +337,9 @@ std::vector<Tensor> lora_linear_quantized_backward(
     int64_t group_size,
     const std::vector<bool>& needs) {
   constexpr Expect expect = {"lora_linear_quantized_backward"};
+  STD_TORCH_CHECK(lora_A.has_value() == lora_B.has_value(), expect.op, ": lora_A, lora_B: expected both or neither");
   MaybeAdapters adapters;
-  if (lora_A && lora_B) adapters.emplace(Adapters{*lora_A, *lora_B, scaling, seed, dropout_p, ranks});
+  if (lora_A) adapters.emplace(Adapters{*lora_A, *lora_B, scaling, seed, dropout_p, ranks});
   STD_TORCH_CHECK(
       needs.size() == 5 && (adapters.has_value() || !(needs[2] || needs[3] || needs[4])), expect.op,
       ": needs: expected 5 flags, none of an adapter's where there is none, got ", needs.size());

@@ -125,7 +125,7 @@ def counted(run):
     return found
 
 
-@pytest.mark.parametrize(("M", "K", "expected"), [(1, 64, 1), (8, 1024, 1), (1, 4096, 2)])
+@pytest.mark.parametrize(("M", "K", "expected"), [(1, 64, 1), (2, 512, 1), (8, 1024, 2)])
 def test_few_rows_are_one_dispatch_or_two(M, K, expected):
     """In two, h is in one of its own, where all threadgroups reading A again would take longer."""
     x, packed, bias, A, B = operands((M,), K, 640, 16)
@@ -157,7 +157,7 @@ def test_many_rows_and_backward(dropout_p):
     before = counters().live_bytes
     grad = torch.ones_like(made[0])
     seen = counted(lambda: torch.autograd.grad(made[0], (x, A, B), grad, retain_graph=True))
-    assert families(seen.dispatches) == {"lora_delta": 1, "lora_gemm": 1, "lora_grad": 1}
+    assert families(seen.dispatches) == {"lora_delta": 2, "lora_gemm": 1, "lora_grad": 1}  # a long sum
     assert (seen.fallbacks, seen.synchronisations, seen.commits) == ({}, 0, 0)
     assert seen.peak_bytes - before < packed.scales.numel() * 64 * 4  # W as float32
 
@@ -196,7 +196,7 @@ REFUSED = {
     "group_size: expected 32, 64 or 128, got 16": {"group_size": 16},
     "weight: expected shape .* torch.uint32, on mps": {"weight": torch.zeros(5, 8, dtype=torch.int32)},
     "scales: expected shape .5, 1., float16": {"scales": torch.zeros(5, 2)},
-    "biases: expected scales's shape, dtype and device": {"biases": torch.zeros(5, 1).half()},
+    "biases: expected scales's shape, dtype and device": {"biases": torch.zeros(5, 1)},
     "x: expected shape .*64., since weight is .5, 64.": {"x": torch.zeros(3, 65)},
     "bias: expected shape .5,., x's dtype": {"bias": torch.zeros(4)},
     "lora_A, lora_B: expected both or neither": {"lora_B": None},
@@ -210,8 +210,8 @@ def test_what_the_kernel_refuses(message):
     arguments = {"x": x, "weight": words, "scales": scales, "biases": biases, "bias": bias, "lora_A": A, "lora_B": B}
     changed = {name: t.to("mps") if isinstance(t, torch.Tensor) else t for name, t in REFUSED[message].items()}
     arguments |= {"scaling": torch.tensor(1.0), "seed": None, "dropout_p": (), "ranks": (), "bits": bits}
-    arguments |= {"group_size": group_size, "save_h": False} | changed
-    with torch.no_grad(), pytest.raises(RuntimeError, match=f"lora_linear_quantized: {message}"):
-        torch.ops.torch_fused_lora.lora_linear_quantized_forward.redispatch(
-            torch._C.DispatchKeySet(torch._C.DispatchKey.MPS), **arguments
-        )
+    arguments |= {"group_size": group_size, "save_h": False}
+    arguments |= changed
+    forward = torch.ops.torch_fused_lora.lora_linear_quantized_forward.default
+    with torch._C._AutoDispatchBelowAutograd(), pytest.raises(RuntimeError, match=f"lora_linear_quantized: {message}"):
+        forward(*arguments.values())
