@@ -365,9 +365,9 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 # -------------------------------------------------------------------------------------------------- quantised bases
 
-# What of a LoraConfig reads the base's weight as numbers, if it is set; and the starts that do not.
+# What of a LoraConfig reads the base's weight, if it is set; and the starts that do not, not even its dtype.
 _READ_WEIGHT = ("use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "target_parameters")
-_INDEPENDENT_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_INDEPENDENT_STARTS = (True, False, "gaussian", "eva")
 
 
 def guard_packed() -> None:

@@ -16,7 +16,7 @@ from .ops.lora_linear_quantized import quantized_linear
 from .report import pattern
 
 _INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
-_BLOCK = 1 << 22  # elements that are quantised, or measured, at a time
+_BLOCK = 1 << 22  # elements that are quantised at a time
 
 
 class QuantLinear(nn.Linear):
@@ -75,7 +75,7 @@ class QuantLinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer._hold(_packed(linear.weight.detach(), bits, group_size), linear.weight.dtype)
+        layer._hold(_packed(linear.weight, bits, group_size)[0], linear.weight.dtype)
         layer.register_parameter("bias", linear.bias)
         return layer.train(linear.training)
 
@@ -187,11 +187,9 @@ def quantize_(
         _check_weight(name, layer, group_size)
     before, errors = _bytes(model), {}
     for name, layer in layers.items():
-        weight = layer.weight.detach()
-        packed = _packed(weight, bits, group_size)
-        errors[name] = _error(weight, packed)
-        layer.__class__ = QuantLinear
-        layer._hold(packed, weight.dtype)
+        packed, errors[name] = _packed(layer.weight, bits, group_size)
+        dtype, layer.__class__ = layer.weight.dtype, QuantLinear
+        layer._hold(packed, dtype)
     if importlib.util.find_spec("peft"):
         from .peft import guard_packed
 
@@ -276,28 +274,16 @@ def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in SCALE_DTYPES else torch.float32
 
 
-def _packed(weight: Tensor, bits: int, group_size: int) -> Packed:
-    """As `quantize`, a block of rows at a time."""
-    weight = weight.to(_scale_dtype(weight.dtype))
-    blocks = [quantize(block, bits, group_size) for block in weight.split(_rows(weight))]
-    words, scales, biases = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:3])
-    return Packed(words, scales, biases, bits, group_size)
-
-
-def _error(weight: Tensor, packed: Packed) -> float:
-    """‖Ŵ - W‖ / ‖W‖."""
-    rows, groups = _rows(weight), slice(0, packed.scales.shape[1])
-    difference = total = 0.0
-    for start in range(0, len(weight), rows):
-        block = weight[start : start + rows].float()
-        found = packed.part(slice(start, start + rows), groups).dequantize(torch.float32)
-        difference += float((found - block).square().sum())
+def _packed(weight: Tensor, bits: int, group_size: int) -> tuple[Packed, float]:
+    """As `quantize`, a block of rows at a time; and ‖Ŵ - W‖ / ‖W‖."""
+    blocks, difference, total = [], 0.0, 0.0
+    for block in weight.detach().split(max(_BLOCK // max(weight.shape[1], 1), 1)):
+        blocks.append(quantize(block.to(_scale_dtype(block.dtype)), bits, group_size))
+        block = block.float()
+        difference += float((blocks[-1].dequantize(torch.float32) - block).square().sum())
         total += float(block.square().sum())
-    return (difference / total) ** 0.5 if total else 0.0
-
-
-def _rows(weight: Tensor) -> int:
-    return max(_BLOCK // max(weight.shape[1], 1), 1)
+    words, scales, biases = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:3])
+    return Packed(words, scales, biases, bits, group_size), (difference / total) ** 0.5 if total else 0.0
 
 
 def _bytes(model: nn.Module) -> int:
