@@ -31,10 +31,17 @@ struct Rows {
     }
   }
 
-  /// The run of row i from column k on, of which `count` elements exist; WIDE: all, contiguous and aligned to 16 bytes.
+  /// From a column to the one `columns` further on.
   template <bool WIDE>
-  METAL_FUNC Run load(short i, uint k, uint count) const thread {
-    return widened(WIDE ? fetch_eight(begin[i] + k) : fetch_run(begin[i] + ulong(k) * stride, stride, count, false));
+  METAL_FUNC ulong across(uint columns) const thread {
+    return WIDE ? columns : ulong(columns) * stride;
+  }
+
+  /// The run of row i that starts at `place`, of which `count` elements exist; WIDE: all, contiguous and aligned to 16
+  /// bytes.
+  template <bool WIDE>
+  METAL_FUNC Run load(short i, ulong place, uint count) const thread {
+    return widened(WIDE ? fetch_eight(begin[i] + place) : fetch_run(begin[i] + place, stride, count, false));
   }
 };
 
@@ -65,15 +72,17 @@ struct Sums {
   /// Adds those over the runs that start at column k and every `step` further on, up to `end`. The next k.
   template <bool WIDE, typename R, typename X>
   METAL_FUNC uint add_runs(thread const R& rows, thread const X& x, uint k, uint end, uint step) thread {
-    for (; k < end; k += step) {
+    ulong place = rows.template across<WIDE>(k), x_place = x.template across<WIDE>(k);
+    const ulong next = rows.template across<WIDE>(step), x_next = x.template across<WIDE>(step);
+    for (; k < end; k += step, place += next, x_place += x_next) {
       Run w[DECODE_W_ROWS];
       TFL_UNROLL
       for (short j = 0; j < DECODE_W_ROWS; ++j) {
-        w[j] = rows.template load<WIDE>(j, k, end - k);
+        w[j] = rows.template load<WIDE>(j, place, end - k);
       }
       TFL_UNROLL
       for (short m = 0; m < M; ++m) {
-        const Run v = x.template load<WIDE>(m, k, end - k);
+        const Run v = x.template load<WIDE>(m, x_place, end - k);
         TFL_UNROLL
         for (short j = 0; j < DECODE_W_ROWS; ++j) {
           TFL_UNROLL
@@ -184,7 +193,10 @@ void lora_decode(
           FORMAT::of(weight, scales, biases, N, K, W_layout, false), first);
       own.add(W_rows, x_rows, K, (flags & DECODE_WIDE_W) != 0, ushort2(slice, slices), lane);
       const Rows<TA, DECODE_W_ROWS> B_rows(matrix_of(lora_B, N, r, B_strides, false), first);
-      for (uint rank = slice * LANES + lane; rank < r; rank += slices * LANES) {
+      uint rank = slice * LANES + lane;
+      ulong place = B_rows.template across<false>(rank);
+      const ulong next = B_rows.template across<false>(slices * LANES);
+      for (; rank < r; rank += slices * LANES, place += next) {
         float h_rank[M];
         TFL_UNROLL
         for (short m = 0; m < M; ++m) {
@@ -192,7 +204,7 @@ void lora_decode(
         }
         TFL_UNROLL
         for (short j = 0; j < DECODE_W_ROWS; ++j) {
-          const float b = scaling * float(B_rows.begin[j][ulong(rank) * B_rows.stride]);
+          const float b = scaling * float(B_rows.begin[j][place]);
           TFL_UNROLL
           for (short m = 0; m < M; ++m) {
             own.of[j][m] = fma(b, h_rank[m], own.of[j][m]);

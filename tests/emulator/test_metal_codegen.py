@@ -13,14 +13,14 @@ from tests.kernels import kernel_code
 
 UNROLL = '_Pragma("clang loop unroll(full)")'
 VARIANTS = [
-    "lora_decode_half_float_4_4_8_4",
+    "lora_decode_half_float_4",
     "lora_delta_half_float_16_4_8_drop_input",
     "lora_gemm_half_float_affine4_half_64_backward_drop",
     "lora_grad_half_float_float_8_drop",
-    "rms_norm_half_float_16_1_looped",
-    "rms_norm_backward_half_float_float_4_2_held",
-    "softmax_bfloat_16_1_looped",
-    "softmax_backward_half_4_2_held",
+    "rms_norm_half_float_16_1_looped_any",
+    "rms_norm_backward_half_float_float_4_2_held_wide",
+    "softmax_bfloat_16_1_looped_any",
+    "softmax_backward_half_4_2_held_wide",
     "sum_splits_half",
 ]
 

@@ -224,6 +224,7 @@ def test_layouts(M, layout):
 TWO_LEVELS = {
     "permuted": lambda: (randn(5, 9, 64).transpose(0, 1), randn(9, 7, 72)[:, :5]),
     "transposed": lambda: (randn(5, 64, 9).transpose(1, 2), randn(5, 72, 9).transpose(1, 2)),
+    "few": lambda: (randn(3, 2, 64).transpose(0, 1), randn(2, 4, 72)[:, :3]),
 }
 
 
