@@ -58,8 +58,13 @@ struct Rows<Affine<BITS, S>, COUNT> {
   }
 
   template <bool WIDE>
-  METAL_FUNC Run load(short i, uint k, uint) const thread {
-    const PackedRun<BITS, S> run = begin[i].fetch(k);  // named: a method of a temporary has no address space
+  METAL_FUNC ulong across(uint columns) const thread {
+    return columns;
+  }
+
+  template <bool WIDE>
+  METAL_FUNC Run load(short i, ulong column, uint) const thread {
+    const PackedRun<BITS, S> run = begin[i].fetch(uint(column));  // named: a method of a temporary has no address space
     return run.decode();
   }
 };

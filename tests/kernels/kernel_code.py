@@ -56,10 +56,13 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[Launch]
 
 
 def quantized(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[Launch]:
-    """Of few and of many rows, over weights packed and not."""
+    """Over packed weights, and lora_gemm over plain ones, too."""
     kernels, launches = Kernels(), []
     formats = [*((4, scale_dtype) for scale_dtype in NARROW), (8, torch.float16)]
     weights = [empty(dtype, K, K), *(packed(K, bits, scale_dtype) for bits, scale_dtype in formats)]
+    A, B = empty(adapter, 16, K), empty(adapter, K, 16)
+    for M, weight in itertools.product((1, 2, 4, 8), weights[1:]):
+        launches += kernels.plan_decode(empty(dtype, M, K), weight, None, A, B)
     for M, weight in itertools.product((16, 4096), weights):
         x, factor = empty(dtype, M, K), empty(adapter, 16, K)
         launches += kernels.plan_gemm(False, x, weight, None, factor.T)

@@ -160,7 +160,7 @@ def test_layouts(name, layout):
 @pytest.mark.parametrize("layout", TWO_LEVELS)
 def test_rows_in_two_levels(layout):
     x, dy = TWO_LEVELS[layout]()
-    operands = list(layer(45, 64, 72, 8, format=(8, 64, F32)))
+    operands = list(layer(len(f64(x)), 64, 72, 8, format=(8, 64, F32)))
     operands[0], operands[5] = x, dy
     kernels = Kernels(trace=True)
     check(run(kernels, operands), operands)
