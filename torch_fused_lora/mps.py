@@ -15,7 +15,7 @@ import torch
 from .system import System
 from .version import __version__
 
-INTERFACE = f"torch_fused_lora interface 4 version {__version__}"  # tfl_interface() in csrc/mps/interface.mm
+INTERFACE = f"torch_fused_lora interface 5 version {__version__}"  # tfl_interface() in csrc/mps/interface.mm
 INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 
 

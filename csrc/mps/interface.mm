@@ -9,7 +9,7 @@
 
 #define TFL_TEXT(x) #x
 #define TFL_TEXT_OF(x) TFL_TEXT(x)
-const char* tfl_interface() { return "torch_fused_lora interface 4 version " TFL_TEXT_OF(TFL_VERSION); }
+const char* tfl_interface() { return "torch_fused_lora interface 5 version " TFL_TEXT_OF(TFL_VERSION); }
 
 const char* tfl_configure(uint32_t gpu_cores, const char* platform, const char* overrides) {
   static std::string error;

@@ -118,15 +118,16 @@ int64_t rows_in(const Tensor& tensor) {
   return rows;
 }
 
-void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
+void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
   const Rows A = rows_of(adapters.lora_A), B = rows_of(adapters.lora_B);
   const AdapterDropout dropout(adapters.lora_A.size(0), adapters.seed, adapters.dropout_p, adapters.ranks);
   const Tensor scale = constant(adapters.scaling);
   const OptionalTensor seed = constant(adapters.seed);
   const auto plan = plan_or_throw(DeltaProblem{
-      DeltaProblem::Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand,
-      A.operand, B.operand, true, h.has_value(), static_cast<uint64_t>(y.storage_offset()), dropout, gpu_cores()});
-  const OptionalTensor partial = scratch(plan.sums, y);
+      Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand, A.operand,
+      B.operand, y.has_value(), h.has_value(), y ? static_cast<uint64_t>(y->storage_offset()) : 0, dropout,
+      gpu_cores()});
+  const OptionalTensor partial = scratch(plan.sums, x.tensor);
   Dispatches dispatches;
   dispatches.add(
       plan,
@@ -157,7 +158,7 @@ LowRankGradients low_rank_backward(
     return M == 0 ? torch::stable::new_zeros(like, shape) : empty(shape, like);
   };
   OptionalTensor z, dA, dB, unscaled_dB, x_tensor, h_tensor;
-  if (need.A) z = empty({M, r}, lora_A);
+  if (need.A || need.z) z = empty({M, r}, lora_A);
   if (need.A) dA = fresh({r, K}, lora_A);
   if (need.B || need.scaling) (need.scaling ? unscaled_dB : dB) = fresh({N, r}, lora_B);
   if (x.has_value()) x_tensor = x->tensor;
@@ -170,9 +171,9 @@ LowRankGradients low_rank_backward(
   const Scalar dtype = scalar(dy.tensor.scalar_type()), adapter_dtype = scalar(lora_A.scalar_type());
   const AdapterDropout dropout(r, seed, dropout_p, ranks);
   Plan<DeltaConfiguration> delta;
-  if (M > 0 && (dx || need.A)) {
+  if (M > 0 && (dx || z)) {
     delta = plan_or_throw(DeltaProblem{
-        DeltaProblem::Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), need.A,
+        Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), z.has_value(),
         dx ? static_cast<uint64_t>(dx->storage_offset()) : 0, dropout, gpu_cores()});
   }
   const Operand x_shape = {dy.operand.rows, static_cast<uint64_t>(K)};
@@ -221,11 +222,11 @@ LowRankGradients low_rank_backward(
   dispatches.encode();
 
   // Collect.
-  if (!need.scaling) return {dA, dB, std::nullopt};
+  if (!need.scaling) return {dA, dB, std::nullopt, z};
   if (need.B) dB = torch::stable::to(multiply(*unscaled_dB, scaling), lora_B.scalar_type());
   const Tensor wide = torch::stable::to(*unscaled_dB, ScalarType::Float);
   const Tensor total = torch::stable::sum(multiply(wide, lora_B));
-  return {dA, dB, torch::stable::to(total, scaling.device())};
+  return {dA, dB, torch::stable::to(total, scaling.device()), z};
 }
 
 }  // namespace torch_fused_lora

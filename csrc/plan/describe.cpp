@@ -55,16 +55,16 @@ std::string describe_lora(
     uint64_t M, uint64_t K, uint64_t N, uint64_t r, Scalar dtype, Scalar adapter_dtype, uint32_t gpu_cores) {
   const Operand x = contiguous(M, K), weight = contiguous(N, K), A = contiguous(r, K), B = contiguous(N, r),
                 dy = contiguous(M, N);
-  const auto delta = [&](DeltaProblem::Pass pass, const Operand& in) {
+  const auto delta = [&](Pass pass, const Operand& in) {
     return DeltaProblem{pass, dtype, adapter_dtype, in, A, B, true, true, 0, {}, gpu_cores};
   };
   Description found;
   if (decodes(M, r, true, false)) {
-    found.add("forward", DecodeProblem{dtype, adapter_dtype, x, weight, A, B, 0, false, true, gpu_cores});
+    found.add("forward", DecodeProblem{dtype, adapter_dtype, x, {weight}, A, B, 0, false, true, gpu_cores});
   } else {
-    found.add("forward", delta(DeltaProblem::Pass::forward, x));
+    found.add("forward", delta(Pass::forward, x));
   }
-  return found.add("backward", delta(DeltaProblem::Pass::backward, dy))
+  return found.add("backward", delta(Pass::backward, dy))
       .add("backward", GradProblem{dtype, adapter_dtype, x, dy, r, true, true, {}, gpu_cores})
       .text();
 }

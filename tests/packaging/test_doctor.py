@@ -66,7 +66,7 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
     doctor_on_mps = f"{install}; from torch_fused_lora.doctor import doctor; exit(doctor())"
     status, text = run_python("-c", doctor_on_mps, TORCH_FUSED_LORA_MPS=str(extension))
     reason = (
-        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 4"
+        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 5"
         if built
         else "it is not built (_mps.so is missing): on the Mac"
     )
@@ -109,7 +109,9 @@ def test_plan_of_a_single_row_is_for_this_gpu(mps, capsys):
         assert main(["doctor", "--plan", "1x4096x4096", *cores]) == 0
         texts.append(capsys.readouterr().out.partition("\n")[2])
     assert texts[0] == texts[1] != texts[2]
-    assert "forward:\n  lora_decode_half_half_1\n    slices 4, dispatches 2\n    4 x 1 x 1 threadgroups" in texts[0]
+    assert (
+        "forward:\n  lora_decode_half_half_plain_1\n    slices 4, dispatches 2\n    4 x 1 x 1 threadgroups" in texts[0]
+    )
 
 
 def test_plan_refuses(mps, capsys):
