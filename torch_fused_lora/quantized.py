@@ -276,13 +276,15 @@ def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _packed(weight: Tensor, bits: int, group_size: int) -> tuple[Packed, float]:
     """As `quantize`, a block of rows at a time; and ‖Ŵ - W‖ / ‖W‖."""
-    blocks, difference, total = [], 0.0, 0.0
+    blocks: list[Packed] = []
+    difference = total = 0.0
     for block in weight.detach().split(max(_BLOCK // max(weight.shape[1], 1), 1)):
         blocks.append(quantize(block.to(_scale_dtype(block.dtype)), bits, group_size))
         block = block.float()
         difference += float((blocks[-1].dequantize(torch.float32) - block).square().sum())
         total += float(block.square().sum())
-    words, scales, biases = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:3])
+    words = torch.cat([block.words.view(torch.int32) for block in blocks]).view(torch.uint32)  # few take uint32
+    scales, biases = (torch.cat([getattr(block, name) for block in blocks]) for name in ("scales", "biases"))
     return Packed(words, scales, biases, bits, group_size), (difference / total) ** 0.5 if total else 0.0
 
 

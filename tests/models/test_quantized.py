@@ -85,7 +85,8 @@ def linear(K=128, N=24, bias=True, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_from_linear(bits, bias):
+def test_from_linear(bits, bias, monkeypatch):
+    monkeypatch.setattr(tfl.quantized, "_BLOCK", 5 * 128)  # of 24 rows
     base = linear(bias=bias).eval()
     layer = tfl.QuantLinear.from_linear(base, bits, 32)
     assert isinstance(layer, nn.Linear)
