@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -86,6 +87,7 @@ class QuantLinear(nn.Linear):
         self.register_buffer("scales", scales)
         self.register_buffer("biases", biases)
         self._dtype = dtype
+        _guard_peft()
 
     @property
     def packed(self) -> Packed:
@@ -132,6 +134,7 @@ class QuantLinear(nn.Linear):
         super().__setstate__(state)
         words: Any = self._parameters["weight"]
         self._parameters["weight"] = nn.Parameter(words.view(torch.uint32), requires_grad=False)
+        _guard_peft()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
@@ -190,10 +193,6 @@ def quantize_(
         packed, errors[name] = _packed(layer.weight, bits, group_size)
         dtype, layer.__class__ = layer.weight.dtype, QuantLinear
         layer._hold(packed, dtype)
-    if importlib.util.find_spec("peft"):
-        from .peft import guard_packed
-
-        guard_packed()
     return QuantizeReport(errors, before, _bytes(model), bits, group_size)
 
 
@@ -234,6 +233,14 @@ def _linears(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Li
             within = any(f"{name}.".startswith(prefix) for prefix in adapters)
             if not within and not any(part in f".{name}." for part in skipped):
                 yield name, module
+
+
+@functools.cache
+def _guard_peft() -> None:
+    if importlib.util.find_spec("peft"):
+        from .peft import guard_packed
+
+        guard_packed()
 
 
 def _check_format(bits: int, group_size: int) -> None:
