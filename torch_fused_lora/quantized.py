@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -86,6 +87,7 @@ class QuantLinear(nn.Linear):
         self.register_buffer("scales", scales)
         self.register_buffer("biases", biases)
         self._dtype = dtype
+        _guard_peft()
 
     @property
     def packed(self) -> Packed:
@@ -132,6 +134,7 @@ class QuantLinear(nn.Linear):
         super().__setstate__(state)
         words: Any = self._parameters["weight"]
         self._parameters["weight"] = nn.Parameter(words.view(torch.uint32), requires_grad=False)
+        _guard_peft()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
@@ -190,10 +193,6 @@ def quantize_(
         packed, errors[name] = _packed(layer.weight, bits, group_size)
         dtype, layer.__class__ = layer.weight.dtype, QuantLinear
         layer._hold(packed, dtype)
-    if importlib.util.find_spec("peft"):
-        from .peft import guard_packed
-
-        guard_packed()
     return QuantizeReport(errors, before, _bytes(model), bits, group_size)
 
 
@@ -236,6 +235,14 @@ def _linears(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Li
                 yield name, module
 
 
+@functools.cache
+def _guard_peft() -> None:
+    if importlib.util.find_spec("peft"):
+        from .peft import guard_packed
+
+        guard_packed()
+
+
 def _check_format(bits: int, group_size: int) -> None:
     if (unsupported := why_not(bits, group_size)) is not None:
         name, value, expected = unsupported
@@ -276,13 +283,15 @@ def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _packed(weight: Tensor, bits: int, group_size: int) -> tuple[Packed, float]:
     """As `quantize`, a block of rows at a time; and ‖Ŵ - W‖ / ‖W‖."""
-    blocks, difference, total = [], 0.0, 0.0
+    blocks: list[Packed] = []
+    difference = total = 0.0
     for block in weight.detach().split(max(_BLOCK // max(weight.shape[1], 1), 1)):
         blocks.append(quantize(block.to(_scale_dtype(block.dtype)), bits, group_size))
         block = block.float()
         difference += float((blocks[-1].dequantize(torch.float32) - block).square().sum())
         total += float(block.square().sum())
-    words, scales, biases = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:3])
+    words = torch.cat([block.words.view(torch.int32) for block in blocks]).view(torch.uint32)  # few take uint32
+    scales, biases = (torch.cat([getattr(block, name) for block in blocks]) for name in ("scales", "biases"))
     return Packed(words, scales, biases, bits, group_size), (difference / total) ** 0.5 if total else 0.0
 
 
