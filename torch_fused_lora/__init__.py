@@ -11,8 +11,10 @@ from .norms import patch_norms, unpatch_norms
 from .ops.dispatch import keep_operators
 from .ops.lora_delta import lora_delta
 from .ops.lora_linear import lora_linear
+from .ops.lora_linear_quantized import lora_linear_quantized, quantized_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
+from .quantized import QuantLinear, dequantize_, quantize_
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -24,13 +26,18 @@ extension.load()
 
 __all__ = [
     "LoRALinear",
+    "QuantLinear",
     "check_peft",
+    "dequantize_",
     "keep_operators",
     "load_mlx_adapters",
     "lora_delta",
     "lora_linear",
+    "lora_linear_quantized",
     "patch_norms",
     "patch_peft",
+    "quantize_",
+    "quantized_linear",
     "rms_norm",
     "save_mlx_adapters",
     "softmax",
