@@ -153,7 +153,7 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
         model.add_adapter(adapter_name, peft_config)
     else:
         model = get_peft_model(model, peft_config, adapter_name)
-    state = {}
+    state: dict[str, Tensor] = {}
     for path, (A, B) in factors.items():
         state |= {f"{_PREFIX}{path}.lora_A.weight": A, f"{_PREFIX}{path}.lora_B.weight": B}
     set_peft_model_state_dict(model, state, adapter_name)
