@@ -19,7 +19,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .check import check_peft
-    from .mlx import load_mlx_adapters, save_mlx_adapters
+    from .mlx import load_mlx, load_mlx_adapters, save_mlx_adapters
     from .peft import patch_peft, unpatch_peft
 
 extension.load()
@@ -31,6 +31,7 @@ __all__ = [
     "check_peft",
     "dequantize_",
     "keep_operators",
+    "load_mlx",
     "load_mlx_adapters",
     "lora_delta",
     "lora_linear",
@@ -50,6 +51,7 @@ __all__ = [
 # PEFT is optional and slow to import: it is imported by whoever patches a model.
 _WITH_PEFT = {
     "check_peft": "check",
+    "load_mlx": "mlx",
     "load_mlx_adapters": "mlx",
     "patch_peft": "peft",
     "save_mlx_adapters": "mlx",
