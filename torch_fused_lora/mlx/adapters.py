@@ -15,12 +15,13 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..affine import SCALE_DTYPES
 from ..report import pattern
+from .stored import Stored, header
 
 _PREFIX = "base_model.model."  # a PeftModel's, before the names in its base
 
@@ -125,16 +126,13 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
     if (kind := config.get("fine_tune_type", "lora")) != "lora":
         raise ValueError(f"{folder}: fine_tune_type: expected 'lora', got {kind!r}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    with safe_open(folder / "adapters.safetensors", "pt") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        modules = dict(base.named_modules())
-        paths = [key.removesuffix(".lora_a") for key in shapes if key.endswith(".lora_a")]
-        fitting = {key for path in paths for key in _fitting(path, modules.get(path), shapes)}
-        _refuse(
-            f"{folder}: no adapter of a linear layer of the model",
-            {key: f"shape {shape}" for key, shape in shapes.items() if key not in fitting},
-        )
-        factors = {path: _factors(*(file.get_tensor(f"{path}.lora_{side}") for side in "ab")) for path in paths}
+    stored = header(folder / "adapters.safetensors")
+    modules = dict(base.named_modules())
+    paths = [name.removesuffix(".lora_a") for name in stored if name.endswith(".lora_a")]
+    fitting = {name for path in paths for name in _fitting(path, modules.get(path), stored)}
+    odd = {name: f"{tensor.dtype} of shape {tensor.shape}" for name, tensor in stored.items() if name not in fitting}
+    _refuse(f"{folder}: no adapter of a linear layer of the model", odd)
+    factors = {path: _factors(*(stored[f"{path}.lora_{side}"].read() for side in "ab")) for path in paths}
 
     scale = config["lora_parameters"]["scale"]
     ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
@@ -160,12 +158,14 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
     return model
 
 
-def _fitting(path: str, layer: Any, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """The names of a layer's two factors, if their shapes are those of an adapter of it."""
-    a, b = f"{path}.lora_a", f"{path}.lora_b"
-    K, N = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    rank = shapes[a][-1] if shapes[a] else 0
-    return [a, b] if rank and (shapes[a], shapes.get(b)) == ((K, rank), (rank, N)) else []
+def _fitting(path: str, layer: Any, stored: dict[str, Stored]) -> list[str]:
+    """The names of a layer's two factors, if they are an adapter of it."""
+    names = [f"{path}.lora_a", f"{path}.lora_b"]
+    found = [stored[name] for name in names if name in stored]
+    rank = found[0].shape[-1] if found[0].shape else 0
+    shapes = [(getattr(layer, "in_features", None), rank), (rank, getattr(layer, "out_features", None))]
+    fit = rank and [tensor.shape for tensor in found] == shapes and all(t.dtype in SCALE_DTYPES for t in found)
+    return names if fit else []
 
 
 def _factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

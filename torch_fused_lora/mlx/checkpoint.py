@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..affine import SCALE_DTYPES, Packed, why_not
 from ..quantized import QuantEmbedding, become_packed, guard
+from .stored import Stored, header
 
 # Whose tensors have the same names and mean the same in mlx-lm and Transformers.
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
-_Header = tuple[Any, tuple[int, ...]]  # a tensor's dtype, torch's if it is one of these, and its shape
-_DTYPES = {"U32": torch.uint32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 class _WithoutWeights(TorchFunctionMode):
@@ -38,8 +35,8 @@ def load_mlx(folder: str | Path, device: torch.device | str = "cpu") -> PreTrain
     """A Transformers causal language model from a folder that mlx-lm wrote (``mlx_lm.convert``), quantised or not.
 
     Quantised layers become `QuantLinear`, quantised embeddings `QuantEmbedding`, a head that is tied shares its
-    embedding's words; everything keeps the dtype that it has in the file. Each tensor is read to its place: on the CPU
-    at most one more is held at a time. `save_pretrained` of the model writes a folder that mlx-lm and this read again.
+    embedding's words; everything keeps the dtype that it has in the file. At most one tensor more than the model
+    has is held at a time. `save_pretrained` of the model writes a folder that mlx-lm and this read again.
 
     Args:
         folder: holds config.json and safetensors, in shards or not.
@@ -64,26 +61,25 @@ def load_mlx(folder: str | Path, device: torch.device | str = "cpu") -> PreTrain
     with _WithoutWeights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
-    with ExitStack() as stack:
-        shards = [stack.enter_context(safe_open(path, "pt")) for path in _shards(folder)]
-        places = [(name, shard) for shard in shards for name in shard.keys()]  # noqa: SIM118
-        headers = {name: _header(shard.get_slice(name)) for name, shard in places}
-        for name, module in model.named_modules():
-            if f"{name}.scales" in headers:
-                _take_format(name, module, headers)
-        _tie(model)
-        _check(model, headers, [name for name, _ in places])
-        for name, shard in places:
-            path, _, leaf = name.rpartition(".")
-            owner, tensor = model.get_submodule(path), shard.get_tensor(name).to(device, copy=True)
-            if leaf in owner._parameters:
-                tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-            setattr(owner, leaf, tensor)
+    shards = [header(path) for path in _shards(folder)]
+    stored = {name: tensor for shard in shards for name, tensor in shard.items()}
+    for name, module in model.named_modules():
+        if f"{name}.scales" in stored:
+            _take_format(name, module, stored)
     _tie(model)
+    _check(model, stored, Counter(name for shard in shards for name in shard))
+    for name, tensor in stored.items():
+        path, _, leaf = name.rpartition(".")
+        owner, value = model.get_submodule(path), tensor.read().to(device)
+        if leaf in owner._parameters:
+            value = nn.Parameter(value, requires_grad=value.is_floating_point())
+        setattr(owner, leaf, value)
+    _tie(model)
+    _tie(model.to(device))  # which makes two of each shared buffer
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     guard()
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -100,14 +96,10 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _header(part: Any) -> _Header:
-    return _DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape())
-
-
-def _take_format(name: str, module: Any, headers: dict[str, _Header]) -> None:
+def _take_format(name: str, module: Any, stored: dict[str, Stored]) -> None:
     """Make a layer a packed one, without memory, in the format that the shapes of its words and scales tell."""
-    (_, words), (dtype, scales) = headers.get(f"{name}.weight", (None, ())), headers[f"{name}.scales"]
-    takes = type(module) is nn.Linear or QuantEmbedding.takes(module)
+    words, scales = (stored[part].shape if part in stored else () for part in (f"{name}.weight", f"{name}.scales"))
+    dtype, takes = stored[f"{name}.scales"].dtype, type(module) is nn.Linear or QuantEmbedding.takes(module)
     if not takes or dtype not in SCALE_DTYPES or len(words) != 2 or len(scales) != 2:
         return  # the scales are left over
     N, K = module.weight.shape
@@ -130,17 +122,17 @@ def _tie(model: Any) -> None:
         model.tie_weights()
 
 
-def _check(model: nn.Module, headers: dict[str, _Header], names: list[str]) -> None:
+def _check(model: nn.Module, stored: dict[str, Stored], counts: Counter[str]) -> None:
     """Raise an error that names every tensor that is not as the model has it."""
     state = model.state_dict(keep_vars=True)
     own = {id(tensor): name for name, tensor in reversed(state.items())}  # of what is shared, the first
     expected = {name: state[name] for name in own.values()}
-    problems = [f"{name}: missing" for name in expected.keys() - headers.keys()]
-    problems += [f"{name}: left over" for name in headers.keys() - expected.keys()]
-    problems += [f"{name}: in two shards" for name, count in Counter(names).items() if count > 1]
-    for name in expected.keys() & headers.keys():
-        tensor, (dtype, shape) = expected[name], headers[name]
-        dtypes = (tensor.dtype,) if tensor.dtype is torch.uint32 else SCALE_DTYPES
+    problems = [f"{name}: missing" for name in expected.keys() - stored.keys()]
+    problems += [f"{name}: left over" for name in stored.keys() - expected.keys()]
+    problems += [f"{name}: in two shards" for name, count in counts.items() if count > 1]
+    for name in expected.keys() & stored.keys():
+        tensor, (dtype, shape, *_) = expected[name], stored[name]
+        dtypes = (torch.uint32,) if tensor.dtype is torch.uint32 else SCALE_DTYPES
         if tuple(tensor.shape) != shape or dtype not in dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             problems.append(f"{name}: expected {tuple(tensor.shape)} of {wanted}, got {shape} of {dtype}")
