@@ -104,5 +104,7 @@ class Within:
     def __eq__(self, found: object) -> bool:
         return bool(((found - self.logits).abs() <= self.bound).all())
 
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         return f"{self.logits} within {self.bound}"
