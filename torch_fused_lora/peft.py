@@ -365,9 +365,9 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 # -------------------------------------------------------------------------------------------------- quantised bases
 
-# What of a LoraConfig reads the base's weight as numbers, if it is set; and the starts that do not.
+# What of a LoraConfig reads the base's weight, if it is set; and the starts that do not, not even its dtype.
 _READ_WEIGHT = ("use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "target_parameters")
-_INDEPENDENT_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_INDEPENDENT_STARTS = (True, False, "gaussian", "eva")
 
 
 def guard_packed() -> None:
@@ -406,6 +406,6 @@ def _check_config(tuner: Any, config: Any) -> None:
     reads += [] if start in _INDEPENDENT_STARTS else [f"init_lora_weights={start!r}"]
     if reads:
         raise ValueError(
-            f"{' and '.join(reads)}: the weight of a base that is a torch_fused_lora.QuantLinear is packed words, which "
-            "this cannot read: call torch_fused_lora.dequantize_(model) first"
+            f"{' and '.join(reads)}: cannot read a base's weight that is packed words, as a QuantLinear's is: call "
+            "torch_fused_lora.dequantize_(model) first"
         )

@@ -127,6 +127,65 @@ for dtypes, (K, N), dropouts, reached in (
 """)
 
 
+def test_packed_words():
+    """Few rows in one pass with the low-rank term, and dequantised blocks: ragged tiles, every layout."""
+    interpret("""
+from tests.operators.test_lora_linear import laid_out
+from tests.operators.test_quantized import call
+from tests.reference import QuantizedLayer
+from torch_fused_lora.affine import quantize
+from torch_fused_lora.ops.lora_linear_quantized import portable, triton as quantized
+launched = []
+for name in ("product", "dequantize"):
+    def counting(*arguments, name=name, kernel=getattr(quantized, name)):
+        launched.append(name)
+        return kernel(*arguments)
+    setattr(quantized, name, counting)
+portable._BLOCK = 64 * 40
+half, wide = torch.float16, torch.float32
+for bits, group_size, M, (K, N, r), dtype, adapter_dtype, scale_dtype, layout in (
+    (4, 64, 1, (320, 37, 4), half, wide, half, "contiguous"),
+    (8, 32, 16, (96, 16, 20), half, wide, torch.bfloat16, "transposed"),
+    (4, 32, 2, (96, 90, 3), wide, wide, half, "contiguous"),
+    (4, 128, 5, (384, 20, 1), half, half, wide, "strided"),
+    (4, 32, 3, (32, 3, 0), half, None, wide, "offset"),
+    (8, 64, 17, (64, 90, 3), half, wide, half, "contiguous"),
+):
+    packed = quantize((torch.randn(N, K) * K**-0.5).to(scale_dtype), bits, group_size)
+    x, bias = laid_out((M, K), dtype, layout), torch.randn(N).to(dtype)
+    A, B = (laid_out(s, adapter_dtype, layout) for s in ((r, K), (N, r))) if r else (None, None)
+    leaves = [t.requires_grad_() for t in (x, bias, A, B) if t is not None]
+    for scaling in (0.5, torch.tensor(0.5)) if r else (1.0,):
+        launched.clear()
+        y = call(x, packed, bias, A, B, scaling)
+        few = M <= 16 and dtype == half
+        assert launched == ["product"] if few else set(launched) == {"dequantize"} and len(launched) > 1, launched
+        adapter = (A, B, 0.5) if r else (x.new_zeros(1, K), x.new_zeros(N, 1), 0.0)
+        layer = QuantizedLayer.of(x, packed, bias, *adapter)
+        layer.output().check(y.detach())
+        grad = torch.randn(M, N).to(dtype)
+        for name, found in zip(("x", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, leaves, grad)):
+            layer.gradients(grad)[name].check(found, name)
+    for to in (half, wide):
+        assert torch.equal(quantized.dequantize(packed, to), packed.dequantize(to))
+""")
+
+
+@pytest.mark.parametrize(("bits", "adapters"), [(4, True), (8, False)])
+def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(bits, adapters):
+    from torch_fused_lora.ops.lora_linear_quantized import triton as kernels
+
+    halves = dict.fromkeys(("out", "rows", "scales", "biases", "bias"), "*bf16")
+    types = halves | {"words": "*u8", "h": "*fp32", "lora_B": "*fp32", "scaling": "fp32"}
+    tiles = {"BITS": bits, "GROUP": 64, "BLOCK_N": 16, "BLOCK_K": 256}
+    for kernel in (kernels._product_kernel, kernels._dequantize_kernel):
+        constants = tiles if adapters else tiles | {"bias": None, "h": None, "lora_B": None}
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
+        compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+        assert len(compiled.asm["cubin"]) > 0
+
+
 @pytest.mark.parametrize("seed", [None, "*i64"])
 def test_triton_kernels_compile_for_an_nvidia_gpu(seed):
     """To machine code for Hopper, without one; with the seed as a number and as a tensor of the device."""

@@ -7,13 +7,15 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...affine import Packed
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..lora_linear.portable import add_delta_, low_rank_backward
-from ..rows import flat, packed, unflat
+from ..lora_linear.ways import limits_of, triton_kernels
+from ..rows import HALF, cast, flat, packed, unflat
 
 # Elements of W that are dequantised at a time: 4 MiB of float32 on a CPU, 32 MiB of a half dtype elsewhere. In backward
 # a block is of columns, no fewer than one group of each row.
@@ -37,13 +39,18 @@ def forward(
     group_size: int,
     save_h: bool,
 ) -> tuple[Tensor, Maybe]:
-    """The base product, then y += s h Bᵀ in place. Returns (y, h), h None unless it is to be saved."""
+    """The base product, then y += s h Bᵀ in place; of few half rows on an NVIDIA GPU both in one kernel, rounded once.
+    Returns (y, h), h None unless there is one that is to be saved."""
     (rows,) = packed(flat(x))
-    y = _product(rows, Packed(weight, scales, biases, bits, group_size), bias)
-    h = None
-    if lora_A is not None:
-        h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
-    return unflat(y, x), h
+    base, kernels, h = Packed(weight, scales, biases, bits, group_size), _triton(x.device, x.dtype), None
+    if kernels and x.dtype in HALF and seed is None and 0 < rows.shape[0] <= kernels.ROWS and weight.numel():
+        h = None if lora_A is None else F.linear(cast(rows, lora_A.dtype), lora_A)
+        y = kernels.product(rows, base, bias, h, lora_B, scaling)
+    else:
+        y = _product(rows, base, bias)
+        if lora_A is not None:
+            h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+    return unflat(y, x), h if save_h else None
 
 
 def backward(
@@ -98,11 +105,11 @@ def _product(rows: Tensor, weight: Packed, bias: Maybe) -> Tensor:
     (N, groups), K = weight.scales.shape, rows.shape[1]
     size = max(_block(rows) // max(K, 1), 1)
     if size >= N:
-        return F.linear(rows, weight.dequantize(rows.dtype), bias)
+        return F.linear(rows, _dequantized(weight, rows.dtype), bias)
     y = rows.new_empty(rows.shape[0], N)
     for start in range(0, N, size):
         part = slice(start, min(start + size, N))
-        block = weight.part(part, slice(0, groups)).dequantize(rows.dtype)
+        block = _dequantized(weight.part(part, slice(0, groups)), rows.dtype)
         y[:, part] = F.linear(rows, block, None if bias is None else bias[part])
     return y
 
@@ -112,14 +119,28 @@ def _product_backward(grad: Tensor, weight: Packed) -> Tensor:
     (N, groups), width = weight.scales.shape, weight.group_size
     size = max(_block(grad) // max(N * width, 1), 1)
     if size >= groups:
-        return grad.mm(weight.dequantize(grad.dtype))
+        return grad.mm(_dequantized(weight, grad.dtype))
     grad_x = grad.new_empty(grad.shape[0], groups * width)
     for start in range(0, groups, size):
         stop = min(start + size, groups)
-        block = weight.part(slice(0, N), slice(start, stop)).dequantize(grad.dtype)
+        block = _dequantized(weight.part(slice(0, N), slice(start, stop)), grad.dtype)
         grad_x[:, start * width : stop * width] = grad.mm(block)
     return grad_x
 
 
 def _block(rows: Tensor) -> int:
     return _BLOCK if rows.is_cpu else _BLOCK_ELSEWHERE
+
+
+def _dequantized(weight: Packed, dtype: torch.dtype) -> Tensor:
+    kernels = _triton(weight.words.device, dtype)
+    return kernels.dequantize(weight, dtype) if kernels and weight.words.numel() else weight.dequantize(dtype)
+
+
+def _triton(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module of Triton kernels where they compute, or None."""
+    if not limits_of(device.type).triton or dtype is torch.float64 or not triton_kernels():
+        return None
+    from . import triton
+
+    return triton
