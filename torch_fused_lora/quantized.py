@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from .ops.lora_linear_quantized import quantized_linear
 from .report import pattern
 
 _INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
-_BLOCK = 1 << 22  # elements that are quantised, or measured, at a time
+_BLOCK = 1 << 22  # elements that are quantised at a time
 
 
 class PackedWeight(nn.Module):
@@ -68,6 +69,15 @@ class PackedWeight(nn.Module):
             if isinstance(saved, Tensor) and saved.dtype in SCALE_DTYPES:
                 setattr(self, name, getattr(self, name).to(saved.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        words = self.weight
+        if id(words) not in memo:  # a head's and its embedding's are one; mps copies no uint32
+            copied = words.detach().view(torch.int32).clone().view(torch.uint32)
+            memo[id(words)] = nn.Parameter(copied, requires_grad=False)
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         words = self.weight.detach().view(torch.int32)  # pickle alone, without torch.save, fails on uint32
@@ -141,7 +151,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer._hold(_packed(linear.weight.detach(), bits, group_size), linear.weight.dtype)
+        layer._hold(_packed(linear.weight, bits, group_size)[0], linear.weight.dtype)
         layer.register_parameter("bias", linear.bias)
         return layer.train(linear.training)
 
@@ -234,10 +244,10 @@ def quantize_(
     before = _bytes(model)
     errors: dict[str, float] = {}
     for names in by_weight.values():
-        weight = layers[names[0]].weight.detach()
-        packed = _packed(weight, bits, group_size)
+        weight = layers[names[0]].weight
+        packed, error = _packed(weight, bits, group_size)
         packed = packed._replace(words=nn.Parameter(packed.words, requires_grad=False))
-        errors |= dict.fromkeys(names, _error(weight, packed))
+        errors |= dict.fromkeys(names, error)
         for name in names:
             become_packed(layers[name], packed, weight.dtype)
     guard()
@@ -350,28 +360,16 @@ def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in SCALE_DTYPES else torch.float32
 
 
-def _packed(weight: Tensor, bits: int, group_size: int) -> Packed:
-    """As `quantize`, a block of rows at a time."""
-    weight = weight.to(_scale_dtype(weight.dtype))
-    blocks = [quantize(block, bits, group_size) for block in weight.split(_rows(weight))]
-    words, scales, biases = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:3])
-    return Packed(words, scales, biases, bits, group_size)
-
-
-def _error(weight: Tensor, packed: Packed) -> float:
-    """‖Ŵ - W‖ / ‖W‖."""
-    rows, groups = _rows(weight), slice(0, packed.scales.shape[1])
-    difference = total = 0.0
-    for start in range(0, len(weight), rows):
-        block = weight[start : start + rows].float()
-        found = packed.part(slice(start, start + rows), groups).dequantize(torch.float32)
-        difference += float((found - block).square().sum())
+def _packed(weight: Tensor, bits: int, group_size: int) -> tuple[Packed, float]:
+    """As `quantize`, a block of rows at a time; and ‖Ŵ - W‖ / ‖W‖."""
+    blocks, difference, total = [], 0.0, 0.0
+    for block in weight.detach().split(max(_BLOCK // max(weight.shape[1], 1), 1)):
+        blocks.append(quantize(block.to(_scale_dtype(block.dtype)), bits, group_size))
+        block = block.float()
+        difference += float((blocks[-1].dequantize(torch.float32) - block).square().sum())
         total += float(block.square().sum())
-    return (difference / total) ** 0.5 if total else 0.0
-
-
-def _rows(weight: Tensor) -> int:
-    return max(_BLOCK // max(weight.shape[1], 1), 1)
+    words, scales, biases = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:3])
+    return Packed(words, scales, biases, bits, group_size), (difference / total) ** 0.5 if total else 0.0
 
 
 def _bytes(model: nn.Module) -> int:

@@ -72,7 +72,9 @@ def test_gemma_quantised_whole(tied):
     if tied:
         assert report.bytes_after < 0.3 * report.bytes_before  # the shared words are counted once
     quantised = model(IDS).logits
-    assert torch.equal(copy.deepcopy(model)(IDS).logits, quantised)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(IDS).logits, quantised)
+    assert (copied.lm_head.weight is copied.model.embed_tokens.weight) is tied
     tfl.dequantize_(model)
     assert type(table).__name__ == "Gemma3TextScaledWordEmbedding"
     assert (head.weight is table.weight) is tied

@@ -36,13 +36,12 @@ SCHEMAS = {
     "float dropout_p=0., Tensor? seed=None) -> Tensor",
     "lora_linear_backward": "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling, "
     "Tensor? h, Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
-    "lora_linear_quantized": "(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias, Tensor? lora_A, "
-    "Tensor? lora_B, Tensor scaling, float dropout_p=0., Tensor? seed=None, int bits=4, int group_size=64) -> Tensor",
+    "lora_linear_quantized_forward": "(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias, "
+    "Tensor? lora_A, Tensor? lora_B, Tensor scaling, Tensor? seed, float[] dropout_p, SymInt[] ranks, int bits, "
+    "int group_size, bool save_h) -> (Tensor, Tensor)",
     "lora_linear_quantized_backward": "(Tensor grad, Tensor? x, Tensor weight, Tensor scales, Tensor biases, "
     "Tensor? lora_A, Tensor? lora_B, Tensor scaling, Tensor? h, Tensor? seed, float[] dropout_p, SymInt[] ranks, "
     "int bits, int group_size, bool[] needs) -> Tensor[]",
-    "quantized_linear": "(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias=None, int bits=4, "
-    "int group_size=64) -> Tensor",
     "rms_norm": "(Tensor x, Tensor? weight, float eps=9.9999999999999995e-07) -> Tensor",
     "rms_norm_backward": "(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, bool[2] needs) -> Tensor[]",
     "softmax": "(Tensor x, int dim=-1) -> Tensor",

@@ -1,10 +1,8 @@
 """`lora_linear` over a weight in MLX's affine format (`affine.py`), with its adapter or without, as one operator.
 
-``lora_linear_quantized(x, weight, scales, biases, bias, lora_A, lora_B, scaling, dropout_p, seed, bits, group_size)``
-    The public one, and ``quantized_linear(x, weight, scales, biases, bias, bits, group_size)``: both are
-    ``lora_linear_quantized_forward`` without the rank-r product, the latter with neither lora_A nor lora_B.
 ``lora_linear_quantized_forward(..., seed, dropout_p[], ranks[], bits, group_size, save_h) -> (y, h)``
-    As ``lora_linear_forward``, with packed words, scales and biases in the place of the weight.
+    As ``lora_linear_forward``, with packed words, scales and biases in the place of the weight. With neither lora_A nor
+    lora_B it is `quantized_linear`.
 ``lora_linear_quantized_backward(...) -> Tensor[]``
     Of the gradients of x, bias, lora_A, lora_B and scaling those asked for. What is packed has none.
 """
@@ -33,8 +31,6 @@ from ..dispatch import (
     Route,
     Saved,
     are_plain,
-    define,
-    implement,
     route,
     savable,
 )
@@ -364,48 +360,7 @@ def _check_adapter(
 
 
 _operator = _Quantized()
-define(
-    "lora_linear_quantized",
-    "(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias, Tensor? lora_A, Tensor? lora_B, "
-    "Tensor scaling, float dropout_p=0.0, Tensor? seed=None, int bits=4, int group_size=64) -> Tensor",
-)
-define(
-    "quantized_linear",
-    "(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias=None, int bits=4, int group_size=64) "
-    "-> Tensor",
-)
 _ops = getattr(torch.ops, NAMESPACE)
-
-
-def _public(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    biases: Tensor,
-    bias: Maybe,
-    lora_A: Maybe,
-    lora_B: Maybe,
-    scaling: Tensor,
-    dropout_p: float = 0.0,
-    seed: Maybe = None,
-    bits: int = 4,
-    group_size: int = 64,
-) -> Tensor:
-    if dropout_p > 0 and seed is None:
-        raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-dim int64 CPU tensor, got None")
-    options = seed, (dropout_p,) if seed is not None else (), (), bits, group_size, False
-    return _ops.lora_linear_quantized_forward(x, weight, scales, biases, bias, lora_A, lora_B, scaling, *options)[0]
-
-
-def _public_base(
-    x: Tensor, weight: Tensor, scales: Tensor, biases: Tensor, bias: Maybe = None, bits: int = 4, group_size: int = 64
-) -> Tensor:
-    base = x, weight, scales, biases, bias
-    return _public(*base, None, None, as_scaling(1.0, x), bits=bits, group_size=group_size)
-
-
-implement("lora_linear_quantized", _public, "CompositeImplicitAutograd", "FuncTorchBatched")
-implement("quantized_linear", _public_base, "CompositeImplicitAutograd", "FuncTorchBatched")
 
 
 @register_flop_formula(_ops.lora_linear_quantized_forward)
