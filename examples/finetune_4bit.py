@@ -54,7 +54,7 @@ def gemma(folder: Path) -> tuple[nn.Module, Encode]:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-    del model.config.quantization_config  # GGUF's: it is dequantised
+    model.hf_quantizer.remove_quantization_config(model)  # GGUF's, as which it could not be saved: it is dequantised
     return model, lambda text: tokenizer(text)["input_ids"]
 
 
