@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -349,6 +350,32 @@ def test_a_step_of_each_kind_of_adapter(options):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     if not options.get("lora_dropout"):
         assert tfl.check_peft(model, **batch()).ok
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of this package's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "torch_fused_lora":
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_is_one_operator_unless_its_base_has_to_be_called():
+    model = with_lora(quantized())
+    tfl.patch_peft(model)
+    with Operators() as operators:
+        model(**batch())
+    assert operators.names == ["lora_linear_quantized_forward"] * 14
+    model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer").register_forward_hook(lambda *_: None)
+    with Operators() as operators:
+        model(**batch())
+    assert operators.names.count("lora_linear_quantized_forward") == 14  # one of them the base, without an adapter
+    assert operators.names.count("lora_delta_forward") == 1
 
 
 def test_several_adapters_switched_disabled_and_saved(tmp_path):

@@ -177,7 +177,7 @@ def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(bits, adapters):
 
     halves = dict.fromkeys(("out", "rows", "scales", "biases", "bias"), "*bf16")
     types = halves | {"words": "*u8", "h": "*fp32", "lora_B": "*fp32", "scaling": "fp32"}
-    tiles = {"BITS": bits, "GROUP": 64, "BLOCK_N": 16, "BLOCK_K": 256}
+    tiles = {"BITS": bits, "GROUP": 64, "BLOCK_N": 32, "BLOCK_K": 256}
     for kernel in (kernels._product_kernel, kernels._dequantize_kernel):
         constants = tiles if adapters else tiles | {"bias": None, "h": None, "lora_B": None}
         constants = {key: value for key, value in constants.items() if key in kernel.arg_names}

@@ -108,7 +108,7 @@ def _product(rows: Tensor, weight: Packed, bias: Maybe) -> Tensor:
         return F.linear(rows, _dequantized(weight, rows.dtype), bias)
     y = rows.new_empty(rows.shape[0], N)
     for start in range(0, N, size):
-        part = slice(start, min(start + size, N))
+        part = slice(start, start + size)
         block = _dequantized(weight.part(part, slice(0, groups)), rows.dtype)
         y[:, part] = F.linear(rows, block, None if bias is None else bias[part])
     return y
@@ -122,7 +122,7 @@ def _product_backward(grad: Tensor, weight: Packed) -> Tensor:
         return grad.mm(_dequantized(weight, grad.dtype))
     grad_x = grad.new_empty(grad.shape[0], groups * width)
     for start in range(0, groups, size):
-        stop = min(start + size, groups)
+        stop = start + size
         block = _dequantized(weight.part(slice(0, N), slice(start, stop)), grad.dtype)
         grad_x[:, start * width : stop * width] = grad.mm(block)
     return grad_x

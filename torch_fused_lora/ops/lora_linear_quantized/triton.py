@@ -2,7 +2,8 @@
 dequantisation for torch's own products of many.
 
 Least traffic of the product: the packed bytes, once; a tile of the weight exists in registers only. It and the weight
-that `dequantize` writes are formed in float32 and rounded once to x's dtype.
+that `dequantize` writes are formed in float32 and rounded once to x's dtype. Block sizes are the best of a sweep on an
+H200.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def product(rows: Tensor, packed: Packed, bias: Maybe, h: Maybe, lora_B: Maybe, 
     R = 0 if h is None else h.shape[1]
     kinds = tuple(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
     _launch_product(
-        rows.device, (-(-N // 16), 1, 1), (K, N, R, strides, kinds, bits, group_size),
-        out, *tensors, 1.0 if isinstance(scaling, Tensor) else scaling, M, K, N, R, *strides, bits, group_size, 16, 256,
+        rows.device, (-(-N // 32), 1, 1), (K, N, R, strides, kinds, bits, group_size),
+        out, *tensors, 1.0 if isinstance(scaling, Tensor) else scaling, M, K, N, R, *strides, bits, group_size, 32, 256,
     )  # fmt: skip
     return out
 
