@@ -131,7 +131,7 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
     paths = [name.removesuffix(".lora_a") for name in stored if name.endswith(".lora_a")]
     fitting = {name for path in paths for name in _fitting(path, modules.get(path), stored)}
     odd = {name: f"{tensor.dtype} of shape {tensor.shape}" for name, tensor in stored.items() if name not in fitting}
-    _refuse(f"{folder}: no adapter of a linear layer of the model", odd)
+    _refuse(f"{folder}: no adapter of a linear layer of the model", odd if paths else {"*": "no lora_a"})
     factors = {path: _factors(*(stored[f"{path}.lora_{side}"].read() for side in "ab")) for path in paths}
 
     scale = config["lora_parameters"]["scale"]

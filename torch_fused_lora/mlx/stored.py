@@ -44,14 +44,17 @@ def header(path: Path) -> dict[str, Stored]:
         start = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < start <= size:
             raise ValueError(f"{path}: expected a safetensors file, got a header of {start - 8} bytes in {size}")
-        entries = json.loads(file.read(start - 8))
+        try:
+            entries = json.loads(file.read(start - 8))
+            entries.pop("__metadata__", None)
+            parts = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected a safetensors file, got another header") from error
     found = {}
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
-            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-            wanted = math.prod(shape) * dtype.itemsize if isinstance(dtype, torch.dtype) else end - begin
-            if min(begin, *shape) < 0 or end - begin != wanted or start + end > size:
-                raise ValueError(f"{path}: {name}: {entry} does not fit a file of {size} bytes")
-            found[name] = Stored(dtype, shape, path, start + begin)
+    for name, (word, shape, begin, end) in parts.items():
+        dtype = _DTYPES.get(word, word)
+        wanted = math.prod(shape) * dtype.itemsize if isinstance(dtype, torch.dtype) else end - begin
+        if min((begin, *shape)) < 0 or end - begin != wanted or start + end > size:
+            raise ValueError(f"{path}: {name}: {entries[name]} does not fit a file of {size} bytes")
+        found[name] = Stored(dtype, shape, path, start + begin)
     return found

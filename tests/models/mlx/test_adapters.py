@@ -205,6 +205,14 @@ def test_tensors_that_do_not_fit(message, tmp_path):
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
+def test_no_tensors(tmp_path):
+    save(tmp_path / "hf", "llama")
+    tfl.save_mlx_adapters(adapted(tmp_path / "hf"), tmp_path / "adapters")
+    save_file({}, tmp_path / "adapters" / "adapters.safetensors")
+    with pytest.raises(ValueError, match=r"no adapter of a linear layer of the model: .*no lora_a"):
+        tfl.load_mlx_adapters(_plain(tmp_path), tmp_path / "adapters")
+
+
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_other_fine_tuning(kind, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": kind}))

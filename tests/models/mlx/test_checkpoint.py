@@ -229,6 +229,23 @@ def test_a_file_that_is_cut_off(keep, message, tmp_path):
         tfl.load_mlx(folder)
 
 
+@pytest.mark.parametrize("text", [b"{}[", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}'])
+def test_a_header_of_another_kind(text, tmp_path):
+    folder = convert(tmp_path)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file, got another header"):
+        tfl.load_mlx(folder)
+
+
+@pytest.mark.parametrize("entry", [{"data_offsets": [-4, 0]}, {"shape": [-1, -1]}, {"shape": [1 << 40]}])
+def test_sizes_are_checked_before_anything_is_allocated(entry, tmp_path):
+    folder = convert(tmp_path)
+    text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match="does not fit a file of"):
+        tfl.load_mlx(folder)
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
