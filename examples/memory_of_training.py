@@ -49,7 +49,8 @@ def base_bytes(model: nn.Module, bits: int, group_size: int) -> int:
 
 def modelled(name: str, lengths: tuple[int, ...], rank: int) -> tuple[float, float, list[float]]:
     """GiB of the base, of the adapters with their gradients and AdamW's two moments, and of a step at each length:
-    batches of one sequence, gradient checkpointing, attention that keeps its probabilities."""
+    batches of one sequence, gradient checkpointing, attention that keeps its probabilities. At its most, a step holds
+    every layer's input and either the loss's tensors, or what one layer keeps and as much again in gradients."""
     config = config_of(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -67,7 +68,7 @@ def modelled(name: str, lengths: tuple[int, ...], rank: int) -> tuple[float, flo
         layer = saved_bytes(lambda x=x, a=angles, m=mask: inner.layers[0](x, attention_mask=m, position_embeddings=a))
         inputs = config.num_hidden_layers * x.nbytes
         loss = length * config.vocab_size * LOSS_BYTES
-        steps.append((base + adapters + inputs + max(layer, loss)) / GIB)
+        steps.append((base + adapters + inputs + max(2 * layer, loss)) / GIB)
     return base / GIB, adapters / GIB, steps
 
 
