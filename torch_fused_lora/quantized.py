@@ -228,7 +228,7 @@ def quantize_(
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: a format that is not supported; a weight, which is named, that is not finite, is shared with another
-            module, or does not divide into groups.
+            module, has adapters merged into it, or does not divide into groups.
     """
     _check_format(bits, group_size)
     tables = dict(_layers(model, QuantEmbedding.takes, skip)) if embeddings else {}
@@ -309,17 +309,17 @@ def _layers(
     """The layers to quantise, by name."""
     modules = _modules(model)
     skipped = [f".{part}." for part in ([skip] if isinstance(skip, str) else skip)]
-    adapters = [f"{name}.{part}." for name, module in modules.items() for part in _adapters(module)]
+    adapters: list[str] = []  # what PEFT adds to layers that it has wrapped
+    for name, module in modules.items():
+        if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
+            if module.merged:
+                raise ValueError(f"{name}: adapters are merged into its base: unmerge them first")
+            adapters += [f"{name}.{part}." for part in module.adapter_layer_names]
     for name, module in modules.items():
         if takes(module) and "forward" not in module.__dict__:
             within = any(f"{name}.".startswith(prefix) for prefix in adapters)
             if not within and not any(part in f".{name}." for part in skipped):
                 yield name, module
-
-
-def _adapters(module: nn.Module) -> Sequence[str]:
-    """The names of what PEFT adds to a layer that it has wrapped."""
-    return getattr(module, "adapter_layer_names", ()) if hasattr(module, "base_layer") else ()
 
 
 def _check_format(bits: int, group_size: int) -> None:
@@ -362,13 +362,15 @@ def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _packed(weight: Tensor, bits: int, group_size: int) -> tuple[Packed, float]:
     """As `quantize`, a block of rows at a time; and ‖Ŵ - W‖ / ‖W‖."""
-    blocks, difference, total = [], 0.0, 0.0
+    blocks: list[Packed] = []
+    difference = total = 0.0
     for block in weight.detach().split(max(_BLOCK // max(weight.shape[1], 1), 1)):
         blocks.append(quantize(block.to(_scale_dtype(block.dtype)), bits, group_size))
         block = block.float()
         difference += float((blocks[-1].dequantize(torch.float32) - block).square().sum())
         total += float(block.square().sum())
-    words, scales, biases = (torch.cat(parts) for parts in list(zip(*blocks, strict=True))[:3])
+    words = torch.cat([block.words.view(torch.int32) for block in blocks]).view(torch.uint32)  # few take uint32
+    scales, biases = (torch.cat([getattr(block, name) for block in blocks]) for name in ("scales", "biases"))
     return Packed(words, scales, biases, bits, group_size), (difference / total) ** 0.5 if total else 0.0
 
 

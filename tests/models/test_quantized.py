@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -84,7 +85,8 @@ def linear(K=128, N=24, bias=True, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_from_linear(bits, bias):
+def test_from_linear(bits, bias, monkeypatch):
+    monkeypatch.setattr(tfl.quantized, "_BLOCK", 5 * 128)  # of 24 rows
     base = linear(bias=bias).eval()
     layer = tfl.QuantLinear.from_linear(base, bits, 32)
     assert isinstance(layer, nn.Linear)
@@ -242,6 +244,19 @@ def test_after_peft_the_bases_are_quantised_and_the_adapters_are_not():
     model(**batch()).loss.backward()
 
 
+def test_merged_adapters_are_refused():
+    model = with_lora(language_model())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="q_proj: adapters are merged into its base: unmerge them first"):
+        tfl.quantize_(model)
+    assert not layers_of(model)
+
+
+def test_a_lora_linear_is_not_made_of_words():
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got QuantLinear"):
+        tfl.LoRALinear.from_linear(tfl.QuantLinear(64, 2))
+
+
 def spoil(model, how):
     layer = model.model.layers[1].mlp.down_proj
     if how == "nan":
@@ -376,6 +391,23 @@ def test_a_layer_is_one_operator_unless_its_base_has_to_be_called():
         model(**batch())
     assert operators.names.count("lora_linear_quantized_forward") == 14  # one of them the base, without an adapter
     assert operators.names.count("lora_delta_forward") == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_patched_model_compiles(keep):
+    model = with_lora(
+        nn.Sequential(tfl.QuantLinear.from_linear(linear(64, 64, dtype=torch.float32))), target_modules=["0"]
+    )
+    tfl.patch_peft(model)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    torch.compiler.reset()
+    with tfl.keep_operators() if keep else contextlib.nullcontext():
+        found = torch.compile(model, fullgraph=True)(x)
+    torch.testing.assert_close(found, expected)
+    for both in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(*both)
 
 
 def test_several_adapters_switched_disabled_and_saved(tmp_path):

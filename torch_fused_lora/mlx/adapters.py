@@ -58,6 +58,8 @@ def save_mlx_adapters(model: PeftModel, folder: str | Path, adapter_name: str | 
     refused = {path: reason for path, layer in layers.items() if (reason := _why_not(layer, name, embedding))}
     factors = {path: [state.pop(f"{_PREFIX}{path}.lora_{side}.weight").float() for side in "AB"] for path in layers}
     refused |= {key.removeprefix(_PREFIX): "a tensor that its adapters do not have" for key in state}
+    if model.peft_config[name].layer_replication:
+        refused["layer_replication"] = "layers that its model does not have"
     _refuse("mlx-lm cannot express the adapter", refused)
 
     scalings = {path: float(layers[path].scaling[name]) for path in factors}

@@ -146,6 +146,7 @@ CANNOT = {
     "lm_head.weight: a tensor that": {"modules_to_save": ["lm_head"]},
     "embed_tokens.lora_embedding_A: a tensor that": {"target_modules": [*ATTENTION, "embed_tokens"]},
     "embed_tokens.token_adapter.trainable_tokens_delta: a tensor": {"trainable_token_indices": [1]},
+    "layer_replication: layers that": {"layer_replication": [[0, 2], [1, 2]]},
     "mlp.up_proj: LoRA over a": {"target_parameters": ["mlp.up_proj.weight"]},
 }
 
