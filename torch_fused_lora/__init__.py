@@ -14,7 +14,7 @@ from .ops.lora_linear import lora_linear
 from .ops.lora_linear_quantized import lora_linear_quantized, quantized_linear
 from .ops.rms_norm import rms_norm
 from .ops.softmax import softmax
-from .quantized import QuantLinear, dequantize_, quantize_
+from .quantized import QuantEmbedding, QuantLinear, dequantize_, quantize_
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ extension.load()
 
 __all__ = [
     "LoRALinear",
+    "QuantEmbedding",
     "QuantLinear",
     "check_peft",
     "dequantize_",
