@@ -19,7 +19,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .check import check_peft
-    from .mlx_adapters import load_mlx_adapters, save_mlx_adapters
+    from .mlx import load_mlx, load_mlx_adapters, save_mlx_adapters
     from .peft import patch_peft, unpatch_peft
 
 extension.load()
@@ -31,6 +31,7 @@ __all__ = [
     "check_peft",
     "dequantize_",
     "keep_operators",
+    "load_mlx",
     "load_mlx_adapters",
     "lora_delta",
     "lora_linear",
@@ -47,18 +48,19 @@ __all__ = [
 ]
 
 
+# PEFT is optional and slow to import: it is imported by whoever patches a model.
 _WITH_PEFT = {
-    "check_peft": ".check",
-    "load_mlx_adapters": ".mlx_adapters",
-    "patch_peft": ".peft",
-    "save_mlx_adapters": ".mlx_adapters",
-    "unpatch_peft": ".peft",
+    "check_peft": "check",
+    "load_mlx": "mlx",
+    "load_mlx_adapters": "mlx",
+    "patch_peft": "peft",
+    "save_mlx_adapters": "mlx",
+    "unpatch_peft": "peft",
 }
 
 
 def __getattr__(name: str) -> object:
-    # PEFT is optional and slow to import: it is imported by whoever patches a model.
     if name in _WITH_PEFT:
         importlib.import_module(".peft", __name__)  # first: it says what to install
-        return getattr(importlib.import_module(_WITH_PEFT[name], __name__), name)
+        return getattr(importlib.import_module(f".{_WITH_PEFT[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
