@@ -82,7 +82,7 @@ METAL_FUNC RunOf<T> fetch_run(device const T* source, uint stride, uint count, b
     if (uint(i) < count) {
       run.set(i, *source);
     }
-    source += stride;
+    source += stride;  // not eight offsets, which would stay in registers from one call to the next
   }
   return run;
 }

@@ -26,17 +26,17 @@ struct DecodeConfiguration {
 };
 
 struct DeltaConfiguration {
-  uint32_t rank_blocks, width;  // of the tiles: ranks / BLOCK, columns
+  uint32_t rank_blocks, width;   // of the tiles of x: ranks / BLOCK, columns
   uint32_t row_blocks;           // of a threadgroup
-  uint32_t simdgroups;           // those that have the same rows share the columns of a tile
-  uint32_t k_splits, k_columns;  // threadgroups that share the columns of x, and how many each has; 1: one dispatch
-  uint32_t splits, columns;     // threadgroups that share the columns of y, and how many each has
+  uint32_t up_row_blocks;        // in the second dispatch
+  uint32_t k_splits, k_columns;  // threadgroups that share the columns of x, and how many each has
+  uint32_t splits, columns;      // threadgroups that share the columns of y, and how many each has
 
   static constexpr Field<DeltaConfiguration> fields[] = {
       {"rank_blocks", &DeltaConfiguration::rank_blocks, {}, true},
       {"width", &DeltaConfiguration::width, {}, true},
       {"row_blocks", &DeltaConfiguration::row_blocks, {1, 2, 4}},
-      {"simdgroups", &DeltaConfiguration::simdgroups, {1, 2, 4, 8}},
+      {"up_row_blocks", &DeltaConfiguration::up_row_blocks, {}, true},
       {"k_splits", &DeltaConfiguration::k_splits},
       {"k_columns", &DeltaConfiguration::k_columns, {}, true},
       {"splits", &DeltaConfiguration::splits},

@@ -289,7 +289,7 @@ class Kernels(Launcher):
         )
         problem = DeltaProblem(is_backward, *dtypes, *operands, out is not None, save, offset, dropout, self.gpu_cores)
         launches, splits, elements = self._plan(problem)
-        return launches, fresh(torch.empty(0), splits, elements) if splits > 1 else None
+        return launches, fresh(torch.empty(0), splits, elements) if elements else None
 
     def gemm(self, x, weight, bias, lora_B, h, scaling) -> Tensor:
         """y (M, N), of a weight packed or not; without an adapter where h is None."""

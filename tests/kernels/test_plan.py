@@ -15,7 +15,7 @@ from tests.kernels.test_row_kernels import check_rms_norm, check_softmax, randn
 from tests.kernels.traffic import Case, operands_meta
 
 KERNELS = "lora_decode, lora_delta, lora_gemm, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
-DELTA_FIELDS = "row_blocks, simdgroups, k_splits, splits"
+DELTA_FIELDS = "row_blocks, k_splits, splits"
 ROW_FIELDS = "row_simdgroups, rows, groups"
 REFUSED = {
     "lora_delta": "lora_delta: expected kernel.field=number",
@@ -61,8 +61,8 @@ LORA = [
     "lora_decode.dispatches=1",
     "lora_decode.dispatches=2",
     "lora_delta.row_blocks=1",
-    "lora_delta.row_blocks=4,lora_delta.simdgroups=8",
-    "lora_delta.row_blocks=2,lora_delta.simdgroups=1",
+    "lora_delta.row_blocks=2",
+    "lora_delta.row_blocks=4",
     "lora_delta.k_splits=1",
     "lora_delta.k_splits=3,lora_delta.splits=2",
     "lora_delta.k_splits=4294967295",

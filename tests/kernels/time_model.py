@@ -6,13 +6,12 @@ memory's bytes over its bandwidth, plus the steps that wait for each other on th
 times the threadgroups that a core has one after the other. The executor counts all of it, in trace mode, on the
 launch's first threadgroup, which speaks for all. chips.tsv has the constants.
 
-Launches, bytes, multiplies and steps alone put 22 of 28 launches within 1.5 of the H100's times, one 2.8 times off, and
-12 of 517 pairs in the wrong order, at their best fit. Missing were simd operations in the chain (a simd_sum, a load of
-a matrix), threadgroup memory's bytes, and how many threadgroups a core has room for. Still missing: instructions that
-are neither, which make the row kernels and lora_decode on few cores up to twice as slow as modelled, and multiplies
-that overlap (lora_grad at rank 64 is modelled too slow).
+Of the first kernels, launches, bytes, multiplies and steps alone put 22 of 28 within 1.5 of an H100's times and 12
+of 517 pairs in the wrong order: missing were simd operations in the chain (a simd_sum, a load of a matrix), threadgroup
+memory's bytes, and how many threadgroups a core has room for. Still missing: instructions that are none of these, which
+make the row kernels on few cores up to twice as slow as modelled.
 
-``--check`` compares the model with what was measured on an H100 (docs/metal_on_an_nvidia_gpu.json), where the same
+``--check`` compares the model with what was measured on an H200 (docs/metal_on_an_nvidia_gpu.json), where the same
 kernels are launched now.
 ``--plot FILE`` draws the table.
 """
@@ -161,9 +160,9 @@ def counts(gpu_cores: int, launch_all: Callable[[Dispatches], object]) -> list[C
     return found
 
 
-# ------------------------------------------------------------------------------------------------ against the H100
+# ------------------------------------------------------------------------------------------------ against the H200
 
-COLUMNS = [("us", "H100", None), ("us_fma", "H100 FMA", ("lora_delta", "lora_grad")), ("us_for_40_cores", "H100", None)]
+COLUMNS = [("us", "H200", None), ("us_fma", "H200 FMA", ("lora_delta", "lora_grad")), ("us_for_40_cores", "H200", None)]
 
 
 def compared(column: str, chip: Chip, kernels: Sequence[str] | None = None) -> Iterator[tuple[str, float, float]]:
@@ -328,7 +327,7 @@ def draw(found: Mapping[tuple[str, str, int], Mapping[int, Mapping[str, float]]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare with what was measured on an H100")
+    parser.add_argument("--check", action="store_true", help="compare with what was measured on an H200")
     parser.add_argument("--size", type=int, default=4096, help="of the layer")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests import ROOT
 from tests.emulator.metal_on_cpu import Report
-from tests.kernels.launch_plan import Kernels, Launch
+from tests.kernels.launch_plan import Kernels
 from tests.kernels.row_plan import RowKernels
 from torch_fused_lora.affine import Packed
 
@@ -173,24 +173,18 @@ def model_decode(case: Case) -> Moved:
 
 def model_delta(case: Case) -> Moved:
     x, _, _, A, B, y = operands_meta(case)
-    launches = Kernels(case.gpu_cores).plan_delta(y, x, A, B)
-    splits, row_tiles = (launches[0].threads[0] // launches[0].group[0], launches[0].threads[1])
-    again, partial = (splits, 0) if len(launches) == 1 else (1, 4 * splits * _padded(case, launches[0]))
-    column_splits = launches[-1].threads[0] // launches[-1].group[0]
+    down, up = Kernels(case.gpu_cores).plan_delta(y, x, A, B)
+    k_splits, column_splits = (launch.threads[0] // launch.group[0] for launch in (down, up))
+    rank_blocks = int(down.kernel.decode().split("_")[5])
+    partial = 4 * k_splits * case.M * 8 * rank_blocks
     return {
-        "x": (again * case.bytes("x"), 0),
-        "lora_A": (again * row_tiles * case.bytes("lora_A"), 0),
-        "lora_B": (row_tiles * case.bytes("lora_B"), 0),
+        "x": (case.bytes("x"), 0),
+        "lora_A": (down.threads[1] * case.bytes("lora_A"), 0),
+        "lora_B": (up.threads[1] * case.bytes("lora_B"), 0),
         "y": (case.bytes("y"), case.bytes("y")),
         "h": (0, 0),
         "partial": (column_splits * partial, partial),
     }
-
-
-def _padded(case: Case, launch: Launch) -> int:
-    """Elements of h that lora_delta has in its tiles."""
-    rows = 8 * int(launch.kernel.decode().split("_")[5])
-    return launch.threads[1] * rows * -(-case.r // 8) * 8
 
 
 def model_gemm(case: Case, is_backward: bool) -> Moved:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from transformers import (
 )
 
 import torch_fused_lora as tfl
+from tests import ROOT
 from torch_fused_lora.affine import quantize
 from torch_fused_lora.decide import DISABLED, INACTIVE
 
@@ -84,7 +88,8 @@ def linear(K=128, N=24, bias=True, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_from_linear(bits, bias):
+def test_from_linear(bits, bias, monkeypatch):
+    monkeypatch.setattr(tfl.quantized, "_BLOCK", 5 * 128)  # of 24 rows
     base = linear(bias=bias).eval()
     layer = tfl.QuantLinear.from_linear(base, bits, 32)
     assert isinstance(layer, nn.Linear)
@@ -242,6 +247,19 @@ def test_after_peft_the_bases_are_quantised_and_the_adapters_are_not():
     model(**batch()).loss.backward()
 
 
+def test_merged_adapters_are_refused():
+    model = with_lora(language_model())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="q_proj: adapters are merged into its base: unmerge them first"):
+        tfl.quantize_(model)
+    assert not layers_of(model)
+
+
+def test_a_lora_linear_is_not_made_of_words():
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got QuantLinear"):
+        tfl.LoRALinear.from_linear(tfl.QuantLinear(64, 2))
+
+
 def spoil(model, how):
     layer = model.model.layers[1].mlp.down_proj
     if how == "nan":
@@ -378,6 +396,23 @@ def test_a_layer_is_one_operator_unless_its_base_has_to_be_called():
     assert operators.names.count("lora_delta_forward") == 1
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_patched_model_compiles(keep):
+    model = with_lora(
+        nn.Sequential(tfl.QuantLinear.from_linear(linear(64, 64, dtype=torch.float32))), target_modules=["0"]
+    )
+    tfl.patch_peft(model)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    torch.compiler.reset()
+    with tfl.keep_operators() if keep else contextlib.nullcontext():
+        found = torch.compile(model, fullgraph=True)(x)
+    torch.testing.assert_close(found, expected)
+    for both in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(*both)
+
+
 def test_several_adapters_switched_disabled_and_saved(tmp_path):
     model = with_lora(quantized())
     for name in ("second", "third"):
@@ -425,6 +460,22 @@ def test_merging_is_refused_until_the_base_is_dequantised(patched):
     torch.testing.assert_close(model.merge_and_unload()(**batch()).logits, expected)
     kept = with_lora(quantized(), target_modules=["lm_head"])  # whose base is not packed
     kept.merge_and_unload()
+
+
+def test_a_loaded_layer_is_guarded_in_a_new_process(tmp_path):
+    (tmp_path / "model").write_bytes(pickle.dumps(nn.Sequential(tfl.QuantLinear.from_linear(linear(64, 8)))))
+    script = """
+import pickle, sys
+model = pickle.loads(open(sys.argv[1], "rb").read())
+from peft import LoraConfig, get_peft_model
+try:
+    get_peft_model(model, LoraConfig(target_modules=["0"])).merge_and_unload()
+except ValueError as error:
+    assert "packed words" in str(error)
+else:
+    raise AssertionError("merged")
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model"], check=True, cwd=ROOT)
 
 
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}

@@ -15,12 +15,21 @@ from tests import ROOT
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-# The interpreter multiplies no bfloat16: float16, and a plain product.
+from torch_fused_lora.affine import Packed  # noqa: E402
+from torch_fused_lora.ops import launcher  # noqa: E402
+from torch_fused_lora.ops.lora_linear import gluon, ways  # noqa: E402
+from torch_fused_lora.ops.lora_linear import triton as kernels  # noqa: E402
+from torch_fused_lora.ops.lora_linear_quantized import triton as quantized  # noqa: E402
+
+# The interpreter multiplies no bfloat16: float16, and a plain product. What is allocated begins as NaN.
 INTERPRETED = """
 import torch
 from torch_fused_lora.ops.lora_linear import triton as kernels, ways
-ways.TABLE['cpu'], ways.FEW = ways.Limits(block=1 << 21, triton=True), 0
+ways.TABLE['cpu'] = ways.Limits(block=1 << 21, triton=True, carrying=1024)
+torch.use_deterministic_algorithms(True)
 tl = kernels.tl
 kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
 """
@@ -32,21 +41,23 @@ def interpret(script: str) -> None:
 
 
 def test_triton_kernels():
-    """What an NVIDIA GPU does with many half rows and float32 adapters, executed by Triton's interpreter on the CPU
-    (test_cuda.py does it on a GPU): ragged blocks, several blocks of rank, strided operands."""
+    """What an NVIDIA GPU does with half rows that meet adapters, executed by Triton's interpreter on the CPU
+    (test_cuda.py does it on a GPU): ragged blocks, several parts, blocks of rank, few rows, strided operands."""
     interpret("""
-from tests.reference import Layer
+from tests.reference import Exact, Layer
 from tests.operators.test_lora_linear import laid_out
 import torch_fused_lora as tfl
 from torch_fused_lora.ops.dropout.operator import draw_seed, gpu_mask
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
-for M, K, N, r, dtype, layout in (
-    (70, 130, 200, 5, torch.float16, "contiguous"),
-    (600, 96, 80, 70, torch.float16, "strided"),
-    (1, 7, 3, 1, torch.float16, "transposed"),
+for M, K, N, r, dtype, adapter_dtype, layout in (
+    (70, 130, 200, 5, torch.float16, torch.float32, "contiguous"),
+    (9, 300, 70, 33, torch.float16, torch.float16, "strided"),
+    (40, 1100, 600, 4, torch.float16, torch.float32, "contiguous"),
+    (1, 7, 3, 1, torch.float16, torch.float32, "transposed"),
+    (600, 96, 80, 70, torch.float16, torch.float32, "strided"),
 ):
     operands = [laid_out(s, t, layout).requires_grad_() for s, t in (
-        ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), torch.float32), ((N, r), torch.float32)
+        ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), adapter_dtype), ((N, r), adapter_dtype)
     )]
     scaling = torch.tensor(0.5, requires_grad=M == 70)
     layer = Layer(*operands, 0.5)
@@ -64,11 +75,20 @@ with torch.no_grad():
     kernels.add_delta_(y, x, A, B, 0.5)
     kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
+    h = torch.randn(M, r)
+    base = lambda: torch.zeros(M, K, dtype=dtype)
+    added, *grads = kernels.backward(grad, None, base, x, A, B, 0.5, h, True, True)
+    written, *again = kernels.backward(grad, None, None, x, A, B, 0.5, h, True, True)
+    assert torch.equal(added, written) and all(map(torch.equal, grads, again))
+    *none, alone = kernels.backward(grad, None, None, None, A, B, 0.5, h, False, True)
+    assert none == [None, None]
+    Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
 
 # Dropout in registers: of one adapter, of several, some of which drop nothing.
 for M, K, N, ranks, dropouts, dtype, adapter_dtype in (
     (70, 136, 200, (5,), (0.3,), torch.float16, torch.float32),
     (600, 96, 80, (3, 2, 4), (0.6, 0.0, 0.1), torch.float16, torch.float16),
+    (70, 136, 72, (66,), (0.3,), torch.float16, torch.float32),
 ):
     r = sum(ranks)
     operands = [laid_out(s, t, "strided").requires_grad_() for s, t in (
@@ -127,6 +147,217 @@ for dtypes, (K, N), dropouts, reached in (
 """)
 
 
+def take_launches(patch):
+    """From now on launches are not made but listed: kernel, arguments and how it is compiled."""
+    found = []
+
+    def take(self, tensors, numbers, options, key):
+        _, arguments, how = self._prepare(*tensors, *options)
+        given = self._describe(*tensors, *options) if self._describe else tensors
+        found.append((self._kernel, (*given, *numbers, *arguments), how))
+
+    patch.setattr(launcher.Launcher, "__call__", take)
+    return found
+
+
+def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
+    """What a forward and a backward of bfloat16 rows launch: kernel, arguments and how it is compiled."""
+    x, W, bias, A, B, grad = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape, dtype in (
+            ((M, 4096), torch.bfloat16),
+            ((4096, 4096), torch.bfloat16),
+            ((4096,), torch.bfloat16),
+            ((r, 4096), adapter_dtype),
+            ((4096, r), adapter_dtype),
+            ((M, 4096), torch.bfloat16),
+        )
+    )
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = take_launches(patch)
+        patch.setattr(kernels, "carrying_rank", lambda rows, weight, columns: gluon if carried else None)
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
+        _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)
+        kernels.backward(grad, W if carried else None, None, x, A, B, 0.5, h, True, True, dropouts)
+    return found
+
+
+def compiled_for(capability, kernel, arguments, how):
+    """As Triton compiles it for a launch: pointers aligned, integers known to be 1 or a multiple of 16."""
+    signature, constants, attributes = {}, {}, {}
+    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+    for parameter, value in zip(kernel.params, arguments, strict=True):
+        is_tensor, known = isinstance(value, torch.Tensor), not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (known and type(value) is int and value == 1):
+            constants[parameter.name], signature[parameter.name] = value, "constexpr"
+            continue
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<bf16{list(value.block_shape)},{value.layout!r}>".replace(
+                ", ", ",", 1
+            )
+            continue
+        signature[parameter.name] = pointers[value.dtype] if is_tensor else "fp32" if type(value) is float else "i32"
+        if is_tensor or (known and type(value) is int and value % 16 == 0):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
+
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a block may have
+
+
+def check_compiled(capability, kernel, arguments, how):
+    compiled = compiled_for(capability, kernel, arguments, how)
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared <= SHARED[capability] * 1024, kernel.__name__
+    return compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_triton_kernels_compile_for_an_nvidia_gpu(capability):
+    """To machine code, without a GPU: within the shared memory that a card's blocks have, and reading 16 bytes at a
+    time. A T4 (75) takes the composition: its matrix units multiply no bfloat16."""
+    seed = torch.empty((), dtype=torch.int64, device="meta") if capability == 90 else 2**40 + 5
+    few, *_ = launches(8, 16, torch.bfloat16, 0.0, None)
+    for kernel, arguments, how in (few, *launches(4096, 64, torch.float32, 0.1, seed)):
+        ptx = check_compiled(capability, kernel, arguments, how)
+        if kernel is not kernels._expand_kernel:  # it reads little
+            assert "cp.async.cg.shared.global" in ptx, kernel.__name__
+
+
+@pytest.mark.parametrize(
+    ("rows", "r", "adapter_dtype", "dropout_p"), [(4096, 64, torch.float32, 0.1), (512, 16, torch.bfloat16, 0.0)]
+)
+def test_what_the_base_product_carries_compiles_for_hopper(rows, r, adapter_dtype, dropout_p):
+    """With wide tiles and narrow ones: on its matrix units, which read what the copy engine has brought."""
+    product, augment, carrying = kernels._product_kernel, gluon._augment_kernel, gluon._carrying_kernel
+    found = launches(rows, r, adapter_dtype, dropout_p, 5, carried=True)
+    kinds = [kernel for kernel, *_ in found]
+    assert kinds == [product, augment, carrying, product, augment, carrying, kernels._gradients_kernel]
+    for kernel, arguments, how in found:
+        ptx = check_compiled(90, kernel, arguments, how)
+        if kernel is carrying:
+            columns = arguments[4].block_shape[1]
+            assert columns == (256 if rows == 4096 else 128)
+            assert f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16" in ptx
+            assert "cp.async.bulk.tensor.2d.shared" in ptx
+
+
+def test_what_is_launched():
+    """Forward and backward: products of the rank's order, and one launch for all that is made of z."""
+    product, expand, gradients = kernels._product_kernel, kernels._expand_kernel, kernels._gradients_kernel
+    for operands, expected in (
+        ((512, 16, torch.float32, 0.1, 5), [product, expand, product, gradients]),
+        ((16, 16, torch.bfloat16, 0.0, 5), [kernels._few_rows_kernel, product, gradients]),
+        ((16, 16, torch.float32, 0.0, 5), [product, kernels._few_rows_kernel, product, gradients]),
+    ):
+        assert [kernel for kernel, _, _ in launches(*operands)] == expected
+
+
+def test_narrow_operands():
+    """The product of what a base product carries is that of the adapters, and the bias, as far as `triton._dot` is, or
+    for a half adapter to one rounding of h; nothing of it is left as it was allocated."""
+    interpret("""
+from tests.reference import UNIT
+from torch_fused_lora.ops.lora_linear import gluon
+M, N, half = 100, 72, torch.bfloat16
+for adapter_dtype, has_bias, parts, turned, r in (
+    (torch.float32, False, 2, True, 16),
+    (torch.float32, True, 4, True, 5),
+    (torch.float32, False, 2, False, 3),
+    (half, True, 1, True, 70),
+    (half, False, 1, False, 16),
+):
+    terms = 3 if adapter_dtype == torch.float32 else 1
+    width = -(-(terms * r + has_bias) // 8) * 8
+    found, bias = torch.randn(parts * M, r), torch.randn(N).to(half) if has_bias else None
+    adapter = torch.randn((N, r) if turned else (r, N)).to(adapter_dtype)
+    u, v = torch.empty(M, width, dtype=half), torch.empty((N, width) if turned else (width, N), dtype=half)
+    assert u.isnan().all() and v.isnan().all()
+    gluon._launch_augment((u, v, found, adapter, bias, found, None), (0.5,), (parts, terms, width, turned), ())
+    a, b = found[:M].double(), adapter.double().T if turned else adapter.double()  # its first part has become their sum
+    exact, magnitude = 0.5 * a @ b, 0.5 * a.abs() @ b.abs()
+    if has_bias:
+        exact += bias.double()
+    error = (u.double() @ (v.double().T if turned else v.double()) - exact).abs()
+    unit = 2 * UNIT[half]  # the interpreter cuts off
+    assert (error <= (3 * unit**2 * (1 + unit) if terms == 3 else unit) * magnitude).all()
+""")
+
+
+def test_what_carries_the_rank_wants_hopper_and_a_tested_triton(monkeypatch):
+    release = launcher.triton.__version__.rpartition(".")[0]
+    for capability, tested, expected in (((9, 0), release, gluon), ((9, 0), "3.0", None), ((10, 0), release, None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(launcher, "TESTED", (tested,))
+        ways._gluon_kernels.cache_clear()
+        assert ways._gluon_kernels(0) is expected
+    ways._gluon_kernels.cache_clear()
+
+
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "adapter_dtype", "drops", "capability", "expected"),
+    [
+        ((16, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.BY_TRITON),
+        ((17, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),  # torch's own calls cost the host less
+        ((17, 4096, 4096), BFLOAT16, FLOAT32, False, (8, 0), ways.BY_TRITON),
+        ((17, 4096, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BY_TRITON),
+        ((17, 4092, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BLOCKS),  # half a counter
+        ((17, 4096, 4096), FLOAT16, FLOAT32, False, (7, 5), ways.WHOLE),
+        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.BY_TRITON),  # carried
+        ((4096, 4096, 4088), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),
+        ((4096, 4096, 4096), FLOAT16, FLOAT16, False, (9, 0), ways.WHOLE),
+        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.WHOLE),
+        ((4096, 4096, 4096), FLOAT32, FLOAT32, False, (9, 0), ways.WHOLE),
+    ],
+)
+def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype, drops, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(launcher, "TESTED", (launcher.triton.__version__.rpartition(".")[0],))
+    ways._has_kernels.cache_clear()
+    ways._gluon_kernels.cache_clear()
+
+    def on_card(shape, dtype):
+        where = {"is_cpu": False, "is_cuda": True, "device": SimpleNamespace(type="cuda"), "get_device": lambda: 0}
+        tensor = SimpleNamespace(shape=shape, dtype=dtype, **where)
+        tensor.float = lambda: tensor
+        return tensor
+
+    M, K, N = shape
+    operands = on_card((M, K), dtype), on_card((4, K), adapter_dtype), on_card((N, 4), adapter_dtype)
+    assert ways.choose(*operands, drops)[0] is expected
+    ways._has_kernels.cache_clear()
+    ways._gluon_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "columns", "fills"),
+    [
+        (4096, 4096, 256, True),
+        (1024, 4096, 256, True),
+        (512, 4096, 128, True),
+        (4096, 5632, 128, True),
+        (512, 2048, 128, False),
+        (4096, 256, 128, False),
+    ],
+)
+def test_tiles_fill_an_h100(monkeypatch, M, N, columns, fills):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    assert (gluon._tile(M, N, 0)[0], gluon.fills.__wrapped__(M, N, 0)) == (columns, fills)
+
+
+def test_an_old_card_takes_the_composition(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == 0 else (8, 0))
+    ways._has_kernels.cache_clear()
+    assert [ways._has_kernels(device) for device in (-1, 0, 1)] == [True, False, True]
+    ways._has_kernels.cache_clear()
+
+
 def test_packed_words():
     """Few rows in one pass with the low-rank term, and dequantised blocks: ragged tiles, every layout."""
     interpret("""
@@ -172,57 +403,30 @@ for bits, group_size, M, (K, N, r), dtype, adapter_dtype, scale_dtype, layout in
 
 
 @pytest.mark.parametrize(("bits", "adapters"), [(4, True), (8, False)])
-def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(bits, adapters):
-    from torch_fused_lora.ops.lora_linear_quantized import triton as kernels
-
-    halves = dict.fromkeys(("out", "rows", "scales", "biases", "bias"), "*bf16")
-    types = halves | {"words": "*u8", "h": "*fp32", "lora_B": "*fp32", "scaling": "fp32"}
-    tiles = {"BITS": bits, "GROUP": 64, "BLOCK_N": 32, "BLOCK_K": 256}
-    for kernel in (kernels._product_kernel, kernels._dequantize_kernel):
-        constants = tiles if adapters else tiles | {"bias": None, "h": None, "lora_B": None}
-        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
-        compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-        assert len(compiled.asm["cubin"]) > 0
-
-
-@pytest.mark.parametrize("seed", [None, "*i64"])
-def test_triton_kernels_compile_for_an_nvidia_gpu(seed):
-    """To machine code for Hopper, without one; with the seed as a number and as a tensor of the device."""
-    kernels, target = lora_triton(), GPUTarget("cuda", 90, 32)
-    number = {"seed": None} if seed is None else {}
-    tensors = {} if seed is None else {"seed": seed}
-    tiles = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_C": 128, "BLOCK_R": 16, "TRANSPOSED": False, "DROPS": True}
-    scales = {"scale": "fp32", "scale_2": "fp32"}
-    for name, types in (
-        ("_product_kernel", {"out": "*fp32", "rows": "*bf16", "small": "*fp32"}),
-        ("_accumulate_kernel", {"out": "*fp16", "a": "*fp32", "b": "*fp32"}),
-        ("_accumulate_kernel", {"out": "*fp32", "a": "*fp32", "b": "*bf16"}),
-        ("_sums_kernel", {"out": "*fp32", "small": "*fp32", "rows": "*bf16", "small_2": "*fp32", "rows_2": "*bf16"}),
-    ):
-        kernel = getattr(kernels, name)
-        constants = {key: value for key, value in (tiles | number).items() if key in kernel.arg_names}
-        types = {key: value for key, value in (types | tensors | scales).items() if key in kernel.arg_names}
-        signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in kernel.arg_names}
-        compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
-        assert len(compiled.asm["cubin"]) > 0
-
-
-def lora_triton():
-    from torch_fused_lora.ops.lora_linear import triton as kernels
-
-    return kernels
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(capability, bits, adapters):
+    N, K, half = 4096, 4096, torch.bfloat16
+    words = torch.empty(N, K * bits // 32, dtype=torch.int32, device="meta")
+    scales = torch.empty(N, K // 64, dtype=half, device="meta")
+    packed = Packed(words, scales, scales, bits, 64)
+    x, bias = torch.empty(8, K, dtype=half, device="meta"), torch.empty(N, dtype=half, device="meta")
+    h, B = torch.empty(8, 16, device="meta"), torch.empty(N, 16, device="meta")
+    adapter = (bias, h, B, 0.5) if adapters else (None, None, None, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        found = take_launches(patch)
+        quantized.product(x, packed, *adapter)
+        quantized.dequantize(packed, half)
+    for kernel, arguments, how in found:
+        check_compiled(capability, kernel, arguments, how)
 
 
 def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(monkeypatch):
     """With a driver and a kernel that only take notes."""
-    from torch_fused_lora.ops import launcher
-
     current, notes, hooked = [0], [], [False]
 
     class Device:
         def __init__(self, device):
-            self.index = device.index
+            self.index = device
 
         def __enter__(self):
             self.before, current[0] = current[0], self.index
@@ -244,19 +448,31 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
     monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=driver))
     monkeypatch.setattr(launcher.torch.cuda, "device", Device)
     monkeypatch.setattr(launcher, "_hooked", lambda: hooked[0])
-    launch, grid = launcher.Launcher(Kernel()), (1, 2, 3)
+    grid = (1, 2, 3)
+    launch = launcher.Launcher(Kernel(), lambda *tensors_and_options: (grid, (9,), {}))
+
+    def tensor(device, offset=0):
+        return SimpleNamespace(get_device=lambda: device, data_ptr=lambda: 256 + offset)
+
     expected = []
-    for key, index, how in (
-        ("a", 0, "compiled"),
-        ("a", 0, "launched"),
-        ("b", 0, "compiled"),
-        ("a", 1, "compiled"),
-        ("a", 1, "launched"),
-        ("b", 0, "launched"),
+    for options, key, device, offset, how in (
+        ("a", "k", 0, 0, "compiled"),
+        ("a", "k", 0, 32, "launched"),
+        ("b", "k", 0, 0, "compiled"),
+        ("a", "l", 0, 0, "compiled"),
+        ("a", "k", 1, 0, "compiled"),
+        ("a", "k", 1, 0, "launched"),
+        ("a", "k", 0, 2, "compiled"),
+        ("a", "k", 0, 2, "launched"),
+        ("b", "k", 0, 0, "launched"),
     ):
-        launch(torch.device("cuda", index), grid, key, "x", 5)
-        expected.append((how, index, grid, ("x", 5)))
+        x = tensor(device, offset)
+        launch((x, None), (5,), (options,), (key,))
+        pointer = x.data_ptr() if how == "launched" else x
+        expected.append((how, device, grid, (pointer, None, 5, 9)))
+    launch((x, x), (5,), ("b",), ("k",))  # none is missing
+    expected.append(("compiled", 0, grid, (x, x, 5, 9)))
     hooked[0] = True  # a profiler sees them by the long way
-    launch(torch.device("cuda", 0), grid, "a", "x", 5)
-    assert notes == [*expected, ("compiled", 0, grid, ("x", 5))]
+    launch((x, None), (5,), ("a",), ("k",))
+    assert notes == [*expected, ("compiled", 0, grid, (x, None, 5, 9))]
     assert current == [0]

@@ -77,12 +77,12 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
 
 
 DELTA = """\
-  lora_delta_bfloat_float_2_4_8_plain
-    rank_blocks 2, width 64, row_blocks 4, simdgroups 8, k_splits 4, k_columns 256, splits 4, columns 256
+  lora_delta_bfloat_float_down_2_4_plain
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
     4 x 16 x 1 threadgroups of 256 threads, 131072 bytes of scratch
-  lora_delta_bfloat_float_2_4_8_plain
-    rank_blocks 2, width 64, row_blocks 4, simdgroups 8, k_splits 4, k_columns 256, splits 4, columns 256
-    4 x 16 x 1 threadgroups of 256 threads, no scratch
+  lora_delta_bfloat_float_up_2_4_plain
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
+    6 x 16 x 1 threadgroups of 256 threads, no scratch
 """
 
 
@@ -94,8 +94,8 @@ def test_plan_of_many_rows(mps, capsys):
 forward, after torch's own x W^T + b:
 {DELTA}backward, after torch's own dy W:
 {DELTA}  lora_grad_bfloat_float_float_2_plain
-    rank_blocks 2, columns 128, depth 32, splits 2, split_rows 256
-    16 x 2 x 1 threadgroups of 256 threads, 262144 bytes of scratch
+    rank_blocks 2, columns 128, depth 32, splits 8, split_rows 64
+    16 x 8 x 1 threadgroups of 256 threads, 1048576 bytes of scratch
   sum_splits_float
     nothing to choose
     128 x 1 x 1 threadgroups of 256 threads, no scratch
@@ -149,7 +149,7 @@ def test_an_override_is_told_and_obeyed(mps):
         numbers.add(text.partition("\n")[0])
         assert f"splits {splits}, " in text
         assert (f"\nas TORCH_FUSED_LORA_PLAN={asked} says\n" in text) == bool(overrides)
-        assert ("lora_delta_half_half_2_1_8_plain" in text) == bool(overrides)
+        assert ("lora_delta_half_half_down_2_1_plain" in text) == bool(overrides)
     assert len(numbers) == 1
 
 

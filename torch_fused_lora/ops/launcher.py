@@ -1,13 +1,19 @@
-"""Triton kernels, launched without the search for the compiled one that ``kernel[grid](...)`` makes on every call."""
+"""Triton kernels, launched without what ``kernel[grid](...)`` does anew on every call."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
 
 import torch
+import triton
 from triton import JITFunction, knobs
 from triton.runtime import driver
+
+PREPARED = 4096  # launches that are remembered of a kernel
+TESTED = ("3.6",)  # releases of Triton that have run this package's kernels on a GPU
+Grid: TypeAlias = tuple[int, int, int]
+Launch: TypeAlias = Callable[[int, list[int | None], tuple[int | float, ...]], None]  # of stream, pointers and numbers
 
 
 def _hooked() -> bool:
@@ -15,27 +21,78 @@ def _hooked() -> bool:
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
+def is_tested() -> bool:
+    return triton.__version__.rpartition(".")[0] in TESTED
+
+
+def start_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """``run`` and ``given`` so that ``run(*grid, stream, *given, *arguments)`` launches what is compiled."""
+    run, given = compiled.run, [compiled.function]
+    if is_tested() and run.global_scratch_size == run.profile_scratch_size == 0:  # past the method that allocates it
+        given += [run.launch_cooperative_grid, run.launch_pdl, None, None]
+        run = run.launch
+    return run, (*given, compiled.packed_metadata, None, None, None)
+
+
+def _bind(compiled: Any, grid: Grid, arguments: tuple[Any, ...], _: tuple[Any, ...]) -> Launch:
+    run, given = start_of(compiled)
+
+    def launch(stream: int, pointers: list[int | None], numbers: tuple[int | float, ...]) -> None:
+        run(*grid, stream, *given, *pointers, *numbers, *arguments)
+
+    return launch
+
+
 class Launcher:
-    """A Triton kernel, which is compiled once for a key of what Triton specialises its code for, and for a device."""
+    """A Triton kernel, whose launches are prepared once for what decides them.
 
-    def __init__(self, kernel: Any, **options: Any):
-        self._kernel, self._options = kernel, options
-        self._compiled: dict[Hashable, Any] = {}
+    Its first arguments are the tensors, then come numbers that differ from call to call, for which it specialises no
+    code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it. Where the kernel
+    takes descriptors of tensors, ``describe``, called alike, makes them, and ``bind`` a launch that does.
+    """
 
-    def __call__(self, device: torch.device, grid: tuple[int, int, int], key: Hashable, *arguments: Any) -> None:
-        """Launch on a device's current stream. ``key`` says all that decides the machine code: dtypes, alignments, and
-        every integer, unless the kernel does not specialise it."""
+    def __init__(
+        self,
+        kernel: Any,
+        prepare: Callable[..., tuple[Grid, tuple[Any, ...], Any]],
+        describe: Callable[..., tuple[Any, ...]] | None = None,
+        bind: Callable[[Any, Grid, tuple[Any, ...], tuple[Any, ...]], Launch] = _bind,
+    ):
+        self._kernel, self._prepare, self._describe, self._bind = kernel, prepare, describe, bind
+        self._prepared: dict[Any, Launch] = {}
+
+    def __call__(
+        self,
+        tensors: tuple[Any, ...],
+        numbers: tuple[int | float, ...],
+        options: tuple[Hashable, ...],
+        key: tuple[Hashable, ...],
+    ) -> None:
+        """Launch on the current stream of the device of the first tensor; others may be None. ``key`` says, beside the
+        options, all that `prepare` and the machine code depend on, but for which tensors are None, and alignments."""
         if not isinstance(self._kernel, JITFunction):  # interpreted
-            self._kernel[grid](*arguments, **self._options)
+            self._compile(tensors, numbers, options)
             return
-        index = driver.active.get_current_device()
-        if index != device.index:
-            with torch.cuda.device(device):
-                self(device, grid, key, *arguments)
+        index, active = tensors[0].get_device(), driver.active
+        if active.get_current_device() != index:
+            with torch.cuda.device(index):
+                self(tensors, numbers, options, key)
             return
-        compiled = self._compiled.get((index, key))
-        if compiled is None or _hooked():
-            self._compiled[index, key] = self._kernel[grid](*arguments, **self._options)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]  # of a tensor Triton would ask the driver
+        full_key = index, options, key, *[None if p is None else p & 15 for p in pointers]
+        launch = self._prepared.get(full_key)
+        if launch is not None and not _hooked():
+            launch(active.get_current_stream(index), pointers, numbers)
             return
-        stream = driver.active.get_current_stream(index)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        made = self._compile(tensors, numbers, options)
+        if len(self._prepared) >= PREPARED:
+            self._prepared.clear()
+        self._prepared[full_key] = self._bind(*made)
+
+    def _compile(
+        self, tensors: tuple[Any, ...], numbers: tuple[int | float, ...], options: tuple[Hashable, ...]
+    ) -> tuple[Any, Grid, tuple[Any, ...], tuple[Any, ...]]:
+        """And launch. What was compiled, the grid, the other arguments, and what stands for the tensors."""
+        grid, arguments, how = self._prepare(*tensors, *options)
+        given = tensors if self._describe is None else self._describe(*tensors, *options)
+        return self._kernel[grid](*given, *numbers, *arguments, **how), grid, arguments, given

@@ -3,7 +3,7 @@
 The cost of a LoRA layer is not its arithmetic but touching the full-width output again and again. So the base
 product comes first, by torch's own GEMM, and the rank-r product is added to it in place. Where operands have to be
 converted (float32 adapters over a half base) or masked (dropout), that happens by blocks of rows; no temporary
-grows with the width and the number of rows. On an NVIDIA GPU conversion is left to the kernels of `triton.py`.
+grows with the width and the number of rows. Half rows on an NVIDIA GPU are left to `triton.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..dropout import keep_mask
 from ..rows import HALF, cast, flat, packed, unflat
-from .ways import BY_TRITON, WHOLE, block_rows, choose, triton_kernels
+from .ways import BY_TRITON, WHOLE, Way, block_rows, choose, triton_kernels
 
 
 def forward(
@@ -44,8 +44,13 @@ def forward(
     rows = x if is_matrix else flat(x)
     if x.dtype in HALF:
         rows, weight = packed(rows, weight)
-    y = F.linear(rows, weight, bias)
-    h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+    chosen = way, A, B = choose(rows, lora_A, lora_B, seed is not None)
+    if way is BY_TRITON:
+        dropouts = _dropouts(seed, dropout_p, ranks, A)
+        y, h = triton_kernels().forward(rows, weight, bias, A, B, _number(scaling), dropouts, save_h)
+    else:
+        y = F.linear(rows, weight, bias)
+        h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h, chosen)
     return y if is_matrix else unflat(y, x), h
 
 
@@ -59,15 +64,16 @@ def add_delta_(
     dropout_p: Floats,
     ranks: Ints,
     save_h: bool,
+    chosen: tuple[Way, Tensor, Tensor] | None = None,
 ) -> Maybe:
     """``y += s h Bᵀ`` in place for matrices y and x; returns h, None unless it is to be saved."""
     scale = _number(scaling)
-    way, A, B = choose(x, lora_A, lora_B, seed is not None)
+    way, A, B = chosen or choose(x, lora_A, lora_B, seed is not None)
     if way is WHOLE:
         h = F.linear(x if x.dtype is A.dtype else x.float(), A)
         _add_product_(y, h, B.t(), scale)
     elif way is BY_TRITON:
-        h = triton_kernels().add_delta_(y, x, A, B, scale, _dropouts(seed, dropout_p, ranks, A))
+        h = triton_kernels().add_delta_(y, x, A, B, scale, _dropouts(seed, dropout_p, ranks, A), save_h)
     else:
         h = _add_delta_by_blocks_(y, x, A, B, scale, seed, dropout_p, ranks, save_h)
     return cast(h, lora_A.dtype) if save_h else None
@@ -99,7 +105,7 @@ def backward(
     low_rank_needs = need_x, need_A, need_B, need_scaling
     base = functools.partial(grad_rows.mm, weight) if need_x else None
     grad_x, grad_A, grad_B, grad_scaling = low_rank_backward(
-        grad_rows, x_rows, base, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, low_rank_needs
+        grad_rows, x_rows, weight, base, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, low_rank_needs
     )
     return (
         grad_x if is_matrix or not need_x else unflat(grad_x, grad),
@@ -114,6 +120,7 @@ def backward(
 def low_rank_backward(
     grad: Tensor,
     x: Saved,
+    weight: Saved,
     base: Callable[[], Tensor] | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -125,7 +132,8 @@ def low_rank_backward(
     needs: Flags,
 ) -> tuple[Saved, Maybe, Maybe, Maybe]:
     """As `backward`, for matrices, without the gradients of weight and bias: x's (in grad's dtype), lora_A's, lora_B's
-    and scaling's. ``base`` makes the base's part of x's; where it is None, there is none."""
+    and scaling's. ``base`` makes the base's part of x's; where it is None, there is none. It is a product with
+    ``weight``, where one is given, which a kernel may make instead."""
     need_x, need_A, need_B, need_scaling = needs
     # grad_h is dB, except where ds needs it unscaled.
     grad_x: Saved = None
@@ -147,14 +155,14 @@ def low_rank_backward(
             grad_x = base()
             _add_product_(grad_x, z, A, scale)
     elif need_x or need_A or need_B or need_scaling:
-        if need_x:
-            grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if base is None else base()
         x_side = x if need_A else None
         if way is BY_TRITON:
-            dropouts = _dropouts(seed, dropout_p, ranks, A)
-            by_triton = triton_kernels().backward
-            grad_A, grad_h = by_triton(grad, grad_x, x_side, A, B, scale, h, not need_scaling, dropouts)
+            dropouts, by_triton = _dropouts(seed, dropout_p, ranks, A), triton_kernels().backward
+            others = x_side, A, B, scale, h, need_x, not need_scaling, dropouts
+            grad_x, grad_A, grad_h = by_triton(grad, weight, base, *others)
         else:
+            if need_x:
+                grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if base is None else base()
             if h is not None and not need_scaling:
                 h = _widened(h, A) * scaling
             grad_A, grad_h = _backward_by_blocks(grad, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
@@ -247,7 +255,8 @@ def adapters(
     """(rank slice, drop probability) of each adapter; without dropout one slice serves them all."""
     if seed is None:
         return [(slice(0, r), 0.0)]
-    ranks = ranks or (r,)
+    if len(dropout_p) == 1:
+        return [(slice(0, r), dropout_p[0])]
     ends = itertools.accumulate(ranks)
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 
@@ -257,7 +266,8 @@ def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> list[An
         return []
     groups = adapters(seed, dropout_p, ranks, A.shape[0])
     own: Any = seed.item() if seed.is_cpu else seed
-    return [triton_kernels().Dropout(rank, p, own, stream) for stream, (rank, p) in enumerate(groups)]
+    of = triton_kernels().Dropout.of
+    return [of(rank, p, own, stream) for stream, (rank, p) in enumerate(groups)]
 
 
 def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:

@@ -1,270 +1,569 @@
 """The low-rank term as Triton kernels: half rows that meet adapters, with or without dropout, on an NVIDIA GPU.
 
-Plain aten calls would convert the full-width operands to float32 first, and write dropout's mask and what it leaves.
-These read each of them once, as they are, and draw masks in registers. Sums are in float32, in a fixed order;
-products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfloat16 rounding. Block sizes are the best
-of a sweep on an H100, at ranks 16 and 64.
+Beside torch's product for the base a forward is two launches: h, in parts (`_product_kernel`), and what it adds to y
+(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows a
+forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's. The base comes
+first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more. On Hopper
+it carries the rank, where there are rows enough (`gluon.py`), and only h, z and the adapters' gradients are made here.
+
+Operands of the full width are read as they are, masks drawn in registers. Sums are in float32, in a fixed order;
+products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfloat16 rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dropout.triton import keep_tile, words
 from ..launcher import Launcher
+from .ways import carrying_rank
+
+FEW = 16  # rows, the least that the matrix units take
+WIDE = 64  # ranks, the most that one tile has
+PROGRAMS = 264  # that a launch should have: two for each multiprocessor of an H100
+
+
+class Tile(NamedTuple):
+    """Of a kernel: rows, columns of the full width, and how it is compiled."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def how(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def tile(kernel: str, M: int, r: int, drops: bool = False, carried: bool = False) -> Tile:
+    """The best of a sweep on an H200, at ranks 16 and 64. ``carried``: of what the base product carries, on Hopper."""
+    if kernel == "few_rows":
+        return Tile(32, 256 if r <= 16 else 128, 2, 4)  # rows of the weight
+    if kernel == "product":
+        if r <= 32:
+            return Tile(FEW, 128) if M <= FEW else Tile(64, 128, stages=4 if carried else 3)
+        return Tile(FEW, 128) if M <= FEW else Tile(128 if carried else 32, 64)
+    if kernel == "expand":
+        return Tile(FEW if M <= FEW else 64, 128, stages=1) if M <= 1024 else Tile(128, 128, 8, stages=1)
+    if carried:
+        return Tile(64, 128, stages=3 if drops and r <= 32 else 4)
+    return Tile(FEW if M <= FEW else 32 if drops else 64, 128, stages=2)
 
 
 class Dropout(NamedTuple):
-    """Of one adapter: its ranks, and which elements of its side of an M x K matrix it keeps, each times 1 / (1 - p)."""
+    """Of one adapter: its ranks, whether it drops elements of its side of an M x K matrix, what it multiplies the rest
+    with, and the seed, where that is on the device, and other `words` that say which these are."""
 
     rank: slice
-    p: float
-    seed: Tensor | int
-    stream: int
+    drops: bool = False
+    inverse_keep: float = 1.0
+    seed: Tensor | None = None
+    words: tuple[int, ...] = (0, 0, 0, 0)
+
+    @staticmethod
+    def of(rank: slice, p: float, seed: Tensor | int, stream: int) -> Dropout:
+        if p == 0.0:
+            return Dropout(rank)
+        on_device, *others = words(seed, stream, p)
+        return Dropout(rank, True, 1.0 / (1.0 - p), on_device, tuple(others))
+
+
+NO_DROPOUT = Dropout(slice(None))
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    dropouts: Sequence[Dropout],
+    save_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``x Wᵀ + b + scale · h Bᵀ`` for half x (M, K), and h = dropout(x) Aᵀ (M, r) in the adapters' dtype, if asked."""
+    (M, K), r = x.shape, A.shape[0]
+    if gluon := carrying_rank(x, weight, B.shape[0]):
+        found, parts, h, saved = _low_rank(x, A, dropouts, save_h, True)
+        return gluon.product(x, weight, True, bias, parts, found, B, scale, h), saved
+    if M > FEW or r > WIDE or dropouts:
+        y = F.linear(x, weight, bias)
+        return y, add_delta_(y, x, A, B, scale, dropouts, save_h)
+    y = x.new_empty((M, weight.shape[0]))
+    h = x.new_empty((M, r), dtype=A.dtype) if save_h else None
+    a, parts = A, 0
+    if A.dtype is not x.dtype:  # to split each tile of A in two would take longer than all else
+        parts = _parts(M, K, r)
+        a = x.new_empty((parts * M, r), dtype=torch.float32)
+        _product(a, parts, r, x, A, True)
+    number, factor = as_factor(scale, x)
+    key = *_kind(x), *_kind(weight), *_kind(a), *_kind(B), None if bias is None else bias.stride()
+    _launch_few_rows((y, x, weight, bias, a, B, h, factor), (number,), (parts,), key)
+    return y, h
 
 
 def add_delta_(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, dropouts: Sequence[Dropout] = ()
-) -> Tensor:
-    """``y += scale · h Bᵀ`` in place, y (M, N) and x (M, K) half; returns h = dropout(x) Aᵀ (M, r) in float32."""
-    if not dropouts:
-        h = _product(x, A.t())
-    elif len(dropouts) == 1:
-        h = _product(x, A.t(), dropout=dropouts[0])
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    dropouts: Sequence[Dropout] = (),
+    save_h: bool = True,
+) -> Tensor | None:
+    """``y += scale · h Bᵀ`` in place, rounded once, y (M, N) and x (M, K) half. Returns h = dropout(x) Aᵀ (M, r) in the
+    adapters' dtype, if it is to be saved."""
+    found, parts, h, saved = _low_rank(x, A, dropouts, save_h)
+    _expand(y, found, parts, A.shape[0], B, True, scale, h)
+    return saved
+
+
+def _low_rank(
+    x: Tensor, A: Tensor, dropouts: Sequence[Dropout], save_h: bool, carried: bool = False
+) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+    """dropout(x) Aᵀ in float32, in so many parts; what is to become h, and what is to be saved."""
+    (M, K), r = x.shape, A.shape[0]
+    parts = _parts(M, K, r, carried)
+    found = x.new_empty((parts * M, r), dtype=torch.float32)
+    if len(dropouts) > 1:
+        for dropout in dropouts:
+            _product(found[:, dropout.rank], parts, r, x, A[dropout.rank], True, dropout=dropout, carried=carried)
     else:
-        h = torch.cat([_product(x, A[d.rank].t(), dropout=d) for d in dropouts], 1)
-    if isinstance(scale, Tensor):
-        _accumulate_(y, h * scale, B.t())
-    else:
-        _accumulate_(y, h, B.t(), scale)
-    return h
+        _product(found, parts, r, x, A, True, dropout=dropouts[0] if dropouts else NO_DROPOUT, carried=carried)
+    if not save_h or (parts == 1 and A.dtype is torch.float32):
+        return found, parts, None, found if save_h else None
+    h = x.new_empty((M, r), dtype=A.dtype)
+    return found, parts, h, h
 
 
 def backward(
     grad: Tensor,
-    grad_x: Tensor | None,
+    weight: Tensor | None,
+    base: Callable[[], Tensor] | None,
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
     scale: float | Tensor,
     h: Tensor | None,
+    need_x: bool,
     scale_h: bool,
     dropouts: Sequence[Dropout] = (),
-) -> tuple[Tensor | None, Tensor | None]:
-    """``grad_x += dropout(z A)`` in place with z = s dY B; returns zᵀ dropout(x), and dYᵀ h, times s if ``scale_h``.
-    None where a tensor is not given."""
-    number = 1.0 if isinstance(scale, Tensor) else scale
-    dB = None
-    if h is not None:
-        if scale_h and isinstance(scale, Tensor):
-            h = h * scale
-        dB = _Sum(h, grad, number if scale_h else 1.0, transposed=True)
-    if grad_x is None and x is None:
-        return None, _sums(dB)[0]
-    z = _product(grad, B, number)
-    if isinstance(scale, Tensor):
-        z.mul_(scale)
-    parts: list[tuple[slice, Dropout | None]] = [(d.rank, d) for d in dropouts] or [(slice(0, z.shape[1]), None)]
-    if grad_x is not None:
-        for rank, dropout in parts:
-            _accumulate_(grad_x, z[:, rank], A[rank], dropout=dropout)
-    if x is None:
-        return None, _sums(dB)[0]
-    if len(parts) == 1:
-        return _sums(_Sum(z, x, dropout=parts[0][1]), dB)
-    grad_A: list[Any] = [_sums(_Sum(z[:, rank], x, dropout=dropout))[0] for rank, dropout in parts]
-    return torch.cat(grad_A), _sums(dB)[0]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``base() + dropout(z A)`` with z = s dY B, without ``base`` if it is None, and by a product of our own where base
+    makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of the
+    adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given."""
+    (M, N), (r, K) = grad.shape, A.shape
+    in_product = carrying_rank(grad, weight, K) if need_x and len(dropouts) < 2 else None
+    grad_x = None
+    if need_x and not in_product:
+        grad_x = grad.new_empty((M, K)) if base is None else base()
+    grad_A = None if x is None else grad.new_empty((r, K), dtype=A.dtype)
+    grad_B = None if h is None else grad.new_empty((N, r), dtype=B.dtype if scale_h else torch.float32)
+    scale_B = scale if scale_h else 1.0
+    carried = in_product is not None
+    plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried)
+    work = grad.new_empty(plan.size, dtype=torch.float32)
+    if plan.parts:
+        dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, base is None
+        zeroed = plan.counters, plan.size - plan.counters
+        _product(work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried)
+        if in_product:
+            z = work if plan.parts > 1 else None
+            grad_x = in_product.product(grad, weight, False, None, plan.parts, work, A, 1.0, z, dropout)
+        to_add = None if in_product else grad_x
+        if len(dropouts) < 2 and (r <= WIDE or to_add is None):
+            _gradients(plan, work, work, x, A, grad_A, to_add, fresh, dropout, grad, h, grad_B, scale_B)
+            return grad_x, grad_A, grad_B
+        for dropout in dropouts or (Dropout(slice(0, r)),):
+            rank = dropout.rank
+            z, own_A, own_grad_A = work[rank.start :], A[rank], None if grad_A is None else grad_A[rank]
+            in_one = to_add if own_A.shape[0] <= WIDE else None
+            _gradients(plan, work, z, x, own_A, own_grad_A, in_one, fresh, dropout)
+            if to_add is not None and in_one is None:
+                _expand(to_add, z, plan.parts, r, own_A, False, fresh=fresh, dropout=dropout)
+            fresh = False
+    _gradients(plan, work, grad=grad, h=h, grad_B=grad_B, scale_B=scale_B)
+    return grad_x, grad_A, grad_B
 
 
-def _words(dropout: Dropout | None) -> tuple[bool, Tensor | None, int, int, int, int]:
-    """Whether to drop, and `words`."""
-    if dropout is None or dropout.p == 0.0:
-        return False, None, 0, 0, 0, 0
-    return True, *words(dropout.seed, dropout.stream, dropout.p)
+def _product(
+    out: Tensor,
+    parts: int,
+    width: int,
+    rows: Tensor,
+    small: Tensor,
+    turned: bool,
+    scale: float | Tensor = 1.0,
+    dropout: Dropout = NO_DROPOUT,
+    zeroed: tuple[int, int] = (0, 0),
+    carried: bool = False,
+) -> None:
+    """``scale · dropout(rows) small`` in so many parts, which lie in out as (parts, M, width) one after the other: rows
+    half (M, K), small (K, C), or ``turned`` (C, K), with C about the rank. ``zeroed``: from where on, and how many
+    elements of out become 0."""
+    number, factor = as_factor(scale, rows)
+    numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(rows), *_kind(small))
+    options = dropout.drops, parts, width, turned, zeroed, carried
+    _launch_product((out, rows, small, factor, dropout.seed), numbers, options, key)
 
 
-def _inverse_keep(dropout: Dropout | None) -> float:
-    return 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
+def _expand(
+    out: Tensor,
+    a: Tensor,
+    parts: int,
+    width: int,
+    b: Tensor,
+    turned: bool,
+    scale: float | Tensor = 1.0,
+    h: Tensor | None = None,
+    fresh: bool = False,
+    dropout: Dropout = NO_DROPOUT,
+) -> None:
+    """``out += dropout(scale · a b)`` rounded once, out half (M, C), a the sum of its parts (parts, M, width), b (r, C)
+    or ``turned`` (C, r); a ``fresh`` out is only written. h (M, r) of b's dtype, if given, becomes a."""
+    number, factor = as_factor(scale, out)
+    numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(out), *_kind(b))
+    options = dropout.drops, fresh, parts, width, turned
+    _launch_expand((out, a, b, h, factor, dropout.seed), numbers, options, key)
 
 
-# Not triton.cdiv and triton.next_power_of_2, which take six microseconds a call.
-def _blocks(count: int, size: int) -> int:
+class _Plan(NamedTuple):
+    """Of a backward of M rows at rank r: z is made in parts of the columns, added up where it is carried, and sums over
+    rows in splits of them. Where in its float32 work space the splits' sums begin, after z, and the counters."""
+
+    M: int
+    r: int
+    parts: int
+    carried: bool
+    splits: int
+    sums: int
+    counters: int
+    size: int
+
+
+def _gradients(
+    plan: _Plan,
+    work: Tensor,
+    z: Tensor | None = None,
+    x: Tensor | None = None,
+    A: Tensor | None = None,
+    grad_A: Tensor | None = None,
+    grad_x: Tensor | None = None,
+    fresh: bool = False,
+    dropout: Dropout = NO_DROPOUT,
+    grad: Tensor | None = None,
+    h: Tensor | None = None,
+    grad_B: Tensor | None = None,
+    scale_B: float | Tensor = 1.0,
+) -> None:
+    """In one launch, of one adapter and its z: grad_A = zᵀ dropout(x), and dropout(z A), which is added to grad_x, or
+    written; and grad_B = scale_B · dYᵀ h. None of what is None."""
+    if grad_A is None and grad_x is None and grad_B is None:
+        return
+    number, factor = as_factor(scale_B, work)
+    key = *_kind(x), *_kind(A), *_kind(grad_x), *_kind(grad), *_kind(h), *_kind(grad_B)
+    tensors = work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, dropout.seed
+    _launch_gradients(tensors, (dropout.inverse_keep, number, *dropout.words), (dropout.drops, fresh, plan), key)
+
+
+def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
+    """What decides how a kernel reads a tensor."""
+    return () if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
+
+
+@functools.lru_cache(4096)
+def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: bool) -> _Plan:
+    if not has_z:  # nothing zeroes counters
+        return _Plan(M, r, 0, False, 1, 0, 0, 0)
+    parts, splits = _parts(M, N, r, carried), 1
+    rows, columns, *_ = tile("gradients", M, r, drops, carried)
+    blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
+    # Those that draw a mask take longer than those of dY's columns, which make room for others.
+    programs = 2 * PROGRAMS if drops and carried and r <= 32 else PROGRAMS
+    while 3 * splits * blocks <= 2 * programs and 2 * splits * rows <= M:
+        splits *= 2
+    sums = ceil_div(parts * M * r, 16) * 16  # aligned
+    counters = sums + (splits * r * (K + N) if splits > 1 else 0)
+    return _Plan(M, r, parts, carried, splits, sums, counters, counters + (blocks if splits > 1 else 0))
+
+
+@functools.lru_cache(4096)
+def _parts(M: int, K: int, r: int, carried: bool = False) -> int:
+    """In how many parts rows of K elements meet an adapter. Whoever reads the product adds them up, so that they must
+    stay small beside rows of the full width, unless that is done once."""
+    parts, blocks = 1, ceil_div(M, tile("product", M, r, carried=carried).rows) * ceil_div(r, _rank_block(r))
+    most = 256 if M <= FEW or carried else 128 if M <= 1024 else 32
+    while 2 * parts * blocks <= PROGRAMS and 512 * parts <= K and 2 * parts * r <= most:
+        parts *= 2
+    return parts
+
+
+def ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 
 
 def _rank_block(r: int) -> int:
-    return min(max(1 << (r - 1).bit_length(), 16), 64)  # 16 is the least that the matrix units take
+    return min(max(triton.next_power_of_2(r), 16), WIDE)
 
 
-def _product(rows: Tensor, small: Tensor, scale: float = 1.0, dropout: Dropout | None = None) -> Tensor:
-    """``scale · dropout(rows) small``: rows (M, K), small (K, C) with C of the order of the rank, in float32."""
-    (M, K), C = rows.shape, small.shape[1]
-    out = rows.new_empty((M, C), dtype=torch.float32)
-    drops, *drop = _words(dropout)
-    strides, block_C = (*rows.stride(), *small.stride()), _rank_block(C)
-    alignments = rows.data_ptr() & 15, small.data_ptr() & 15
-    _launch_product(
-        rows.device,
-        (_blocks(M, 64), _blocks(C, block_C), 1),
-        (K, C, rows.dtype, small.dtype, strides, alignments, drops, drop[0] is None),
-        out, rows, small, scale * _inverse_keep(dropout), *drop, M, K, C, *strides, drops, 64, 128, block_C,
-    )  # fmt: skip
-    return out
-
-
-def _accumulate_(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, dropout: Dropout | None = None) -> None:
-    """``out += dropout(scale · a b)`` for half out (M, C), float32 a (M, r) and b (r, C); one rounding."""
-    (M, C), r = out.shape, a.shape[1]
-    drops, *drop = _words(dropout)
-    strides = *out.stride(), *a.stride(), *b.stride()
-    alignments = out.data_ptr() & 15, a.data_ptr() & 15, b.data_ptr() & 15
-    _launch_accumulate(
-        out.device,
-        (_blocks(M, 64), _blocks(C, 128), 1),
-        (C, r, out.dtype, b.dtype, strides, alignments, drops, drop[0] is None),
-        out, a, b, scale * _inverse_keep(dropout), *drop, M, C, r, *strides, drops, 64, 128, 16,
-    )  # fmt: skip
-
-
-class _Sum(NamedTuple):
-    """The transpose of small (M, r) times half rows (M, C) after dropout, times a scale: (r, C), or transposed."""
-
-    small: Tensor
-    rows: Tensor
-    scale: float = 1.0
-    dropout: Dropout | None = None
-    transposed: bool = False
-
-
-def _sums(first: _Sum | None, second: _Sum | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """One or two sums over the same M rows, in one launch, in float32; the second has no dropout. Many rows are summed
-    in up to 8 parts, which are then added up."""
-    if first is None:
-        return None, None
-    (M, r), C = first.small.shape, first.rows.shape[1]
-    more = 0 if second is None else second.rows.shape[1]
-    part = _blocks(_blocks(M, 8 if M > 512 else 1), 64) * 64
-    parts, blocks, total = _blocks(M, part), _blocks(C, 128), r * (C + more)
-    out = first.rows.new_empty((parts, total), dtype=torch.float32)
-    drops, *drop = _words(first.dropout)
-    tensors = first.small, first.rows, *((None, None) if second is None else second[:2])
-    strides = tuple(stride for t in tensors for stride in ((0, 0) if t is None else t.stride()))
-    kinds = tuple(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
-    block_r = _rank_block(r)
-    _launch_sums(
-        out.device,
-        (blocks + _blocks(more, 128), _blocks(r, block_r), parts),
-        (r, C, more, strides, kinds, first.transposed, drops, drop[0] is None),
-        out, *tensors, first.scale * _inverse_keep(first.dropout), 1.0 if second is None else second.scale, *drop,
-        M, r, C, more, *strides, total, blocks, part, first.transposed, drops, 64, block_r, 128,
-    )  # fmt: skip
-    found = out.sum(0) if parts > 1 else out[0]
-    shape = (C, r) if first.transposed else (r, C)
-    return found[: r * C].view(shape), None if second is None else found[r * C :].view(more, r)
+def as_factor(scale: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """As a number, and what multiplies it on the device."""
+    if not isinstance(scale, Tensor):
+        return scale, None
+    return (1.0, scale.float()) if scale.device == like.device else (scale.item(), None)
 
 
 @triton.jit
 def _dot(a, b, total):  # type: ignore[no-untyped-def]
-    """total + a b on the matrix units. A float32 or float16 operand is the sum of two bfloat16 numbers, to within
-    2**-16 of it (a float16 one exactly); the product of the two low numbers, another 2**-16, is left out."""
-    a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
-    total = tl.dot(a_high, b_high, total)
-    if a.dtype != tl.bfloat16:
-        total = tl.dot((a.to(tl.float32) - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
-    if b.dtype != tl.bfloat16:
-        total = tl.dot(a_high, (b.to(tl.float32) - b_high.to(tl.float32)).to(tl.bfloat16), total)
+    """total + a b on the matrix units. Beside another dtype a float32 or float16 operand is the sum of two bfloat16
+    numbers, to within 2**-16 of it (float16 exactly); the product of the low ones, another 2**-16, is left out."""
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        total = tl.dot(a, b, total)
+    else:
+        a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        total = tl.dot(a_high, b_high, total)
+        if a.dtype != tl.bfloat16:
+            total = tl.dot((a.to(tl.float32) - a_high.to(tl.float32)).to(tl.bfloat16), b_high, total)
+        if b.dtype != tl.bfloat16:
+            total = tl.dot(a_high, (b.to(tl.float32) - b_high.to(tl.float32)).to(tl.bfloat16), total)
     return total
 
 
-_SCALARS = ["low", "high", "stream", "threshold", "M"]  # neither compiled for 1 nor for multiples of 16
+@triton.jit
+def times(number, factor):  # type: ignore[no-untyped-def]
+    if factor is not None:
+        number = number * tl.load(factor)
+    return number
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit
+def sum_of_parts(parts, stride, inside, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    total = tl.load(parts, mask=inside, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        total += tl.load(parts + i * stride, mask=inside, other=0.0)
+    return total
+
+
+# Neither compiled for 1 nor for multiples of 16.
+_NUMBERS = ["low", "high", "stream", "threshold", "M", "counters", "zeros", "blocks"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _product_kernel(  # type: ignore[no-untyped-def]
-    out, rows, small, scale, seed, low, high, stream, threshold, M, K, C, rows_m, rows_k, small_k, small_c,
+    out, rows, small, factor, seed, number, low, high, stream, threshold,
+    M, K, C, part, counters, zeros, out_part, out_m, rows_m, rows_k, small_k, small_c,
     DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = row.to(tl.int64)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        for start in range(0, zeros, BLOCK_K):
+            zero = start + tl.arange(0, BLOCK_K)
+            tl.store(out + counters + zero, zero * 0.0, mask=zero < zeros)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for start in range(0, K, BLOCK_K):
+    first = tl.program_id(2) * part
+    for start in range(first, tl.minimum(first + part, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(rows + m * rows_m + k[None, :] * rows_k, mask=(m < M) & (k[None, :] < K), other=0.0)
+        where = rows + m * rows_m + k[None, :].to(tl.int64) * rows_k
+        a = tl.load(where, mask=(m < M) & (k[None, :] < K), other=0.0)
         if DROPS:
-            a = a * keep_tile(seed, low, high, stream, threshold, row, start, K, BLOCK_K).to(a.dtype)
+            a = tl.where(keep_tile(seed, low, high, stream, threshold, row, start, K, BLOCK_K), a, 0.0)
         b = tl.load(small + k[:, None] * small_k + c * small_c, mask=(k[:, None] < K) & (c < C), other=0.0)
         total = _dot(a, b, total)
-    tl.store(out + m * C + c, scale * total, mask=(m < M) & (c < C))
+    where = out + tl.program_id(2) * out_part + m * out_m + c
+    tl.store(where, times(number, factor) * total, mask=(m < M) & (c < C))
 
 
-@triton.jit(do_not_specialize=_SCALARS)
-def _accumulate_kernel(  # type: ignore[no-untyped-def]
-    out, a, b, scale, seed, low, high, stream, threshold, M, C, R, out_m, out_c, a_m, a_r, b_r, b_c,
-    DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+def _prepare_product(  # type: ignore[no-untyped-def]
+    out, rows, small, factor, seed, drops, parts, width, turned, zeroed, carried
+):  # fmt: skip
+    (M, K), C = rows.shape, small.shape[0 if turned else 1]
+    own, block_C = tile("product", M, width, carried=carried), _rank_block(C)
+    part = ceil_div(ceil_div(K, parts), own.columns) * own.columns
+    strides = M * width, width, *rows.stride(), *small.stride()[:: -1 if turned else 1]
+    arguments = M, K, C, part, *zeroed, *strides, drops, own.rows, own.columns, block_C
+    return (ceil_div(M, own.rows), ceil_div(C, block_C), parts), arguments, own.how
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _expand_kernel(  # type: ignore[no-untyped-def]
+    out, a, b, h, factor, seed, number, low, high, stream, threshold,
+    M, C, R, out_m, out_c, a_part, a_m, b_r, b_c, DROPS: tl.constexpr, FRESH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_C
     m, c = row.to(tl.int64)[:, None], first + tl.arange(0, BLOCK_C)[None, :]
+    inside, where = (m < M) & (c < C), out + m * out_m + c.to(tl.int64) * out_c
+    if not FRESH:  # at once, not to wait for it
+        before = tl.load(where, mask=inside, other=0.0)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        a_block = tl.load(a + m * a_m + r[None, :] * a_r, mask=(m < M) & (r[None, :] < R), other=0.0)
+        of_a = (m < M) & (r[None, :] < R)
+        a_block = sum_of_parts(a + m * a_m + r[None, :], a_part, of_a, PARTS)
+        if h is not None and tl.program_id(1) == 0:
+            tl.store(h + m * R + r[None, :], a_block.to(h.dtype.element_ty), mask=of_a)
         b_block = tl.load(b + r[:, None] * b_r + c * b_c, mask=(r[:, None] < R) & (c < C), other=0.0)
         total = _dot(a_block, b_block, total)
+    total = times(number, factor) * total
     if DROPS:
-        total = total * keep_tile(seed, low, high, stream, threshold, row, first, C, BLOCK_C).to(tl.float32)
-    inside = (m < M) & (c < C)
-    where = out + m * out_m + c * out_c
-    total = tl.load(where, mask=inside, other=0.0).to(tl.float32) + scale * total
+        total = tl.where(keep_tile(seed, low, high, stream, threshold, row, first, C, BLOCK_C), total, 0.0)
+    if not FRESH:
+        total += before.to(tl.float32)
     tl.store(where, total.to(out.dtype.element_ty), mask=inside)
 
 
+def _prepare_expand(out, a, b, h, factor, seed, drops, fresh, parts, width, turned):  # type: ignore[no-untyped-def]
+    (M, C), R = out.shape, b.shape[1 if turned else 0]
+    own = tile("expand", M, width)
+    strides = *out.stride(), M * width, width, *b.stride()[:: -1 if turned else 1]
+    arguments = M, C, R, *strides, drops, fresh, parts, own.rows, own.columns, 16
+    return (ceil_div(M, own.rows), ceil_div(C, own.columns), 1), arguments, own.how
+
+
 @triton.jit
-def _sum_tile(  # type: ignore[no-untyped-def]
-    out, small, rows, scale, seed, low, high, stream, threshold, M, R, C, small_m, small_r, rows_m, rows_c, block, part,
-    TRANSPOSED: tl.constexpr, DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+def _store_sum(  # type: ignore[no-untyped-def]
+    out, total, sums, counter, r, c, R, C, out_r, out_c, SPLITS: tl.constexpr
 ):  # fmt: skip
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    """A sum over all rows: of this program, or of all its splits, added up in their order by the last one to come."""
+    inside = (r < R) & (c < C)
+    last = True
+    if SPLITS > 1:
+        sums += r * C + c
+        tl.store(sums + tl.program_id(2).to(tl.int64) * R * C, total, mask=inside)
+        tl.debug_barrier()
+        last = tl.atomic_add(counter, 1.0, sem="acq_rel") == SPLITS - 1
+        if last:
+            total = tl.zeros_like(total)
+            for i in range(SPLITS):
+                total += tl.load(sums + i * R * C, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(counter, 0.0)  # for the next adapter
+    if last:
+        tl.store(out + r * out_r + c * out_c, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _gradients_kernel(  # type: ignore[no-untyped-def]
+    work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, seed, inverse_keep, number, low, high, stream, threshold,
+    M, K, N, R, part, blocks, sums, counters, z_part, z_m, x_m, x_k, A_r, A_k, grad_x_m, grad_x_k,
+    grad_m, grad_n, h_m, h_r, DROPS: tl.constexpr, FRESH: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # The first programs have blocks of x's columns, the others of dY's; each of them some rows, one tile at a time.
+    block, end = tl.program_id(0), (tl.program_id(2) + 1) * part
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    counter = work + counters + block * tl.num_programs(1) + tl.program_id(1)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for start in range(0, part, BLOCK_M):
-        row = tl.program_id(2) * part + start + tl.arange(0, BLOCK_M)
-        m = row.to(tl.int64)
-        a = tl.load(small + m[None, :] * small_m + r * small_r, mask=(m[None, :] < M) & (r < R), other=0.0)
-        b = tl.load(rows + m[:, None] * rows_m + c * rows_c, mask=(m[:, None] < M) & (c < C), other=0.0)
-        if DROPS:
-            b = b * keep_tile(seed, low, high, stream, threshold, row, block * BLOCK_C, C, BLOCK_C).to(b.dtype)
-        total = _dot(a, b, total)
-    where = c * R + r if TRANSPOSED else r * C + c
-    tl.store(out + where, scale * total, mask=(r < R) & (c < C))
-
-
-@triton.jit(do_not_specialize=[*_SCALARS, "total", "blocks", "part"])
-def _sums_kernel(  # type: ignore[no-untyped-def]
-    out, small, rows, small_2, rows_2, scale, scale_2, seed, low, high, stream, threshold, M, R, C, C_2,
-    small_m, small_r, rows_m, rows_c, small_2_m, small_2_r, rows_2_m, rows_2_c, total, blocks, part,
-    TRANSPOSED: tl.constexpr, DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    out += tl.program_id(2).to(tl.int64) * total
     if block < blocks:
-        _sum_tile(
-            out, small, rows, scale, seed, low, high, stream, threshold, M, R, C, small_m, small_r, rows_m, rows_c,
-            block, part, TRANSPOSED, DROPS, BLOCK_M, BLOCK_R, BLOCK_C,
-        )  # fmt: skip
-    elif small_2 is not None:
-        _sum_tile(
-            out + R * C, small_2, rows_2, scale_2, None, 0, 0, 0, 0, M, R, C_2, small_2_m, small_2_r, rows_2_m,
-            rows_2_c, block - blocks, part, True, False, BLOCK_M, BLOCK_R, BLOCK_C,
-        )  # fmt: skip
+        if z is not None:
+            first = block * BLOCK_C
+            c = first + tl.arange(0, BLOCK_C)[None, :]
+            if grad_x is not None:
+                A_block = tl.load(A + r[:, None] * A_r + c * A_k, mask=(r[:, None] < R) & (c < K), other=0.0)
+            for start in range(end - part, end, BLOCK_M):
+                row = start + tl.arange(0, BLOCK_M)
+                m = row.to(tl.int64)[:, None]
+                inside = (m < M) & (c < K)
+                if grad_x is not None:
+                    where = grad_x + m * grad_x_m + c.to(tl.int64) * grad_x_k
+                    if not FRESH:  # at once, not to wait for it
+                        before = tl.load(where, mask=inside, other=0.0)
+                z_tile = sum_of_parts(z + m * z_m + r[None, :], z_part, (m < M) & (r[None, :] < R), PARTS)
+                if DROPS:
+                    keep = keep_tile(seed, low, high, stream, threshold, row, first, K, BLOCK_C)
+                if grad_A is not None:
+                    tile = tl.load(x + m * x_m + c.to(tl.int64) * x_k, mask=inside, other=0.0)
+                    if DROPS:
+                        tile = tl.where(keep, tile, 0.0)
+                    total = _dot(tl.trans(z_tile), tile, total)
+                if grad_x is not None:
+                    delta = inverse_keep * _dot(z_tile, A_block, tl.zeros([BLOCK_M, BLOCK_C], tl.float32))
+                    if DROPS:
+                        delta = tl.where(keep, delta, 0.0)
+                    if not FRESH:
+                        delta += before.to(tl.float32)
+                    tl.store(where, delta.to(grad_x.dtype.element_ty), mask=inside)
+            if grad_A is not None:
+                _store_sum(grad_A, inverse_keep * total, work + sums, counter, r[:, None], c, R, K, K, 1, SPLITS)
+    elif grad_B is not None:
+        c = (block - blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        for start in range(end - part, end, BLOCK_M):
+            m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+            h_tile = tl.load(h + m * h_m + r[None, :] * h_r, mask=(m < M) & (r[None, :] < R), other=0.0)
+            tile = tl.load(grad + m * grad_m + c.to(tl.int64) * grad_n, mask=(m < M) & (c < N), other=0.0)
+            total = _dot(tl.trans(h_tile), tile, total)
+        total = times(number, factor) * total
+        _store_sum(grad_B, total, work + sums + SPLITS * R * K, counter, r[:, None], c, R, N, 1, R, SPLITS)
 
 
-_launch_product = Launcher(_product_kernel)
-_launch_accumulate = Launcher(_accumulate_kernel, num_stages=2)
-_launch_sums = Launcher(_sums_kernel)
+def _prepare_gradients(  # type: ignore[no-untyped-def]
+    work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, seed, drops, fresh, plan
+):  # fmt: skip
+    R, K = (grad_B.shape[1], 0) if A is None else A.shape
+    M, N = plan.M, 0 if grad_B is None else grad_B.shape[0]
+    own, block_R = tile("gradients", M, plan.r, drops, plan.carried), _rank_block(R)
+    part, blocks = ceil_div(ceil_div(M, plan.splits), own.rows) * own.rows, ceil_div(K, own.columns)
+    strides = [stride for t in (x, A, grad_x, grad, h) for stride in ((0, 0) if t is None else t.stride())]
+    arguments = (
+        M, K, N, R, part, blocks, plan.sums, plan.counters, M * plan.r, plan.r, *strides,
+        drops, fresh, 1 if plan.carried else plan.parts, plan.splits, own.rows, block_R, own.columns,
+    )  # fmt: skip
+    return (blocks + ceil_div(N, own.columns), ceil_div(R, block_R), plan.splits), arguments, own.how
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _few_rows_kernel(  # type: ignore[no-untyped-def]
+    y, x, weight, bias, a, B, h, factor, number,
+    M, N, K, R, y_m, x_m, x_k, weight_n, weight_k, bias_n, a_r, a_k, B_n, B_r, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # Transposed, since the rows are few. `a` is A, and each program makes all of h, of what L2 has; or h's parts.
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    m, r = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_R)
+    base = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    low_rank = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+    inside = (m < M) & (r[:, None] < R)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        across, wide_k = k[None, :] < K, k.to(tl.int64)
+        where = weight + n.to(tl.int64) * weight_n + wide_k[None, :] * weight_k
+        w_tile = tl.load(where, mask=(n < N) & across, other=0.0)
+        x_tile = tl.load(x + m * x_m + wide_k[:, None] * x_k, mask=(m < M) & (k[:, None] < K), other=0.0)
+        base = _dot(w_tile, x_tile, base)
+        if PARTS == 0:
+            A_tile = tl.load(a + r[:, None] * a_r + k[None, :] * a_k, mask=(r[:, None] < R) & across, other=0.0)
+            low_rank = _dot(A_tile, x_tile, low_rank)
+    if PARTS > 0:
+        low_rank = sum_of_parts(a + m * R + r[:, None], M * R, inside, PARTS)
+    if h is not None and tl.program_id(0) == 0:
+        tl.store(h + m * R + r[:, None], low_rank.to(h.dtype.element_ty), mask=inside)
+    B_tile = tl.load(B + n * B_n + r[None, :] * B_r, mask=(n < N) & (r[None, :] < R), other=0.0)
+    total = base + times(number, factor) * _dot(B_tile, low_rank, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    if bias is not None:
+        total += tl.load(bias + n * bias_n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y + m * y_m + n, total.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts):  # type: ignore[no-untyped-def]
+    (M, K), (N, R) = x.shape, B.shape
+    bias_n = 0 if bias is None else bias.stride(0)
+    strides = y.stride(0), *x.stride(), *weight.stride(), bias_n, *a.stride(), *B.stride()
+    own = tile("few_rows", M, R)
+    arguments = M, N, K, R, *strides, parts, FEW, own.rows, own.columns, _rank_block(R)
+    return (ceil_div(N, own.rows), 1, 1), arguments, own.how
+
+
+_launch_product = Launcher(_product_kernel, _prepare_product)
+_launch_expand = Launcher(_expand_kernel, _prepare_expand)
+_launch_gradients = Launcher(_gradients_kernel, _prepare_gradients)
+_launch_few_rows = Launcher(_few_rows_kernel, _prepare_few_rows)

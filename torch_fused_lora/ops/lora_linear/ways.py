@@ -13,6 +13,7 @@ from torch import Tensor
 from ..rows import HALF
 
 FEW = 16  # rows that are never split into blocks
+LARGE = 2**36  # multiplications of a base product that keeps a card busier than its host
 
 
 class Way(enum.Enum):
@@ -29,19 +30,28 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
-    meet adapters in Triton kernels, where there are float32 adapters and more than `FEW` rows, or dropout."""
+    meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them. ``carrying``: from how
+    many bfloat16 rows on the base product carries the rank, on Hopper; of half adapters, without dropout, from `LARGE`
+    on."""
 
     block: int
     triton: bool = False
+    carrying: int = 0
 
     def __str__(self) -> str:
         text = f"converts {self.block} elements at a time, or {FEW} rows"
-        return f"{text}; half rows by Triton" if self.triton else text
+        if self.triton:
+            text += "; half rows by Triton"
+        return f"{text}, from {self.carrying} on in the base product on Hopper" if self.carrying else text
 
 
 # 8 MiB of float32 on a CPU: smaller blocks would stay in L2, and are no faster on a quiet CPU; on a busy one each
 # parallel aten call may wait a scheduler's time slice for its threads, so that few large blocks win by far.
-TABLE = {"cpu": Limits(block=1 << 21), "cuda": Limits(block=1 << 24, triton=True), "xpu": Limits(block=1 << 24)}
+TABLE = {
+    "cpu": Limits(block=1 << 21),
+    "cuda": Limits(block=1 << 24, triton=True, carrying=512),
+    "xpu": Limits(block=1 << 24),
+}
 
 
 def limits_of(device_type: str) -> Limits:
@@ -58,21 +68,33 @@ def choose(rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool) -> tuple[W
     """The way for these rows, and the adapters in the dtype in which rows meet them: their own, but float32 for half
     adapters where aten calls drop, and on a CPU, which is faster there where the processor multiplies no halves."""
     dtype = lora_A.dtype
-    if dtype is rows.dtype and not drops and not lora_A.is_cpu:
-        return WHOLE, lora_A, lora_B
     if rows.dtype in HALF:
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
-        K, N = lora_A.shape[1], lora_B.shape[0]
-        # No grid is empty. Dropout's tiles begin at whole counters of 8 elements.
-        fits = rows.shape[0] * K * N > 0 and (K % 8 == 0 if drops else rows.shape[0] > FEW)
-        if limits.triton and fits and triton_kernels():
-            return BY_TRITON, lora_A, lora_B
+        M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
+        if limits.triton and M * K * N > 0 and _has_kernels(rows.get_device()):  # no grid is empty
+            if drops:
+                fits = K % 8 == 0  # tiles begin at whole counters of 8 elements
+            elif dtype is rows.dtype and M > FEW:  # torch's own calls take less of the host's time
+                fits = M * K * N >= LARGE and _carries(rows)
+            else:
+                fits = True
+            if fits:
+                return BY_TRITON, lora_A, lora_B
+    if dtype is rows.dtype and not drops and not lora_A.is_cpu:
+        return WHOLE, lora_A, lora_B
     if dtype in HALF:
         lora_A, lora_B, dtype = lora_A.float(), lora_B.float(), torch.float32
     if drops:
         return BLOCKS, lora_A, lora_B
     few = rows.dtype is dtype or (count := rows.shape[0]) <= FEW
     return WHOLE if few or count <= block_rows(lora_A, lora_B) else BLOCKS, lora_A, lora_B
+
+
+@functools.cache
+def _has_kernels(device: int) -> bool:
+    """Whether there are Triton kernels for a card: its matrix units have to multiply bfloat16, as they do from Ampere
+    on. The CPU is -1, where kernels are interpreted."""
+    return triton_kernels() is not None and (device < 0 or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 @functools.cache
@@ -85,3 +107,38 @@ def triton_kernels() -> Any:
     except ImportError:
         return None
     return triton
+
+
+def carrying_rank(rows: Tensor, weight: Tensor | None, columns: int) -> Any:
+    """The module of Gluon kernels where ``rows``' product with a weight, of so many columns, is to carry the rank; else
+    None: torch's own product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes."""
+    if weight is None or not _carries(rows) or any(count % 8 for count in weight.shape):
+        return None
+    kernels = _gluon_kernels(rows.get_device())
+    fits = _is_tileable(rows) and _is_tileable(weight) and kernels.fills(rows.shape[0], columns, rows.get_device())
+    return kernels if fits else None
+
+
+def _carries(rows: Tensor) -> bool:
+    if not rows.is_cuda or rows.shape[0] < TABLE["cuda"].carrying or rows.dtype is not torch.bfloat16:
+        return False
+    return _gluon_kernels(rows.get_device()) is not None
+
+
+def _is_tileable(matrix: Tensor) -> bool:
+    row, column = matrix.stride()
+    return column == 1 and row % 8 == 0 and row >= matrix.shape[1] and matrix.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _gluon_kernels(device: int) -> Any:
+    """The module, for a Hopper card and a release of Triton with which it has run."""
+    if triton_kernels() is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    from ..launcher import is_tested
+
+    if not is_tested():
+        return None
+    from . import gluon
+
+    return gluon

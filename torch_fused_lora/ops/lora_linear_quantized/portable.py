@@ -82,6 +82,7 @@ def backward(
         grad_x, *others = low_rank_backward(
             rows,
             x_rows,
+            None,
             base if need_x else None,
             lora_A,
             lora_B,

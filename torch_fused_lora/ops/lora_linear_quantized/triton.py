@@ -17,6 +17,7 @@ from ...affine import Packed
 from ..dispatch import Maybe
 from ..launcher import Launcher
 from ..lora_linear import triton as low_rank
+from ..lora_linear.triton import as_factor, ceil_div
 
 ROWS = 16  # of the product: what one tile of the matrix units takes
 
@@ -24,18 +25,11 @@ ROWS = 16  # of the product: what one tile of the matrix units takes
 def product(rows: Tensor, packed: Packed, bias: Maybe, h: Maybe, lora_B: Maybe, scaling: float | Tensor) -> Tensor:
     """``rows Wᵀ + bias + scaling · h Bᵀ``, rounded once: half rows (M, K), M up to `ROWS`; h (M, r) or None."""
     words, scales, biases, bits, group_size = _contiguous(packed)
-    (M, K), N = rows.shape, scales.shape[0]
-    if h is not None and isinstance(scaling, Tensor):
-        h, scaling = h * scaling.to(h.device), 1.0
-    out = rows.new_empty((M, N))
-    tensors = rows, words, scales, biases, bias, h, lora_B
-    strides = *rows.stride(), *((0, 0) if lora_B is None else lora_B.stride())
-    R = 0 if h is None else h.shape[1]
-    kinds = tuple(None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors)
-    _launch_product(
-        rows.device, (-(-N // 32), 1, 1), (K, N, R, strides, kinds, bits, group_size),
-        out, *tensors, 1.0 if isinstance(scaling, Tensor) else scaling, M, K, N, R, *strides, bits, group_size, 32, 256,
-    )  # fmt: skip
+    number, factor = as_factor(scaling, rows)
+    out = rows.new_empty((rows.shape[0], scales.shape[0]))
+    tensors = out, rows, words, scales, biases, bias, h, lora_B, factor
+    key = tuple(None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors)
+    _launch_product(tensors, (number, rows.shape[0]), (bits, group_size), key)
     return out
 
 
@@ -44,11 +38,7 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     words, scales, biases, bits, group_size = _contiguous(packed)
     N, K = scales.shape[0], scales.shape[1] * group_size
     out = scales.new_empty((N, K), dtype=dtype)
-    alignments = tuple((t.dtype, t.data_ptr() & 15) for t in (out, words, scales, biases))
-    _launch_dequantize(
-        words.device, (-(-N // 16), -(-K // 256), 1), (K, N, alignments, bits, group_size),
-        out, words, scales, biases, K, N, bits, group_size, 16, 256,
-    )  # fmt: skip
+    _launch_dequantize((out, words, scales, biases), (), (bits, group_size), (N, K, dtype, scales.dtype))
     return out
 
 
@@ -76,9 +66,9 @@ def _tile(  # type: ignore[no-untyped-def]
     return tl.reshape(groups * scale[:, :, None] + offset[:, :, None], (BLOCK_N, BLOCK_K))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["number", "M"])
 def _product_kernel(  # type: ignore[no-untyped-def]
-    out, rows, words, scales, biases, bias, h, lora_B, scaling, M, K, N, R, rows_m, rows_k, B_n, B_r,
+    out, rows, words, scales, biases, bias, h, lora_B, factor, number, M, K, N, R, rows_m, rows_k, B_n, B_r,
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m, n = tl.arange(0, 16)[:, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -98,9 +88,17 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             a = tl.load(h + m * R + r[None, :], mask=(m < M) & (r[None, :] < R), other=0.0)
             b = tl.load(lora_B + r[:, None] * B_r + column * B_n, mask=(r[:, None] < R) & (column < N), other=0.0)
             term = low_rank._dot(a, b, term)
-        total += scaling * term
+        total += low_rank.times(number, factor) * term
     where = out + m * N + column
     tl.store(where, total.to(out.dtype.element_ty), mask=(m < M) & (column < N))
+
+
+def _prepare_product(  # type: ignore[no-untyped-def]
+    out, rows, words, scales, biases, bias, h, lora_B, factor, bits, group_size
+):  # fmt: skip
+    (N, K), R = (scales.shape[0], rows.shape[1]), 0 if h is None else h.shape[1]
+    strides = *rows.stride(), *((0, 0) if lora_B is None else lora_B.stride())
+    return (ceil_div(N, 32), 1, 1), (K, N, R, *strides, bits, group_size, 32, 256), {}
 
 
 @triton.jit
@@ -114,5 +112,10 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * K + k, tile.to(out.dtype.element_ty), mask=(row < N) & (k < K))
 
 
-_launch_product = Launcher(_product_kernel)
-_launch_dequantize = Launcher(_dequantize_kernel)
+def _prepare_dequantize(out, words, scales, biases, bits, group_size):  # type: ignore[no-untyped-def]
+    N, K = out.shape
+    return (ceil_div(N, 16), ceil_div(K, 256), 1), (K, N, bits, group_size, 16, 256), {}
+
+
+_launch_product = Launcher(_product_kernel, _prepare_product)
+_launch_dequantize = Launcher(_dequantize_kernel, _prepare_dequantize)
