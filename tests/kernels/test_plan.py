@@ -32,6 +32,7 @@ REFUSED = {
     "lora_delta.splits=4294967296": "lora_delta.splits=4294967296: expected a whole number from 1 on$",
     "lora_delta.row_blocks=3": "lora_delta.row_blocks=3: expected one of 1, 2, 4$",
     "lora_decode.slices=3": "lora_decode.slices=3: expected one of 1, 2, 4, 8$",
+    "lora_gemm.rows=48": "lora_gemm.rows=48: expected one of 32, 64$",
     "lora_decode.slices=4,lora_grad.splits=x": "lora_grad.splits=x: expected a whole number from 1 on$",
     "lora_delta.width=64": "lora_delta.width=64: expected a field that is chosen; width follows from the problem$",
     "rms_norm.held=1": "rms_norm.held=1: expected a field that is chosen; held follows from the problem$",
