@@ -40,7 +40,7 @@ class Packed(NamedTuple):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, formed in float32 (float64 for float64), then rounded to ``dtype``."""
         wide = wide_dtype(dtype)
-        held = self.words.view(torch.int32).contiguous().view(torch.uint8)  # mps copies no uint32
+        held = self.words.view(torch.int32).contiguous().view(torch.uint8)  # few operators take uint32
         if self.bits == 8:
             codes = held.to(wide)
         else:  # on a CPU in an eighth of the time that it takes to stack the two

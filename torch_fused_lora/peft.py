@@ -32,7 +32,7 @@ from .ops.lora_delta.operator import lora_delta_stacked
 from .ops.lora_linear.operator import lora_linear_stacked
 from .ops.lora_linear_quantized.operator import lora_linear_quantized_stacked
 from .originals import Patched, class_of, patch, switched_off, unpatch
-from .quantized import QuantLinear
+from .quantized import PackedWeight
 from .report import Calls, LoRAReport
 
 _NO_DROPOUT: tuple[float, ...] = ()
@@ -391,7 +391,7 @@ def _after(check: Callable[..., None], stock: Any) -> Any:
 
 def _check_merge(tuner: Any) -> None:
     for name, module in tuner.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), QuantLinear):
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedWeight):
             raise ValueError(
                 f"{name}: its base holds packed words, which no adapter can be merged into: call "
                 "torch_fused_lora.dequantize_(model) first"
@@ -399,7 +399,7 @@ def _check_merge(tuner: Any) -> None:
 
 
 def _check_config(tuner: Any, config: Any) -> None:
-    if not any(isinstance(module, QuantLinear) for module in tuner.model.modules()):
+    if not any(isinstance(module, PackedWeight) for module in tuner.model.modules()):
         return
     start = getattr(config, "init_lora_weights", True)
     reads = [name for name in _READ_WEIGHT if getattr(config, name, None)]

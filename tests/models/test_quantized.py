@@ -7,6 +7,8 @@ import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 import torch_fused_lora as tfl
+from tests import ROOT
 from torch_fused_lora.affine import quantize
 from torch_fused_lora.decide import DISABLED, INACTIVE
 
@@ -85,7 +88,8 @@ def linear(K=128, N=24, bias=True, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_from_linear(bits, bias):
+def test_from_linear(bits, bias, monkeypatch):
+    monkeypatch.setattr(tfl.quantized, "_BLOCK", 5 * 128)  # of 24 rows
     base = linear(bias=bias).eval()
     layer = tfl.QuantLinear.from_linear(base, bits, 32)
     assert isinstance(layer, nn.Linear)
@@ -456,6 +460,22 @@ def test_merging_is_refused_until_the_base_is_dequantised(patched):
     torch.testing.assert_close(model.merge_and_unload()(**batch()).logits, expected)
     kept = with_lora(quantized(), target_modules=["lm_head"])  # whose base is not packed
     kept.merge_and_unload()
+
+
+def test_a_loaded_layer_is_guarded_in_a_new_process(tmp_path):
+    (tmp_path / "model").write_bytes(pickle.dumps(nn.Sequential(tfl.QuantLinear.from_linear(linear(64, 8)))))
+    script = """
+import pickle, sys
+model = pickle.loads(open(sys.argv[1], "rb").read())
+from peft import LoraConfig, get_peft_model
+try:
+    get_peft_model(model, LoraConfig(target_modules=["0"])).merge_and_unload()
+except ValueError as error:
+    assert "packed words" in str(error)
+else:
+    raise AssertionError("merged")
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model"], check=True, cwd=ROOT)
 
 
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}
