@@ -96,7 +96,6 @@ EDITS = [
     Edit("operands.h", "ulong(col) * col_stride", "col * col_stride"),
     Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)"),
     Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)", 1),
-    Edit("operands.h", "source += stride;", "source += 1;"),
     Edit("operands.h", "uint(i) < count", "uint(i) <= count"),
     Edit("operands.h", "uint(i) < count", "uint(i) <= count", 1),
     Edit("operands.h", "uint(i) < count", "uint(i) <= count", 2),
