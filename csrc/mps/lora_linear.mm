@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor> forward(
     const std::vector<double>& dropout_p,
     const std::vector<int64_t>& ranks,
     bool save_h) {
-  check_forward(x, weight, bias, {lora_A, lora_B, scaling, seed, dropout_p, ranks});
+  const Adapters adapters = {lora_A, lora_B, scaling, seed, dropout_p, ranks};
+  check_forward(x, weight, bias, adapters);
 
   const int64_t N = weight.size(0), K = weight.size(1), r = lora_A.size(0);
   Rows x_rows = rows_of(x);
@@ -60,8 +61,10 @@ std::tuple<Tensor, Tensor> forward(
   const auto results = [&](const Tensor& y) { return std::tuple(y, save_h ? *h : empty({0}, lora_A)); };
   if (M == 0 || N == 0) return results(empty(with_last(x, N), x));
 
+  const Tuned tuned = tuned_for(false, x_rows, adapters);
   const bool weight_in_rows = weight.stride(1) == 1 || K == 1;
-  if (decodes(x_rows.operand.rows, static_cast<uint64_t>(r), weight_in_rows, seed.has_value())) {
+  const bool is_left = by_torch(scalar(x.scalar_type()), scalar(lora_A.scalar_type()), seed.has_value());
+  if (!is_left && decodes(x_rows.operand.rows, static_cast<uint64_t>(r), weight_in_rows, seed.has_value())) {
     const Tensor y = empty(with_last(x, N), x), scale = constant(scaling);
     const Rows A = rows_of(lora_A), B = rows_of(lora_B);
     const uint64_t bias_stride = bias.has_value() ? static_cast<uint64_t>(bias->stride(0)) : 0;
@@ -85,9 +88,8 @@ std::tuple<Tensor, Tensor> forward(
 
   x_rows = as_matrix(x_rows);
   const Tensor base = linear(x_rows.tensor, weight, bias);
-  const Tensor y = x.dim() == 2 ? base : with_shape(base, with_last(x, N));
-  add_delta(y, x_rows, {lora_A, lora_B, scaling, seed, dropout_p, ranks}, h);
-  return results(y);
+  add_delta(base, x_rows, adapters, h);
+  return results(x.dim() == 2 ? base : with_shape(base, with_last(x, N)));
 }
 
 // ------------------------------------------------------------------------------------------------------------ backward
@@ -138,6 +140,7 @@ std::vector<Tensor> backward(
   if (need.x || need.weight || need.bias) dy = as_matrix(dy);
   std::optional<Rows> x_rows;
   if (need.A || need.weight) x_rows = need.weight ? as_matrix(rows_of(*x)) : rows_of(*x);
+  const Tuned tuned = tuned_for(true, dy, adapters);
   OptionalTensor dx;
   if (need.x) dx = product(dy.tensor, *weight);
   const LowRankGradients low_rank = low_rank_backward(dy, dx, x_rows, h, adapters, {need.A, need.B, need.scaling});

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "../plan/configuration.h"
 #include "tensors.h"
 
 namespace torch_fused_lora {
@@ -35,6 +36,9 @@ void check_saved(
 
 /// The product of all dimensions of `tensor` but the last.
 int64_t rows_in(const Tensor& tensor);
+
+/// What is tuned for a call of lora_linear, while it lives: nothing where it drops or torch is to be deterministic.
+Tuned tuned_for(bool backward, const Rows& rows, const Adapters& adapters);
 
 /// y += s h B^T in place with h = dropout(x) A^T, which is written where it is given.
 void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);

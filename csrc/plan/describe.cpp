@@ -59,14 +59,19 @@ std::string describe_lora(
     return DeltaProblem{pass, dtype, adapter_dtype, in, A, B, true, true, 0, {}, gpu_cores};
   };
   Description found;
-  if (decodes(M, r, true, false)) {
-    found.add("forward", DecodeProblem{dtype, adapter_dtype, x, weight, A, B, 0, false, true, gpu_cores});
-  } else {
-    found.add("forward", delta(DeltaProblem::Pass::forward, x));
+  for (const bool backward : {false, true}) {
+    const Tuned tuned({backward, M, K, N, r, dtype, adapter_dtype});
+    if (by_torch(dtype, adapter_dtype, false)) continue;
+    if (backward) {
+      found.add("backward", delta(DeltaProblem::Pass::backward, dy))
+          .add("backward", GradProblem{dtype, adapter_dtype, x, dy, r, true, true, {}, gpu_cores});
+    } else if (decodes(M, r, true, false)) {
+      found.add("forward", DecodeProblem{dtype, adapter_dtype, x, weight, A, B, 0, false, true, gpu_cores});
+    } else {
+      found.add("forward", delta(DeltaProblem::Pass::forward, x));
+    }
   }
-  return found.add("backward", delta(DeltaProblem::Pass::backward, dy))
-      .add("backward", GradProblem{dtype, adapter_dtype, x, dy, r, true, true, {}, gpu_cores})
-      .text();
+  return found.text();
 }
 
 std::string describe_rms_norm(uint64_t M, uint64_t H, Scalar dtype, uint32_t gpu_cores) {

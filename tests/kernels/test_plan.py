@@ -10,7 +10,7 @@ from tests.kernels.row_plan import RowKernels
 from tests.kernels.test_metal_kernels import check_all, layer, run_all
 from tests.kernels.test_row_kernels import check_rms_norm, check_softmax, randn
 
-KERNELS = "lora_decode, lora_delta, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
+KERNELS = "lora_linear, lora_decode, lora_delta, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
 DELTA_FIELDS = "row_blocks, simdgroups, k_splits, splits"
 ROW_FIELDS = "row_simdgroups, rows, groups"
 REFUSED = {

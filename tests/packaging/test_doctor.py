@@ -66,7 +66,7 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
     doctor_on_mps = f"{install}; from torch_fused_lora.doctor import doctor; exit(doctor())"
     status, text = run_python("-c", doctor_on_mps, TORCH_FUSED_LORA_MPS=str(extension))
     reason = (
-        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 4"
+        "_mps.so is no extension of this package, or one too old to say, wanted torch_fused_lora interface 5"
         if built
         else "it is not built (_mps.so is missing): on the Mac"
     )

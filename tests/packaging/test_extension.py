@@ -27,7 +27,7 @@ OURS = NO_CONFIGURE + (
     'extern "C" unsigned long tfl_compiled_kernels() { return 0; }\n'
     'extern "C" unsigned long tfl_contiguous_copies() { return 0; }\n'
 )
-NOT_OURS = "is no extension of this package, or one too old to say, wanted torch_fused_lora interface 4"
+NOT_OURS = "is no extension of this package, or one too old to say, wanted torch_fused_lora interface 5"
 
 
 def compiled(path: Path, text: str) -> Path:
@@ -65,7 +65,7 @@ def test_a_file_that_is_no_library(content, tmp_path):
     ("text", "found"),
     [
         ("", "no extension of this package"),
-        (TELL % INTERFACE.replace("interface 4", "interface 1"), "torch_fused_lora interface 1 version"),
+        (TELL % INTERFACE.replace("interface 5", "interface 1"), "torch_fused_lora interface 1 version"),
         (TELL % (INTERFACE + ".post1"), INTERFACE + ".post1, wanted"),
     ],
     ids=["foreign", "interface", "version"],
