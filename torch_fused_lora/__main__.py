@@ -84,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "bench" and options.model:
             from .bench.model import bench_model
     except ImportError as error:
-        print(f"{options.command} needs more packages ({error}): pip install 'torch-fused-lora[bench]'", file=sys.stderr)
+        print(
+            f"{options.command} needs more packages ({error}): pip install 'torch-fused-lora[bench]'", file=sys.stderr
+        )
         return 1
     if options.command == "tune":
         try:

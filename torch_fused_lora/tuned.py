@@ -97,7 +97,10 @@ class Table:
     def save(self) -> None:
         """Write all entries, replacing the file at once. Raises OSError where that is not allowed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        document = {"machine": self.machine, "entries": [[*layer, text] for layer, text in sorted(self.entries.items())]}
+        document = {
+            "machine": self.machine,
+            "entries": [[*layer, text] for layer, text in sorted(self.entries.items())],
+        }
         descriptor, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
         try:
             with os.fdopen(descriptor, "w") as file:

@@ -24,7 +24,7 @@ from torch_fused_lora.ops.lora_linear import ways  # noqa: E402
 INTERPRETED = """
 import torch
 from torch_fused_lora.ops.lora_linear import triton as kernels, ways
-ways.TABLE['cpu'] = ways.Limits(block=1 << 21, triton=True)
+ways.TABLE['cpu'] = ways.Limits(block=1 << 21, triton=True, carrying=1024)
 torch.use_deterministic_algorithms(True)
 tl = kernels.tl
 kernels._dot = lambda a, b, total: tl.dot(a.to(tl.float32), b.to(tl.float32), total)
@@ -71,14 +71,12 @@ with torch.no_grad():
     kernels.add_delta_(y, x, A, B, 0.5)
     kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
-    h, grad_x = torch.randn(M, r), torch.zeros(M, K, dtype=dtype)
-    written = torch.empty_like(grad_x)
-    assert written.isnan().all()
-    added = kernels.backward(grad, grad_x, x, A, B, 0.5, h, True)
-    fresh = kernels.backward(grad, written, x, A, B, 0.5, h, True, fresh=True)
-    assert torch.equal(grad_x, written) and all(torch.equal(*pair) for pair in zip(added, fresh))
-    none, alone = kernels.backward(grad, None, None, A, B, 0.5, h, True)
-    assert none is None
+    h = torch.randn(M, r)
+    added, *grads = kernels.backward(grad, torch.zeros(N, K, dtype=dtype), x, A, B, 0.5, h, True, True)
+    written, *again = kernels.backward(grad, None, x, A, B, 0.5, h, True, True)
+    assert torch.equal(added, written) and all(map(torch.equal, grads, again))
+    *none, alone = kernels.backward(grad, None, None, A, B, 0.5, h, False, True)
+    assert none == [None, None]
     Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
 
 # Dropout in registers: of one adapter, of several, some of which drop nothing.
@@ -166,7 +164,7 @@ def launches(M, r, adapter_dtype, dropout_p, seed):
         patch.setattr(launcher.Launcher, "__call__", take)
         dropouts = [kernels.Dropout(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
         _, h = kernels.forward(x, W, None, A, B, 0.5, dropouts, True)
-        kernels.backward(grad, torch.empty_like(x), x, A, B, 0.5, h, True, dropouts, fresh=True)
+        kernels.backward(grad, None, x, A, B, 0.5, h, True, True, dropouts)
     return found
 
 

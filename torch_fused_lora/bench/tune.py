@@ -141,7 +141,9 @@ def tune(
         return 1
     emulated = chosen.type == "mps" and platform.system() != "Darwin"
     if emulated:
-        console.print("this mps is an emulated one: its times mean nothing, and what is kept here says nothing of a Mac")
+        console.print(
+            "this mps is an emulated one: its times mean nothing, and what is kept here says nothing of a Mac"
+        )
     layers = [
         Layer(backward, *shape, rank, dtype, adapter_dtype or dtype) for shape in shapes for backward in (False, True)
     ]

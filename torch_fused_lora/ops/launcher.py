@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from triton import JITFunction, knobs
 from triton.runtime import driver
 
 PREPARED = 4096  # launches that are remembered of a kernel
+Grid: TypeAlias = tuple[int, int, int]
+Launch: TypeAlias = Callable[[int, list[int | None], tuple[int | float, ...]], None]  # of stream, pointers and numbers
 
 
 def _hooked() -> bool:
@@ -17,16 +19,33 @@ def _hooked() -> bool:
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
+def _bind(compiled: Any, grid: Grid, arguments: tuple[Any, ...], _: tuple[Any, ...]) -> Launch:
+    """The launch of what is compiled."""
+    run, given = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+
+    def launch(stream: int, pointers: list[int | None], numbers: tuple[int | float, ...]) -> None:
+        run(*grid, stream, *given, *pointers, *numbers, *arguments)
+
+    return launch
+
+
 class Launcher:
     """A Triton kernel, whose launches are prepared once for what decides them.
 
     Its first arguments are the tensors, then come numbers that differ from call to call, for which it specialises no
-    code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it.
+    code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it. Where the kernel
+    takes descriptors of tensors, ``describe``, called alike, makes them, and ``bind`` a launch that does.
     """
 
-    def __init__(self, kernel: Any, prepare: Callable[..., tuple[tuple[int, int, int], tuple[Any, ...], Any]]):
-        self._kernel, self._prepare = kernel, prepare
-        self._prepared: dict[Any, Any] = {}
+    def __init__(
+        self,
+        kernel: Any,
+        prepare: Callable[..., tuple[Grid, tuple[Any, ...], Any]],
+        describe: Callable[..., tuple[Any, ...]] | None = None,
+        bind: Callable[[Any, Grid, tuple[Any, ...], tuple[Any, ...]], Launch] = _bind,
+    ):
+        self._kernel, self._prepare, self._describe, self._bind = kernel, prepare, describe, bind
+        self._prepared: dict[Any, Launch] = {}
 
     def __call__(
         self,
@@ -38,8 +57,7 @@ class Launcher:
         """Launch on the current stream of the device of the first tensor; others may be None. ``key`` says, beside the
         options, all that `prepare` and the machine code depend on, but for which tensors are None, and alignments."""
         if not isinstance(self._kernel, JITFunction):  # interpreted
-            grid, arguments, how = self._prepare(*tensors, *options)
-            self._kernel[grid](*tensors, *numbers, *arguments, **how)
+            self._compile(tensors, numbers, options)
             return
         index, active = tensors[0].get_device(), driver.active
         if active.get_current_device() != index:
@@ -48,16 +66,19 @@ class Launcher:
             return
         pointers = [None if t is None else t.data_ptr() for t in tensors]  # of a tensor Triton would ask the driver
         full_key = index, options, key, *[None if p is None else p & 15 for p in pointers]
-        prepared = self._prepared.get(full_key)
-        if prepared is None or _hooked():
-            grid, arguments, how = self._prepare(*tensors, *options)
-            compiled = self._kernel[grid](*tensors, *numbers, *arguments, **how)
-            if len(self._prepared) >= PREPARED:
-                self._prepared.clear()
-            self._prepared[full_key] = compiled, grid, arguments
+        launch = self._prepared.get(full_key)
+        if launch is not None and not _hooked():
+            launch(active.get_current_stream(index), pointers, numbers)
             return
-        compiled, grid, arguments = prepared
-        compiled.run(
-            *grid, active.get_current_stream(index), compiled.function, compiled.packed_metadata, None, None, None,
-            *pointers, *numbers, *arguments,
-        )  # fmt: skip
+        made = self._compile(tensors, numbers, options)
+        if len(self._prepared) >= PREPARED:
+            self._prepared.clear()
+        self._prepared[full_key] = self._bind(*made)
+
+    def _compile(
+        self, tensors: tuple[Any, ...], numbers: tuple[int | float, ...], options: tuple[Hashable, ...]
+    ) -> tuple[Any, Grid, tuple[Any, ...], tuple[Any, ...]]:
+        """And launch. What was compiled, the grid, the other arguments, and what stands for the tensors."""
+        grid, arguments, how = self._prepare(*tensors, *options)
+        given = tensors if self._describe is None else self._describe(*tensors, *options)
+        return self._kernel[grid](*given, *numbers, *arguments, **how), grid, arguments, given

@@ -153,12 +153,8 @@ def low_rank_backward(
     elif need_x or need_A or need_B or need_scaling:
         x_side = x if need_A else None
         if way is BY_TRITON:
-            fresh = weight is None
-            if need_x:
-                grad_x = grad.new_empty((grad.shape[0], A.shape[1])) if fresh else grad.mm(weight)
-            dropouts = _dropouts(seed, dropout_p, ranks, A)
-            by_triton = triton_kernels().backward
-            grad_A, grad_h = by_triton(grad, grad_x, x_side, A, B, scale, h, not need_scaling, dropouts, fresh)
+            dropouts, by_triton = _dropouts(seed, dropout_p, ranks, A), triton_kernels().backward
+            grad_x, grad_A, grad_h = by_triton(grad, weight, x_side, A, B, scale, h, need_x, not need_scaling, dropouts)
         else:
             if need_x:
                 grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if weight is None else grad.mm(weight)

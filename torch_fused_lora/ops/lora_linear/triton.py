@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..dropout.triton import keep_tile, words
 from ..launcher import Launcher
+from .ways import carrying_rank
 
 FEW = 16  # rows, the least that the matrix units take
 WIDE = 64  # ranks, the most that one tile has
@@ -74,6 +75,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``x Wᵀ + b + scale · h Bᵀ`` for half x (M, K), and h = dropout(x) Aᵀ (M, r) in the adapters' dtype, if asked."""
     (M, K), r = x.shape, A.shape[0]
+    if gluon := carrying_rank(x, weight):
+        found, parts, h, saved = _low_rank(x, A, dropouts, save_h)
+        return gluon.product(x, weight, True, bias, parts, found, B, scale, h), saved
     if M > FEW or r > WIDE or dropouts:
         y = F.linear(x, weight, bias)
         return y, add_delta_(y, x, A, B, scale, dropouts, save_h)
@@ -84,7 +88,7 @@ def forward(
         parts = _parts(M, K, r)
         a = x.new_empty((parts * M, r), dtype=torch.float32)
         _product(a, parts, r, x, A, True)
-    number, factor = _scale(scale, x)
+    number, factor = as_factor(scale, x)
     key = *_kind(x), *_kind(weight), *_kind(a), *_kind(B), None if bias is None else bias.stride()
     _launch_few_rows((y, x, weight, bias, a, B, h, factor), (number,), (parts,), key)
     return y, h
@@ -101,6 +105,15 @@ def add_delta_(
 ) -> Tensor | None:
     """``y += scale · h Bᵀ`` in place, rounded once, y (M, N) and x (M, K) half. Returns h = dropout(x) Aᵀ (M, r) in the
     adapters' dtype, if it is to be saved."""
+    found, parts, h, saved = _low_rank(x, A, dropouts, save_h)
+    _expand(y, found, parts, A.shape[0], B, True, scale, h)
+    return saved
+
+
+def _low_rank(
+    x: Tensor, A: Tensor, dropouts: Sequence[Dropout], save_h: bool
+) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+    """dropout(x) Aᵀ in float32, in so many parts; what is to become h, and what is to be saved."""
     (M, K), r = x.shape, A.shape[0]
     parts = _parts(M, K, r)
     found = x.new_empty((parts * M, r), dtype=torch.float32)
@@ -109,49 +122,57 @@ def add_delta_(
             _product(found[:, dropout.rank], parts, r, x, A[dropout.rank], True, dropout=dropout)
     else:
         _product(found, parts, r, x, A, True, dropout=dropouts[0] if dropouts else None)
-    is_h = parts == 1 and A.dtype is torch.float32
-    h = x.new_empty((M, r), dtype=A.dtype) if save_h and not is_h else None
-    _expand(y, found, parts, r, B, True, scale, h)
-    return found if save_h and is_h else h
+    if not save_h or (parts == 1 and A.dtype is torch.float32):
+        return found, parts, None, found if save_h else None
+    h = x.new_empty((M, r), dtype=A.dtype)
+    return found, parts, h, h
 
 
 def backward(
     grad: Tensor,
-    grad_x: Tensor | None,
+    weight: Tensor | None,
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
     scale: float | Tensor,
     h: Tensor | None,
+    need_x: bool,
     scale_h: bool,
     dropouts: Sequence[Dropout] = (),
-    fresh: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """``grad_x += dropout(z A)`` in place with z = s dY B; a ``fresh`` grad_x is only written. Returns zᵀ dropout(x) in
-    the adapters' dtype, and dYᵀ h, times s and in the adapters' dtype if ``scale_h``, else in float32. None where a
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dY W + dropout(z A)`` with z = s dY B, without dY W if there is no weight; zᵀ dropout(x), of the adapters'
+    dtype; and dYᵀ h, times s and of the adapters' dtype if ``scale_h``, else float32. None where not needed, or where a
     tensor is not given."""
     (M, N), (r, K) = grad.shape, A.shape
+    in_product = carrying_rank(grad, weight) if need_x and len(dropouts) < 2 else None
+    grad_x = None
+    if need_x and not in_product:
+        grad_x = grad.new_empty((M, K)) if weight is None else grad.mm(weight)
     grad_A = None if x is None else grad.new_empty((r, K), dtype=A.dtype)
     grad_B = None if h is None else grad.new_empty((N, r), dtype=B.dtype if scale_h else torch.float32)
     scale_B = scale if scale_h else 1.0
-    plan = _plan(M, K, N, r, grad_x is not None or x is not None, len(dropouts) > 0)
+    plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, in_product is not None)
     work = grad.new_empty(plan.size, dtype=torch.float32)
     if plan.parts:
+        dropout, fresh = dropouts[0] if dropouts else None, weight is None
         _product(work, plan.parts, r, grad, B, False, scale, zeroed=(plan.counters, plan.size - plan.counters))
-        if len(dropouts) < 2 and (r <= WIDE or grad_x is None):
-            dropout = dropouts[0] if dropouts else None
-            _gradients(plan, work, work, x, A, grad_A, grad_x, fresh, dropout, grad, h, grad_B, scale_B)
-            return grad_A, grad_B
+        if in_product:
+            z = work if plan.parts > plan.read else None
+            grad_x = in_product.product(grad, weight, False, None, plan.parts, work, A, 1.0, z, dropout)
+        to_add = None if in_product else grad_x
+        if len(dropouts) < 2 and (r <= WIDE or to_add is None):
+            _gradients(plan, work, work, x, A, grad_A, to_add, fresh, dropout, grad, h, grad_B, scale_B)
+            return grad_x, grad_A, grad_B
         for dropout in dropouts or (Dropout(slice(0, r), 0.0, 0, 0),):
             rank = dropout.rank
             z, own_A, own_grad_A = work[rank.start :], A[rank], None if grad_A is None else grad_A[rank]
-            in_one = grad_x if own_A.shape[0] <= WIDE else None
+            in_one = to_add if own_A.shape[0] <= WIDE else None
             _gradients(plan, work, z, x, own_A, own_grad_A, in_one, fresh, dropout)
-            if grad_x is not None and in_one is None:
-                _expand(grad_x, z, plan.parts, r, own_A, False, fresh=fresh, dropout=dropout)
+            if to_add is not None and in_one is None:
+                _expand(to_add, z, plan.parts, r, own_A, False, fresh=fresh, dropout=dropout)
             fresh = False
     _gradients(plan, work, grad=grad, h=h, grad_B=grad_B, scale_B=scale_B)
-    return grad_A, grad_B
+    return grad_x, grad_A, grad_B
 
 
 def _product(
@@ -168,9 +189,9 @@ def _product(
     """``scale · dropout(rows) small`` in so many parts, which lie in out as (parts, M, width) one after the other: rows
     half (M, K), small (K, C), or ``turned`` (C, K), with C about the rank. ``zeroed``: from where on, and how many
     elements of out become 0."""
-    number, factor = _scale(scale, rows)
-    drops, seed, *drop = _words(dropout)
-    numbers, key = (number * _inverse_keep(dropout), *drop), (*_kind(rows), *_kind(small))
+    number, factor = as_factor(scale, rows)
+    drops, seed, *drop = drop_words(dropout)
+    numbers, key = (number * inverse_keep_of(dropout), *drop), (*_kind(rows), *_kind(small))
     _launch_product((out, rows, small, factor, seed), numbers, (drops, parts, width, turned, zeroed), key)
 
 
@@ -188,19 +209,20 @@ def _expand(
 ) -> None:
     """``out += dropout(scale · a b)`` rounded once, out half (M, C), a the sum of its parts (parts, M, width), b (r, C)
     or ``turned`` (C, r); a ``fresh`` out is only written. h (M, r) of b's dtype, if given, becomes a."""
-    number, factor = _scale(scale, out)
-    drops, seed, *drop = _words(dropout)
-    numbers, key = (number * _inverse_keep(dropout), *drop), (*_kind(out), *_kind(b))
+    number, factor = as_factor(scale, out)
+    drops, seed, *drop = drop_words(dropout)
+    numbers, key = (number * inverse_keep_of(dropout), *drop), (*_kind(out), *_kind(b))
     _launch_expand((out, a, b, h, factor, seed), numbers, (drops, fresh, parts, width, turned), key)
 
 
 class _Plan(NamedTuple):
-    """Of a backward of M rows at rank r: z is made in parts of the columns, sums over the rows in splits of them. Where
-    in its float32 work space the splits' sums are, after z's parts, and the counters."""
+    """Of a backward of M rows at rank r: z is made in parts of the columns, so many of which are to be read, sums over
+    the rows in splits of them. Where in its float32 work space the splits' sums are, after z's parts, and counters."""
 
     M: int
     r: int
     parts: int
+    read: int
     splits: int
     sums: int
     counters: int
@@ -226,11 +248,11 @@ def _gradients(
     written; and grad_B = scale_B · dYᵀ h. None of what is None."""
     if grad_A is None and grad_x is None and grad_B is None:
         return
-    number, factor = _scale(scale_B, work)
-    drops, seed, *drop = _words(dropout)
+    number, factor = as_factor(scale_B, work)
+    drops, seed, *drop = drop_words(dropout)
     key = *_kind(x), *_kind(A), *_kind(grad_x), *_kind(grad), *_kind(h), *_kind(grad_B)
     tensors = work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, seed
-    _launch_gradients(tensors, (_inverse_keep(dropout), number, *drop), (drops, fresh, plan), key)
+    _launch_gradients(tensors, (inverse_keep_of(dropout), number, *drop), (drops, fresh, plan), key)
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
@@ -239,31 +261,31 @@ def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(4096)
-def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool) -> _Plan:
+def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, sums_z: bool) -> _Plan:
     if not has_z:  # nothing zeroes counters
-        return _Plan(M, r, 0, 1, 0, 0, 0)
+        return _Plan(M, r, 0, 0, 1, 0, 0, 0)
     parts, splits = _parts(M, N, r), 1
     rows, columns, *_ = tile("gradients", M, r, drops)
-    blocks = (_blocks(K, columns) + _blocks(N, columns)) * _blocks(r, _rank_block(r))
+    blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
     while 3 * splits * blocks <= 2 * PROGRAMS and 2 * splits * rows <= M:
         splits *= 2
-    sums = _blocks(parts * M * r, 16) * 16  # aligned
+    sums = ceil_div(parts * M * r, 16) * 16  # aligned
     counters = sums + (splits * r * (K + N) if splits > 1 else 0)
-    return _Plan(M, r, parts, splits, sums, counters, counters + (blocks if splits > 1 else 0))
+    return _Plan(M, r, parts, 1 if sums_z else parts, splits, sums, counters, counters + (blocks if splits > 1 else 0))
 
 
 @functools.lru_cache(4096)
 def _parts(M: int, K: int, r: int) -> int:
     """In how many parts rows of K elements meet an adapter. Whoever reads the product adds them up, so that they must
     stay small beside rows of the full width."""
-    parts, blocks = 1, _blocks(M, tile("product", M, r).rows) * _blocks(r, _rank_block(r))
+    parts, blocks = 1, ceil_div(M, tile("product", M, r).rows) * ceil_div(r, _rank_block(r))
     most = 256 if M <= FEW else 128 if M <= 1024 else 32
     while 2 * parts * blocks <= PROGRAMS and 512 * parts <= K and 2 * parts * r <= most:
         parts *= 2
     return parts
 
 
-def _blocks(count: int, size: int) -> int:
+def ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 
 
@@ -271,7 +293,7 @@ def _rank_block(r: int) -> int:
     return min(max(triton.next_power_of_2(r), 16), WIDE)
 
 
-def _scale(scale: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+def as_factor(scale: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """As a number, and what multiplies it on the device."""
     if not isinstance(scale, Tensor):
         return scale, None
@@ -281,14 +303,14 @@ def _scale(scale: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
 _WHOLE = False, None, 0, 0, 0, 0
 
 
-def _words(dropout: Dropout | None) -> tuple[bool, Tensor | None, int, int, int, int]:
+def drop_words(dropout: Dropout | None) -> tuple[bool, Tensor | None, int, int, int, int]:
     """Whether to drop, and `words`."""
     if dropout is None or dropout.p == 0.0:
         return _WHOLE
     return True, *words(dropout.seed, dropout.stream, dropout.p)
 
 
-def _inverse_keep(dropout: Dropout | None) -> float:
+def inverse_keep_of(dropout: Dropout | None) -> float:
     return 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
 
 
@@ -309,14 +331,14 @@ def _dot(a, b, total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _times(number, factor):  # type: ignore[no-untyped-def]
+def times(number, factor):  # type: ignore[no-untyped-def]
     if factor is not None:
         number = number * tl.load(factor)
     return number
 
 
 @triton.jit
-def _sum_of_parts(parts, stride, inside, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_of_parts(parts, stride, inside, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     total = tl.load(parts, mask=inside, other=0.0)
     for i in tl.static_range(1, PARTS):
         total += tl.load(parts + i * stride, mask=inside, other=0.0)
@@ -351,7 +373,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         b = tl.load(small + k[:, None] * small_k + c * small_c, mask=(k[:, None] < K) & (c < C), other=0.0)
         total = _dot(a, b, total)
     where = out + tl.program_id(2) * out_part + m * out_m + c
-    tl.store(where, _times(number, factor) * total, mask=(m < M) & (c < C))
+    tl.store(where, times(number, factor) * total, mask=(m < M) & (c < C))
 
 
 def _prepare_product(  # type: ignore[no-untyped-def]
@@ -359,10 +381,10 @@ def _prepare_product(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     (M, K), C = rows.shape, small.shape[0 if turned else 1]
     own, block_C = tile("product", M, width), _rank_block(C)
-    part = _blocks(_blocks(K, parts), own.columns) * own.columns
+    part = ceil_div(ceil_div(K, parts), own.columns) * own.columns
     strides = M * width, width, *rows.stride(), *small.stride()[:: -1 if turned else 1]
     arguments = M, K, C, part, *zeroed, *strides, drops, own.rows, own.columns, block_C
-    return (_blocks(M, own.rows), _blocks(C, block_C), parts), arguments, own.how
+    return (ceil_div(M, own.rows), ceil_div(C, block_C), parts), arguments, own.how
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -380,12 +402,12 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         of_a = (m < M) & (r[None, :] < R)
-        a_block = _sum_of_parts(a + m * a_m + r[None, :], a_part, of_a, PARTS)
+        a_block = sum_of_parts(a + m * a_m + r[None, :], a_part, of_a, PARTS)
         if h is not None and tl.program_id(1) == 0:
             tl.store(h + m * R + r[None, :], a_block.to(h.dtype.element_ty), mask=of_a)
         b_block = tl.load(b + r[:, None] * b_r + c * b_c, mask=(r[:, None] < R) & (c < C), other=0.0)
         total = _dot(a_block, b_block, total)
-    total = _times(number, factor) * total
+    total = times(number, factor) * total
     if DROPS:
         total = total * keep_tile(seed, low, high, stream, threshold, row, first, C, BLOCK_C).to(tl.float32)
     if not FRESH:
@@ -398,7 +420,7 @@ def _prepare_expand(out, a, b, h, factor, seed, drops, fresh, parts, width, turn
     own = tile("expand", M, width)
     strides = *out.stride(), M * width, width, *b.stride()[:: -1 if turned else 1]
     arguments = M, C, R, *strides, drops, fresh, parts, own.rows, own.columns, 16
-    return (_blocks(M, own.rows), _blocks(C, own.columns), 1), arguments, own.how
+    return (ceil_div(M, own.rows), ceil_div(C, own.columns), 1), arguments, own.how
 
 
 @triton.jit
@@ -448,7 +470,7 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
                     where = grad_x + m * grad_x_m + c.to(tl.int64) * grad_x_k
                     if not FRESH:  # at once, not to wait for it
                         before = tl.load(where, mask=inside, other=0.0)
-                z_tile = _sum_of_parts(z + m * z_m + r[None, :], z_part, (m < M) & (r[None, :] < R), PARTS)
+                z_tile = sum_of_parts(z + m * z_m + r[None, :], z_part, (m < M) & (r[None, :] < R), PARTS)
                 if DROPS:
                     keep = keep_tile(seed, low, high, stream, threshold, row, first, K, BLOCK_C)
                 if grad_A is not None:
@@ -472,7 +494,7 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
             h_tile = tl.load(h + m * h_m + r[None, :] * h_r, mask=(m < M) & (r[None, :] < R), other=0.0)
             tile = tl.load(grad + m * grad_m + c.to(tl.int64) * grad_n, mask=(m < M) & (c < N), other=0.0)
             total = _dot(tl.trans(h_tile), tile, total)
-        total = _times(number, factor) * total
+        total = times(number, factor) * total
         _store_sum(grad_B, total, work + sums + SPLITS * R * K, counter, r[:, None], c, R, N, 1, R, SPLITS)
 
 
@@ -482,13 +504,13 @@ def _prepare_gradients(  # type: ignore[no-untyped-def]
     R, K = (grad_B.shape[1], 0) if A is None else A.shape
     M, N = plan.M, 0 if grad_B is None else grad_B.shape[0]
     own, block_R = tile("gradients", M, plan.r, drops), _rank_block(R)
-    part, blocks = _blocks(_blocks(M, plan.splits), own.rows) * own.rows, _blocks(K, own.columns)
+    part, blocks = ceil_div(ceil_div(M, plan.splits), own.rows) * own.rows, ceil_div(K, own.columns)
     strides = [stride for t in (x, A, grad_x, grad, h) for stride in ((0, 0) if t is None else t.stride())]
     arguments = (
         M, K, N, R, part, blocks, plan.sums, plan.counters, M * plan.r, plan.r, *strides,
-        drops, fresh, plan.parts, plan.splits, own.rows, block_R, own.columns,
+        drops, fresh, plan.read, plan.splits, own.rows, block_R, own.columns,
     )  # fmt: skip
-    return (blocks + _blocks(N, own.columns), _blocks(R, block_R), plan.splits), arguments, own.how
+    return (blocks + ceil_div(N, own.columns), ceil_div(R, block_R), plan.splits), arguments, own.how
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -514,11 +536,11 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
             A_tile = tl.load(a + r[:, None] * a_r + k[None, :] * a_k, mask=(r[:, None] < R) & across, other=0.0)
             low_rank = _dot(A_tile, x_tile, low_rank)
     if PARTS > 0:
-        low_rank = _sum_of_parts(a + m * R + r[:, None], M * R, inside, PARTS)
+        low_rank = sum_of_parts(a + m * R + r[:, None], M * R, inside, PARTS)
     if h is not None and tl.program_id(0) == 0:
         tl.store(h + m * R + r[:, None], low_rank.to(h.dtype.element_ty), mask=inside)
     B_tile = tl.load(B + n * B_n + r[None, :] * B_r, mask=(n < N) & (r[None, :] < R), other=0.0)
-    total = base + _times(number, factor) * _dot(B_tile, low_rank, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+    total = base + times(number, factor) * _dot(B_tile, low_rank, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
     if bias is not None:
         total += tl.load(bias + n * bias_n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y + m * y_m + n, total.to(y.dtype.element_ty), mask=(m < M) & (n < N))
@@ -530,7 +552,7 @@ def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts):  # type: igno
     strides = y.stride(0), *x.stride(), *weight.stride(), bias_n, *a.stride(), *B.stride()
     own = tile("few_rows", M, R)
     arguments = M, N, K, R, *strides, parts, FEW, own.rows, own.columns, _rank_block(R)
-    return (_blocks(N, own.rows), 1, 1), arguments, own.how
+    return (ceil_div(N, own.rows), 1, 1), arguments, own.how
 
 
 _launch_product = Launcher(_product_kernel, _prepare_product)

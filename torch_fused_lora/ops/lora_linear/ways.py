@@ -30,19 +30,27 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
-    meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them."""
+    meet adapters in Triton kernels. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on
+    Hopper."""
 
     block: int
     triton: bool = False
+    carrying: int = 0
 
     def __str__(self) -> str:
         text = f"converts {self.block} elements at a time, or {FEW} rows"
-        return f"{text}; half rows by Triton" if self.triton else text
+        if self.triton:
+            text += "; half rows by Triton"
+        return f"{text}, from {self.carrying} on in the base product on Hopper" if self.carrying else text
 
 
 # 8 MiB of float32 on a CPU: smaller blocks would stay in L2, and are no faster on a quiet CPU; on a busy one each
 # parallel aten call may wait a scheduler's time slice for its threads, so that few large blocks win by far.
-TABLE = {"cpu": Limits(block=1 << 21), "cuda": Limits(block=1 << 24, triton=True), "xpu": Limits(block=1 << 24)}
+TABLE = {
+    "cpu": Limits(block=1 << 21),
+    "cuda": Limits(block=1 << 24, triton=True, carrying=1024),
+    "xpu": Limits(block=1 << 24),
+}
 
 
 def limits_of(device_type: str) -> Limits:
@@ -114,9 +122,11 @@ def choose(
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
         if limits.triton and M * K * N > 0 and _has_kernels(index := rows.get_device()):  # no grid is empty
-            # Dropout's tiles begin at whole counters of 8 elements. Torch's own calls take less of the host's time.
+            # With dropout, tiles begin at whole counters of 8 elements. Where the rows are many and all is of one dtype,
+            # torch's own products take less of the device's time.
+            many = limits.carrying <= M and dtype is rows.dtype
             tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
-            if tuned == 1 or (not tuned and (K % 8 == 0 if drops else M <= FEW or dtype is not rows.dtype)):
+            if tuned == 1 or (not tuned and (K % 8 == 0 if drops else not many or _carries(rows))):
                 return BY_TRITON, lora_A, lora_B
     if dtype is rows.dtype and not drops and not lora_A.is_cpu:
         return WHOLE, lora_A, lora_B
@@ -145,3 +155,34 @@ def triton_kernels() -> Any:
     except ImportError:
         return None
     return triton
+
+
+def carrying_rank(rows: Tensor, weight: Tensor | None) -> Any:
+    """The module of Gluon kernels where ``rows``' product with a weight is to carry the rank; else None: torch's own
+    product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes."""
+    if weight is None or not _carries(rows) or any(count % 8 for count in weight.shape):
+        return None
+    return _gluon_kernels(rows.get_device()) if _is_tileable(rows) and _is_tileable(weight) else None
+
+
+def _carries(rows: Tensor) -> bool:
+    if not rows.is_cuda or rows.shape[0] < TABLE["cuda"].carrying or rows.dtype is not torch.bfloat16:
+        return False
+    return _gluon_kernels(rows.get_device()) is not None
+
+
+def _is_tileable(matrix: Tensor) -> bool:
+    row, column = matrix.stride()
+    return column == 1 and row % 8 == 0 and row >= matrix.shape[1] and matrix.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _gluon_kernels(device: int) -> Any:
+    """The module, for a Hopper card and a release of Triton with which it has run."""
+    if triton_kernels() is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from . import gluon
+    except ImportError:  # it is young, and its parts move
+        return None
+    return gluon if gluon.is_tested() else None
