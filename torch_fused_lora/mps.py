@@ -25,7 +25,7 @@ INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)
 @dataclasses.dataclass
 class Extension:
     """`library` is None until the extension is loaded; `reason` then says why it is not. `overrides`: of its launch
-    configurations, as the environment variable TORCH_FUSED_LORA_PLAN had them when it was loaded; ``tuned`` is the table
+    configurations, as the environment variable TORCH_FUSED_LORA_PLAN had them when it was loaded; `tuned`: the table
     that is in force where there are none."""
 
     library: ctypes.CDLL | None = None

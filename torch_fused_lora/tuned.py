@@ -68,7 +68,7 @@ class Table:
         table = cls(cache_folder() / "torch_fused_lora" / f"{name}.json", machine, {})
         try:
             text = table.path.read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return table
         except (OSError, ValueError) as error:
             table._complain(str(error))

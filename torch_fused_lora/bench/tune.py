@@ -8,18 +8,16 @@ quartile at all; so is torch's way, if that is the fastest.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import platform
+import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Sheet
 from torch import Tensor, nn
@@ -47,29 +45,34 @@ class _Mps:
         if extension.tuned is None:
             raise RuntimeError(f"the Metal extension is missing: {extension.reason}")
         self.table: Table = extension.tuned
-        self.put = extension.tune
+
+    def put(self, layer: Layer, text: str) -> None:
+        extension.tune(layer, text)
 
     def fields(self, layer: Layer) -> list[list[Numbers]]:
-        kernels = extension.candidates()
+        """Each with its candidates."""
         return [
             [{f"{kernel}.{field}": number} for number in numbers]
-            for kernel, fields in kernels.items()
+            for kernel, fields in extension.candidates().items()
             for field, numbers in fields.items()
         ]
 
-    def planned(self, layer: Layer) -> Hashable:
-        direction = "backward" if layer.backward else "forward"
+    def planned(self, layer: Layer, numbers: Numbers) -> str:
+        """What would be launched."""
+        self.put(layer, text_of(numbers))
         dispatches = plan("lora_linear", layer[1:5], layer.dtype, layer.adapter_dtype)
+        direction = "backward" if layer.backward else "forward"
         return str([dispatch for dispatch in dispatches if dispatch.direction == direction])
 
-    @contextlib.contextmanager
-    def steps(self, layer: Layer, step: Callable[[], object], tried: dict[str, str]) -> Iterator[dict[str, Callable]]:
-        def tuned(text: str) -> None:
+    def step(self, layer: Layer, step: Callable[[], object], numbers: Numbers) -> Callable[[], object]:
+        """So configured."""
+        text = text_of(numbers)
+
+        def configured() -> None:
             self.put(layer, text)
             step()
 
-        yield {name: lambda text=text: tuned(text) for name, text in tried.items()}
-        self.put(layer, "")
+        return configured
 
 
 class _Cuda:
@@ -79,34 +82,32 @@ class _Cuda:
         if triton_kernels() is None:
             raise RuntimeError("there is no Triton for NVIDIA")
         self.layers = tuned_layers(torch.cuda.current_device() if device.index is None else device.index)
-        self.table, self.put = self.layers.table, self.layers.tune
+        self.table = self.layers.table
+
+    def put(self, layer: Layer, text: str) -> None:
+        self.layers.tune(layer, text)
 
     def fields(self, layer: Layer) -> list[list[Numbers]]:
-        return [[{"lora_linear.way": 1}, TORCH], *triton_kernels().candidates(layer)]
+        return triton_kernels().candidates(layer.backward, layer.M, layer.r)
 
-    def planned(self, layer: Layer) -> Hashable:
-        return triton_kernels().planned(layer)
+    def planned(self, layer: Layer, numbers: Numbers) -> str:
+        return text_of(numbers)
 
-    @contextlib.contextmanager
-    def steps(self, layer: Layer, step: Callable[[], object], tried: dict[str, str]) -> Iterator[dict[str, Callable]]:
-        graphs = {}
-        for name, text in tried.items():
-            self.put(layer, text)
-            step()  # compiles
-            graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name]):
-                step()
-        self.put(layer, "")
-        yield {name: graph.replay for name, graph in graphs.items()}
+    def step(self, layer: Layer, step: Callable[[], object], numbers: Numbers) -> Callable[[], object]:
+        self.put(layer, text_of(numbers))
+        step()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Of a layer: the default's milliseconds, what was best and what is kept (empty: the default), over the default."""
+    """Of a layer: the default's milliseconds, ratios over them, and what is kept, nothing for the default."""
 
     layer: Layer
     default_ms: float
-    best: str
     best_over_default: Ratio
     torch_over_default: Ratio | None
     kept: str
@@ -129,18 +130,16 @@ def tune(
         seconds: for all.
     """
     chosen, console = start(device, None)
-    kinds: dict[str, Callable[[torch.device], Any]] = {"mps": _Mps, "cuda": _Cuda}
     try:
-        if chosen.type not in kinds:
+        if chosen.type not in ("mps", "cuda"):
             raise RuntimeError("its calls take one way alone")
         if torch.are_deterministic_algorithms_enabled():
             raise RuntimeError("torch.use_deterministic_algorithms(True) ignores what is tuned")
-        target = kinds[chosen.type](chosen)
+        target = _Mps(chosen) if chosen.type == "mps" else _Cuda(chosen)
     except RuntimeError as error:
         console.print(f"nothing to tune on {chosen}: {error}")
         return 1
-    emulated = chosen.type == "mps" and platform.system() != "Darwin"
-    if emulated:
+    if chosen.type == "mps" and platform.system() != "Darwin":
         console.print(
             "this mps is an emulated one: its times mean nothing, and what is kept here says nothing of a Mac"
         )
@@ -175,48 +174,33 @@ def tune(
     return 0
 
 
-def _tuned(target: Any, device: torch.device, layer: Layer, seconds: float) -> Found:
-    target.put(layer, "")
-    default = target.planned(layer)
-    step = _step(layer, device)
-    best: Numbers = {}
-    fields = target.fields(layer)
-
-    def compare(tried: dict[str, Numbers], seconds: float) -> dict[str, list[float]]:
-        texts = {name: text_of(numbers) for name, numbers in tried.items()}
-        with target.steps(layer, step, texts) as steps:
-            return interleaved(steps, device, seconds, min_rounds=5)
-
+def _tuned(target: _Mps | _Cuda, device: torch.device, layer: Layer, seconds: float) -> Found:
     until = time.perf_counter() + seconds
-    for measured, candidates in enumerate(fields):
-        left = until - time.perf_counter()
-        if left <= 0:
+    step, fields = _step(layer, device), target.fields(layer)
+
+    def compare(tried: Iterable[Numbers], share: float) -> dict[str, list[float]]:
+        steps = {text_of(numbers): target.step(layer, step, numbers) for numbers in tried}
+        return interleaved(steps, device, share * (until - time.perf_counter()), min_rounds=5)
+
+    best: Numbers = {}
+    for done, candidates in enumerate(fields):
+        if time.perf_counter() > until:
             break
-        tried, seen = {"best": best}, {_planned(target, layer, best)}
-        for numbers in (best | candidate for candidate in candidates):
-            planned = _planned(target, layer, numbers)
-            if planned not in seen:
-                seen.add(planned)
-                tried[text_of(numbers)] = numbers
+        tried = {target.planned(layer, best): best}
+        for candidate in candidates:
+            if candidate != TORCH:
+                tried.setdefault(target.planned(layer, best | candidate), best | candidate)
         if len(tried) > 1:
-            times = compare(tried, left / (len(fields) - measured + 3))
-            ratios = {name: ratio(times, name, "best").median for name in tried}
-            best = tried[min(ratios, key=ratios.__getitem__)]
-    tried = {"default": {}, "best": best}
-    if _planned(target, layer, TORCH) != default:
-        tried["torch"] = TORCH
-    times = compare(tried, max(until - time.perf_counter(), 0.1))
-    ratios = {name: ratio(times, name, "default") for name in tried}
-    winner = min(ratios, key=lambda name: ratios[name].median)
+            times = compare(tried.values(), 1 / (len(fields) - done + 3))
+            best = min(tried.values(), key=lambda numbers: ratio(times, text_of(numbers), text_of(best)).median)
+    has_torch = target.planned(layer, TORCH) != target.planned(layer, {})
+    times = compare([{}, best, TORCH] if has_torch else [{}, best], 1)
+    target.put(layer, "")
+    ratios = {text: ratio(times, text, "") for text in times}
+    winner = min(ratios, key=lambda text: ratios[text].median)
     won = ratios[winner].median < 1 - MARGIN and ratios[winner].high < 1
-    kept = text_of(tried[winner]) if won else ""
-    milliseconds = sorted(times["default"])[len(times["default"]) // 2] * 1e3
-    return Found(layer, milliseconds, text_of(best), ratios["best"], ratios.get("torch"), kept)
-
-
-def _planned(target: Any, layer: Layer, numbers: Numbers) -> Hashable:
-    target.put(layer, text_of(numbers))
-    return target.planned(layer)
+    milliseconds, of_torch = statistics.median(times[""]) * 1e3, ratios.get(text_of(TORCH))
+    return Found(layer, milliseconds, ratios[text_of(best)], of_torch, winner if won else "")
 
 
 def _step(layer: Layer, device: torch.device) -> Callable[[], object]:

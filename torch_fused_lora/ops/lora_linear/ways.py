@@ -122,8 +122,8 @@ def choose(
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
         if limits.triton and M * K * N > 0 and _has_kernels(index := rows.get_device()):  # no grid is empty
-            # With dropout, tiles begin at whole counters of 8 elements. Where the rows are many and all is of one dtype,
-            # torch's own products take less of the device's time.
+            # With dropout, tiles begin at whole counters of 8 elements. Where the rows are many and all is of one
+            # dtype, torch's own products take less of the device's time.
             many = limits.carrying <= M and dtype is rows.dtype
             tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
             if tuned == 1 or (not tuned and (K % 8 == 0 if drops else not many or _carries(rows))):
