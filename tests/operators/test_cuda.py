@@ -19,6 +19,7 @@ from tests.reference import HALF, UNIT, Delta, Layer
 from torch_fused_lora.doctor import self_test
 from torch_fused_lora.ops.dropout import keep_mask
 from torch_fused_lora.ops.dropout.operator import gpu_mask
+from torch_fused_lora.ops.lora_linear import ways
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -64,8 +65,8 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows, columns):
     )
     for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
         if name in found:
-            by_triton = columns % 8 == 0 if dropout_p else rows <= 16 or adapter_dtype == torch.float32
-            if dtype in HALF and by_triton:  # `triton._dot`: h or z, then what is made of it
+            by_triton = ways.choose(leaves[0], leaves[3], leaves[4], dropout_p > 0)[0] is ways.BY_TRITON
+            if by_triton:  # `triton._dot`: h or z, then what is made of it
                 exact.terms += (2 + 3) * 2**8  # 2**-16 is 2**8 units of float32
             if dtype in HALF and name == "y":  # of a single row, torch's own product is rounded before the bias
                 exact.rounded = exact.rounded + (x.double() @ W.double().T).abs()
@@ -85,6 +86,10 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows, columns):
 )
 def test_views_and_poisoned_memory(dtype, shape, ranks, dropouts, layout, adapters_are_half):
     """By Triton's kernels, in parts and splits, where what is allocated begins as NaN."""
+    check_stacked(dtype, shape, ranks, dropouts, layout, adapters_are_half)
+
+
+def check_stacked(dtype, shape, ranks, dropouts, layout, adapters_are_half):
     (M, K, N), r, adapter_dtype = shape, sum(ranks), dtype if adapters_are_half else torch.float32
     sizes = ((M, K), (N, K), (N,), (r, K), (N, r))
     x, _, _, A, B = leaves = [
@@ -104,6 +109,43 @@ def test_views_and_poisoned_memory(dtype, shape, ranks, dropouts, layout, adapte
         exact[name].check(actual, name)
 
 
+@pytest.fixture
+def carried(monkeypatch):
+    """The calls of the product that carries the rank, which is taken whatever its tiles leave idle."""
+    kernels = ways._gluon_kernels(0)
+    if kernels is None:
+        pytest.skip("needs a Hopper card, and a release of Triton that Gluon's kernels have run with")
+    calls, product = [], kernels.product
+    monkeypatch.setattr(kernels, "fills", lambda *_: True)
+    monkeypatch.setattr(kernels, "product", lambda *given: calls.append(given) or product(*given))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "dropouts", "adapters_are_half", "products"),
+    [
+        ((512, 64, 128), (16,), (), False, 2),
+        ((700, 584, 1096), (5,), (), False, 2),
+        ((1300, 1096, 520), (70,), (0.3,), True, 2),
+        ((2100, 2056, 2064), (16,), (0.1,), False, 2),  # more tiles than multiprocessors
+        ((600, 1104, 1088), (66, 4, 3), (0.3, 0.0, 0.6), False, 1),  # each adapter's part of dx has a mask of its own
+    ],
+)
+def test_a_product_that_carries_the_rank(carried, shape, ranks, dropouts, adapters_are_half, products):
+    check_stacked(torch.bfloat16, shape, ranks, dropouts, "contiguous", adapters_are_half)
+    assert len(carried) == products
+
+
+@pytest.mark.parametrize("columns", [4096, 3584, 2048])  # in wide tiles, narrow ones, and few of these
+def test_what_is_carried_by_default(columns):
+    if ways._gluon_kernels(0) is None:
+        pytest.skip("needs a Hopper card, and a release of Triton that Gluon's kernels have run with")
+    x, weight = (torch.empty(rows, 2048, device=CUDA, dtype=torch.bfloat16) for rows in (1024, columns))
+    assert ways.carrying_rank(x, weight, columns)
+    for rows, base in ((x[:500], weight), (x[:, 1:], weight[:, 1:]), (x.half(), weight.half()), (x, None)):
+        assert ways.carrying_rank(rows, base, columns) is None
+
+
 @pytest.mark.parametrize("dtypes", DELTA_DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("rows", [1, 77, 1500])
@@ -111,12 +153,12 @@ def test_lora_delta_against_float64(dtypes, dropout_p, rows):
     (y_dtype, x_dtype, adapter_dtype), (K, N, r) = dtypes, (136, 96, 5)
     y, *others = operands(dtypes, (rows,), (K, N, r), CUDA)
     exact = Delta(y, *others, 0.5, seeded_masks(3, others[0], [r], [dropout_p]))
-    by_triton = dropout_p > 0 or rows <= 16 or adapter_dtype == torch.float32
+    by_triton = ways.choose(*others, dropout_p > 0)[0] is ways.BY_TRITON
     before = y.detach().clone()
     found = tfl.lora_delta(y, *others, 0.5, dropout_p, training=True)
     assert torch.equal(y, before)
     output = exact.output()
-    if x_dtype in HALF and by_triton:
+    if by_triton:
         output.terms += (2 + 3) * 2**8
     elif y_dtype == torch.float32 and adapter_dtype in HALF:  # a product of halves is a half h, as the stock one
         output.magnitude = output.magnitude + UNIT[adapter_dtype] / UNIT[torch.float32] * exact.low_rank()[1]
@@ -194,7 +236,16 @@ def layer_operands(rows=64, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_captured_training_step(dtype, dropout_p):
     """Replayed, it computes what it did; with dropout each time with another mask, which manual_seed brings back."""
-    a = layer_operands(dtype=dtype)
+    check_captured(layer_operands(dtype=dtype), dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_captured_step_that_carries_the_rank(carried, dropout_p):
+    check_captured(layer_operands(600), dropout_p)
+    assert len(carried) == 8
+
+
+def check_captured(a, dropout_p):
 
     def step():
         y = tfl.lora_linear(*a, 0.5, dropout_p, training=True)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import torch
+import triton
 from triton import JITFunction, knobs
 from triton.runtime import driver
 
 PREPARED = 4096  # launches that are remembered of a kernel
+TESTED = ("3.6",)  # releases of Triton that have run this package's kernels on a GPU
 Grid: TypeAlias = tuple[int, int, int]
 Launch: TypeAlias = Callable[[int, list[int | None], tuple[int | float, ...]], None]  # of stream, pointers and numbers
 
@@ -19,9 +21,21 @@ def _hooked() -> bool:
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
+def is_tested() -> bool:
+    return triton.__version__.rpartition(".")[0] in TESTED
+
+
+def start_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """``run`` and ``given`` so that ``run(*grid, stream, *given, *arguments)`` launches what is compiled."""
+    run, given = compiled.run, [compiled.function]
+    if is_tested() and run.global_scratch_size == run.profile_scratch_size == 0:  # past the method that allocates it
+        given += [run.launch_cooperative_grid, run.launch_pdl, None, None]
+        run = run.launch
+    return run, (*given, compiled.packed_metadata, None, None, None)
+
+
 def _bind(compiled: Any, grid: Grid, arguments: tuple[Any, ...], _: tuple[Any, ...]) -> Launch:
-    """The launch of what is compiled."""
-    run, given = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+    run, given = start_of(compiled)
 
     def launch(stream: int, pointers: list[int | None], numbers: tuple[int | float, ...]) -> None:
         run(*grid, stream, *given, *pointers, *numbers, *arguments)

@@ -34,7 +34,7 @@ def _key(seed, low, high):  # type: ignore[no-untyped-def]
 def keep_tile(  # type: ignore[no-untyped-def]
     seed, low, high, stream, threshold, rows, first, columns, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """(rows, WIDTH) of the mask, 1 or 0 in int8: the given rows, columns ``first`` onwards. ``columns`` in all, and
+    """(rows, WIDTH) of the mask: the given rows, columns ``first`` onwards. ``columns`` in all, and
     ``first``, are multiples of 8, so that no counter serves two rows."""
     counter = (rows[:, None].to(tl.int64) * columns + first) // 8 + tl.arange(0, WIDTH // 8)[None, :]
     index_low, index_high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
@@ -46,7 +46,7 @@ def keep_tile(  # type: ignore[no-untyped-def]
         tl.join(_keep_odd(a, threshold), _keep_odd(c, threshold)),
         tl.join(_keep_odd(b, threshold), _keep_odd(d, threshold)),
     )
-    return tl.reshape(tl.join(even, odd), (rows.shape[0], WIDTH))
+    return tl.reshape(tl.join(even, odd), (rows.shape[0], WIDTH)) != 0
 
 
 @triton.jit

@@ -10,8 +10,8 @@ three (or four) stages of 64 columns of K; two groups of four warps multiply 64 
 they are done with it. Bytes moved are cuBLAS's, whose time it has, and those of U and V. With dropout the mask is drawn
 on what U's columns have made, before a's.
 
-Whether a Gluon kernel is right depends on the compiler: one that is not waits for ever. `TESTED` says with which
-releases of Triton this one has run.
+Whether a Gluon kernel is right depends on the compiler too, and one that is wrong waits for ever: this one is taken
+where Triton's release is one that it has run with (`launcher.TESTED`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..launcher import Grid, Launch, Launcher
+from ..launcher import Grid, Launch, Launcher, start_of
 from .triton import Dropout, as_factor, ceil_div, drop_words, inverse_keep_of, sum_of_parts, times
 
-TESTED = ("3.6",)
 ROWS, STEP = 128, 64  # of a tile; columns of K in a stage
 
 # A newer Triton, which CI compiles with, has other names.
@@ -49,10 +48,6 @@ _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _philox = gluon.jit(tl.philox_impl.fn)
-
-
-def is_tested() -> bool:
-    return triton.__version__.rpartition(".")[0] in TESTED
 
 
 def product(
@@ -293,18 +288,28 @@ def _carrying_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-def tile(M: int, N: int, multiprocessors: int) -> tuple[int, int]:
-    """Columns, and stages: the wide tiles by 4 % faster, unless those of the last wave leave too much idle."""
-    times = {
-        columns: ceil_div(ceil_div(M, ROWS) * ceil_div(N, columns), multiprocessors) * columns * slower
-        for columns, slower in ((256, 1.0), (128, 1.04))
-    }
-    return (256, 3) if times[256] <= times[128] else (128, 4)
+def _tile(M: int, N: int, device: int) -> tuple[int, int, float]:
+    """Columns, stages, and the time they take over the time of tiles that leave no multiprocessor idle; the narrower
+    tiles are 4 % slower."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def time(columns: int, slower: float) -> float:
+        waves = ceil_div(ceil_div(M, ROWS) * ceil_div(N, columns), multiprocessors)
+        return slower * waves * columns * ROWS * multiprocessors / (M * N)
+
+    wide, narrow = time(256, 1.0), time(128, 1.04)
+    return (256, 3, wide) if wide <= narrow else (128, 4, narrow)
+
+
+@functools.lru_cache(4096)
+def fills(M: int, N: int, device: int) -> bool:
+    """Whether there are tiles enough: cuBLAS has smaller ones, and is faster by more than the rank costs."""
+    return _tile(M, N, device)[2] <= 1.2
 
 
 def _blocks(M: int, N: int, device: int, turned: bool) -> tuple[list[list[int]], int]:
     """Of the descriptors of rows, weight, u, v and out; and stages."""
-    columns, stages = tile(M, N, torch.cuda.get_device_properties(device).multi_processor_count)
+    columns, stages, _ = _tile(M, N, device)
     b = [columns, STEP] if turned else [STEP, columns]
     return [[ROWS, STEP], b, [ROWS, STEP], b, [ROWS // 2, columns]], stages
 
@@ -338,17 +343,16 @@ def _encoder(descriptor: TensorDescriptor, metadata: Any) -> Callable[[int | Non
 
 
 def _bind(compiled: Any, grid: Grid, arguments: tuple[Any, ...], described: tuple[Any, ...]) -> Launch:
-    """As `launcher._bind`, past the part of Triton's launcher that encodes all descriptors anew on every call."""
-    run, function = compiled.run, compiled.function
-    launcher = inspect.getclosurevars(run.launch).nonlocals["launcher"]
-    given = run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
+    """A launch past the part of Triton's launcher that encodes all descriptors anew on every call."""
+    run, given = start_of(compiled)
+    run = inspect.getclosurevars(run).nonlocals["launcher"]
     encoders = [_encoder(*pair) for pair in zip(described[:-1], compiled.metadata.tensordesc_meta, strict=True)]
 
     def launch(stream: int, pointers: list[int | None], numbers: tuple[int | float, ...]) -> None:
         encoded: list[Any] = []
         for encode, pointer in zip(encoders, pointers, strict=False):
             encoded += encode(pointer)
-        launcher(*grid, stream, function, *given, *encoded, pointers[-1], *numbers, *arguments)
+        run(*grid, stream, *given, *encoded, pointers[-1], *numbers, *arguments)
 
     return launch
 

@@ -48,7 +48,7 @@ class Limits:
 # parallel aten call may wait a scheduler's time slice for its threads, so that few large blocks win by far.
 TABLE = {
     "cpu": Limits(block=1 << 21),
-    "cuda": Limits(block=1 << 24, triton=True, carrying=1024),
+    "cuda": Limits(block=1 << 24, triton=True, carrying=512),
     "xpu": Limits(block=1 << 24),
 }
 
@@ -64,7 +64,8 @@ def block_rows(A: Tensor, B: Tensor) -> int:
 
 
 class Tuned(NamedTuple):
-    """Of a layer: by Triton (1) or by torch's own calls (2), and the tile of each kernel; 0 and None: as chosen."""
+    """Of a layer: by Triton's kernels beside torch's product (1), by torch's own calls (2), or with a base product that
+    carries the rank (3), and the tiles of Triton's kernels; 0 and None: as chosen."""
 
     way: int = 0
     tiles: Any = None
@@ -95,8 +96,8 @@ class TunedLayers:
             tiles = triton_kernels().tiles_of(numbers)
         except ValueError as error:
             return str(error)
-        if not 0 <= way <= 2:
-            return f"lora_linear.way={way}: expected one of 1, 2"
+        if not 0 <= way <= 3:
+            return f"lora_linear.way={way}: expected one of 1, 2, 3"
         self._found[key] = Tuned(way, tiles)
         return None
 
@@ -122,11 +123,11 @@ def choose(
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
         if limits.triton and M * K * N > 0 and _has_kernels(index := rows.get_device()):  # no grid is empty
-            # With dropout, tiles begin at whole counters of 8 elements. Where the rows are many and all is of one
-            # dtype, torch's own products take less of the device's time.
+            # Dropout's tiles begin at whole counters of 8 elements. Where rows are many, all of one dtype, torch's own
+            # products take less of the device's time.
             many = limits.carrying <= M and dtype is rows.dtype
             tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
-            if tuned == 1 or (not tuned and (K % 8 == 0 if drops else not many or _carries(rows))):
+            if tuned in (1, 3) or (not tuned and (K % 8 == 0 if drops else not many or _carries(rows))):
                 return BY_TRITON, lora_A, lora_B
     if dtype is rows.dtype and not drops and not lora_A.is_cpu:
         return WHOLE, lora_A, lora_B
@@ -157,16 +158,19 @@ def triton_kernels() -> Any:
     return triton
 
 
-def carrying_rank(rows: Tensor, weight: Tensor | None) -> Any:
-    """The module of Gluon kernels where ``rows``' product with a weight is to carry the rank; else None: torch's own
-    product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes."""
-    if weight is None or not _carries(rows) or any(count % 8 for count in weight.shape):
+def carrying_rank(rows: Tensor, weight: Tensor | None, columns: int, tuned: int = 0) -> Any:
+    """The module of Gluon kernels where ``rows``' product with a weight, of so many columns, is to carry the rank; else
+    None: torch's own product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes.
+    ``tuned``: the way that is, 0 for none."""
+    if weight is None or tuned == 1 or not _carries(rows, tuned == 3) or any(count % 8 for count in weight.shape):
         return None
-    return _gluon_kernels(rows.get_device()) if _is_tileable(rows) and _is_tileable(weight) else None
+    kernels = _gluon_kernels(rows.get_device())
+    fits = tuned == 3 or kernels.fills(rows.shape[0], columns, rows.get_device())
+    return kernels if fits and _is_tileable(rows) and _is_tileable(weight) else None
 
 
-def _carries(rows: Tensor) -> bool:
-    if not rows.is_cuda or rows.shape[0] < TABLE["cuda"].carrying or rows.dtype is not torch.bfloat16:
+def _carries(rows: Tensor, few: bool = False) -> bool:
+    if not rows.is_cuda or (rows.shape[0] < TABLE["cuda"].carrying and not few) or rows.dtype is not torch.bfloat16:
         return False
     return _gluon_kernels(rows.get_device()) is not None
 
@@ -181,8 +185,10 @@ def _gluon_kernels(device: int) -> Any:
     """The module, for a Hopper card and a release of Triton with which it has run."""
     if triton_kernels() is None or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    try:
-        from . import gluon
-    except ImportError:  # it is young, and its parts move
+    from ..launcher import is_tested
+
+    if not is_tested():
         return None
-    return gluon if gluon.is_tested() else None
+    from . import gluon
+
+    return gluon
