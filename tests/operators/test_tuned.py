@@ -1,4 +1,4 @@
-"""Tuned configurations: which calls take them, and what they compute. On the emulated mps, and by Triton's interpreter."""
+"""Tuned configurations on the emulated mps: which calls take them, and what they compute."""
 
 from __future__ import annotations
 
