@@ -29,10 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument(
         "--shapes",
         nargs="+",
-        choices=("small", "medium", "large", "rows"),
-        default=["small", "medium", "rows"],
-        help="LoRA layers by size; rows: RMS norm and softmax. By default all but large (up to 8192 x 4096 x 14336), "
-        "which takes half an hour on two CPU cores",
+        choices=("small", "medium", "large", "gpu", "rows"),
+        help="LoRA layers by size; gpu: those a card is compared by; rows: RMS norm and softmax (default: gpu rows on "
+        "CUDA, else small medium rows). large, up to 8192 x 4096 x 14336, takes half an hour on two CPU cores",
     )
     what.add_argument(
         "--model",
@@ -41,6 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
         const="auto",
         help="instead: a whole training step of a Llama with random weights; auto, also if no size is named: 1.1B on "
         "CUDA, else small",
+    )
+    what.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar="JSON",
+        help="instead: two files that bench has written, ratio by ratio",
     )
     bench.add_argument("--seconds", type=float, default=3.0, help="time for each row (at least 5 rounds are run)")
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
@@ -78,11 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
         bench.error("--batches, --rank and --dropout go with --model")
     try:
         from .bench.report import bench as run_bench
-        from .bench.tune import shapes_of
-        from .bench.tune import tune as run_tune
 
-        if options.command == "bench" and options.model:
+        if options.command == "tune":
+            from .bench.tune import shapes_of
+            from .bench.tune import tune as run_tune
+        elif options.model:
             from .bench.model import bench_model
+        elif options.compare:
+            from .bench.compare import compare
     except ImportError as error:
         print(
             f"{options.command} needs more packages ({error}): pip install 'torch-fused-lora[bench]'", file=sys.stderr
@@ -95,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
             tune.error(f"--model: {error}")
         layers = options.rank, options.dtype, options.adapter_dtype
         return run_tune(options.device, [tuple(shape) for shape in shapes], *layers, options.seconds)
+    if options.compare:
+        return compare(*options.compare)
     if options.model:
         model = options.model, options.batches, options.rank or 16, options.dropout or [0.0, 0.05]
         bench_model(options.device, *model, options.seconds, options.threads, options.out)

@@ -150,7 +150,7 @@ def test_what_is_carried_by_default(columns):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("rows", [1, 77, 1500])
 def test_lora_delta_against_float64(dtypes, dropout_p, rows):
-    (y_dtype, x_dtype, adapter_dtype), (K, N, r) = dtypes, (136, 96, 5)
+    (y_dtype, _, adapter_dtype), (K, N, r) = dtypes, (136, 96, 5)
     y, *others = operands(dtypes, (rows,), (K, N, r), CUDA)
     exact = Delta(y, *others, 0.5, seeded_masks(3, others[0], [r], [dropout_p]))
     by_triton = ways.choose(*others, dropout_p > 0)[0] is ways.BY_TRITON

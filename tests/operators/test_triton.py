@@ -16,10 +16,12 @@ from tests import ROOT
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 from torch_fused_lora.ops import launcher  # noqa: E402
+from torch_fused_lora.ops.lora_linear import gluon, ways  # noqa: E402
 from torch_fused_lora.ops.lora_linear import triton as kernels  # noqa: E402
-from torch_fused_lora.ops.lora_linear import ways  # noqa: E402
 
 # The interpreter multiplies no bfloat16: float16, and a plain product. What is allocated begins as NaN.
 INTERPRETED = """
@@ -251,13 +253,14 @@ def test_what_can_be_tuned_is_what_is_launched():
                 assert kernels.tiles_of(one) == ((next(iter(one)).partition(".")[0], kernels.Tile(*one.values())),)
 
 
-def launches(M, r, adapter_dtype, dropout_p, seed):
+def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
     """What a forward and a backward of bfloat16 rows launch: kernel, arguments and how it is compiled."""
-    x, W, A, B, grad = (
+    x, W, bias, A, B, grad = (
         torch.empty(shape, dtype=dtype, device="meta")
         for shape, dtype in (
             ((M, 4096), torch.bfloat16),
             ((4096, 4096), torch.bfloat16),
+            ((4096,), torch.bfloat16),
             ((r, 4096), adapter_dtype),
             ((4096, r), adapter_dtype),
             ((M, 4096), torch.bfloat16),
@@ -267,13 +270,16 @@ def launches(M, r, adapter_dtype, dropout_p, seed):
 
     def take(self, tensors, numbers, options, key):
         _, arguments, how = self._prepare(*tensors, *options)
-        found.append((self._kernel, (*tensors, *numbers, *arguments), how))
+        given = self._describe(*tensors, *options) if self._describe else tensors
+        found.append((self._kernel, (*given, *numbers, *arguments), how))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher.Launcher, "__call__", take)
-        dropouts = [kernels.Dropout(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
-        _, h = kernels.forward(x, W, None, A, B, 0.5, dropouts, True)
-        kernels.backward(grad, None, x, A, B, 0.5, h, True, True, dropouts)
+        patch.setattr(kernels, "carrying_rank", lambda *_: gluon if carried else None)
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
+        _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)
+        kernels.backward(grad, W if carried else None, x, A, B, 0.5, h, True, True, dropouts)
     return found
 
 
@@ -286,25 +292,56 @@ def compiled_for(capability, kernel, arguments, how):
         if parameter.is_constexpr or value is None or (known and type(value) is int and value == 1):
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
             continue
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<bf16{list(value.block_shape)},{value.layout!r}>".replace(
+                ", ", ",", 1
+            )
+            continue
         signature[parameter.name] = pointers[value.dtype] if is_tensor else "fp32" if type(value) is float else "i32"
         if is_tensor or (known and type(value) is int and value % 16 == 0):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
 
 
-@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (86, 99), (89, 99), (90, 227)])
-def test_triton_kernels_compile_for_an_nvidia_gpu(capability, shared):
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB that a block may have
+
+
+def check_compiled(capability, kernel, arguments, how):
+    compiled = compiled_for(capability, kernel, arguments, how)
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared <= SHARED[capability] * 1024, kernel.__name__
+    return compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_triton_kernels_compile_for_an_nvidia_gpu(capability):
     """To machine code, without a GPU: within the shared memory that a card's blocks have, and reading 16 bytes at a
     time. A T4 (75) takes the composition: its matrix units multiply no bfloat16."""
     seed = torch.empty((), dtype=torch.int64, device="meta") if capability == 90 else 2**40 + 5
     few, *_ = launches(8, 16, torch.bfloat16, 0.0, None)
     for kernel, arguments, how in (few, *launches(4096, 64, torch.float32, 0.1, seed)):
-        compiled = compiled_for(capability, kernel, arguments, how)
-        assert len(compiled.asm["cubin"]) > 0
-        assert compiled.metadata.shared <= shared * 1024, kernel.__name__
+        ptx = check_compiled(capability, kernel, arguments, how)
         if kernel is not kernels._expand_kernel:  # it reads little
-            assert "cp.async.cg.shared.global" in compiled.asm["ptx"], kernel.__name__
+            assert "cp.async.cg.shared.global" in ptx, kernel.__name__
+
+
+@pytest.mark.parametrize(
+    ("rows", "r", "adapter_dtype", "dropout_p"), [(4096, 64, torch.float32, 0.1), (512, 16, torch.bfloat16, 0.0)]
+)
+def test_what_the_base_product_carries_compiles_for_hopper(rows, r, adapter_dtype, dropout_p):
+    """With wide tiles and narrow ones: on its matrix units, which read what the copy engine has brought."""
+    product, augment, carrying = kernels._product_kernel, gluon._augment_kernel, gluon._carrying_kernel
+    found = launches(rows, r, adapter_dtype, dropout_p, 5, carried=True)
+    kinds = [kernel for kernel, *_ in found]
+    assert kinds == [product, augment, carrying, product, augment, carrying, kernels._gradients_kernel]
+    for kernel, arguments, how in found:
+        ptx = check_compiled(90, kernel, arguments, how)
+        if kernel is carrying:
+            columns = arguments[4].block_shape[1]
+            assert columns == (256 if rows == 4096 else 128)
+            assert f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16" in ptx
+            assert "cp.async.bulk.tensor.2d.shared" in ptx
 
 
 def test_what_is_launched():
@@ -316,6 +353,63 @@ def test_what_is_launched():
         ((16, 16, torch.float32, 0.0, 5), [product, kernels._few_rows_kernel, product, gradients]),
     ):
         assert [kernel for kernel, _, _ in launches(*operands)] == expected
+
+
+def test_narrow_operands():
+    """The product of what a base product carries is that of the adapters, and the bias, as far as `triton._dot` is, or
+    for a half adapter to one rounding of h; nothing of it is left as it was allocated."""
+    interpret("""
+from tests.reference import UNIT
+from torch_fused_lora.ops.lora_linear import gluon
+M, N, half = 100, 72, torch.bfloat16
+for adapter_dtype, has_bias, parts, turned, r in (
+    (torch.float32, False, 2, True, 16),
+    (torch.float32, True, 4, True, 5),
+    (torch.float32, False, 2, False, 3),
+    (half, True, 1, True, 70),
+    (half, False, 1, False, 16),
+):
+    terms = 3 if adapter_dtype == torch.float32 else 1
+    width = -(-(terms * r + has_bias) // 8) * 8
+    found, bias = torch.randn(parts * M, r), torch.randn(N).to(half) if has_bias else None
+    adapter = torch.randn((N, r) if turned else (r, N)).to(adapter_dtype)
+    u, v = torch.empty(M, width, dtype=half), torch.empty((N, width) if turned else (width, N), dtype=half)
+    assert u.isnan().all() and v.isnan().all()
+    gluon._launch_augment((u, v, found, adapter, bias, found, None), (0.5,), (parts, terms, width, turned), ())
+    a, b = found[:M].double(), adapter.double().T if turned else adapter.double()  # its first part has become their sum
+    exact, magnitude = 0.5 * a @ b, 0.5 * a.abs() @ b.abs()
+    if has_bias:
+        exact += bias.double()
+    error = (u.double() @ (v.double().T if turned else v.double()) - exact).abs()
+    unit = 2 * UNIT[half]  # the interpreter cuts off
+    assert (error <= (3 * unit**2 * (1 + unit) if terms == 3 else unit) * magnitude).all()
+""")
+
+
+def test_what_carries_the_rank_wants_hopper_and_a_tested_triton(monkeypatch):
+    release = launcher.triton.__version__.rpartition(".")[0]
+    for capability, tested, expected in (((9, 0), release, gluon), ((9, 0), "3.0", None), ((10, 0), release, None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(launcher, "TESTED", (tested,))
+        ways._gluon_kernels.cache_clear()
+        assert ways._gluon_kernels(0) is expected
+    ways._gluon_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "columns", "fills"),
+    [
+        (4096, 4096, 256, True),
+        (1024, 4096, 256, True),
+        (512, 4096, 128, True),
+        (4096, 5632, 128, True),
+        (512, 2048, 128, False),
+        (4096, 256, 128, False),
+    ],
+)
+def test_tiles_fill_an_h100(monkeypatch, M, N, columns, fills):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    assert (gluon._tile(M, N, 0)[0], gluon.fills.__wrapped__(M, N, 0)) == (columns, fills)
 
 
 def test_an_old_card_takes_the_composition(monkeypatch):

@@ -65,6 +65,35 @@ def test_bench_writes_table_json_and_plot(capsys, monkeypatch, tmp_path):
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
+def test_bench_compares_two_files(capsys, tmp_path):
+    """Of kinds that do not match nothing is said."""
+
+    def document(card, forward, wall):
+        def ratio(median):
+            return {"median": median, "low": median - 0.05, "high": median + 0.05}
+
+        case = {"M": 4, "dropout": 0.0}
+        return {
+            "environment": {"device": card, "torch": "2.11.0"},
+            "results": [
+                {"case": case, "direction": "forward", "linear_ms": 1.0, "patched_tax": ratio(forward)},
+                {"case": case, "compared": {"wall_ms": {"floor": 3.0, "over_stock": {"patched": ratio(wall)}}}},
+            ],
+        }
+
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path, content in zip(paths, (document("H100", 1.2, 0.9), document("H200", 1.5, 0.92), document("H100", 1, 1))):
+        path.write_text(json.dumps(content))
+    empty = json.loads(paths[2].read_text()) | {"results": []}
+    paths[2].write_text(json.dumps(empty))
+    assert main(["bench", "--compare", *map(str, paths[:2])]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == [["device:", "H100", "|", "H200"], ["torch:", "2.11.0"]]
+    assert ["4", "0.0", "forward", "patched_tax", "1.200", "1.500", "1.25"] in lines
+    assert ["4", "0.0", "compared", "wall_ms", "over_stock", "patched", "0.900", "0.920", "1.02"] in lines
+    assert main(["bench", "--compare", *map(str, paths[1:])]) == 1
+
+
 def test_bench_on_mps_records_how_kernels_were_launched(mps, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "SMALL", ((4, 16, 8, 2),))
     monkeypatch.setattr(measure, "ROWS", ((3, 16),))

@@ -4,6 +4,9 @@ Three layers over the same base are timed in one process, interleaved: in every 
 a new random order, so that what slows the machine for a while slows all three. What is reported is the median of
 the rounds' ratios, with the quartiles as its spread; times of different rounds are never compared.
 
+On CUDA it is the device that is timed: a layer's time there is the replay of a CUDA graph that goes through so many
+layers and inputs in turn that none is left in L2 from the round before.
+
 Beside it the host's cost, what a call of `lora_linear` takes of the CPU before the device has done anything, and the
 operators on rows, timed beside torch's own.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import random
 import statistics
 import time
@@ -51,9 +55,25 @@ class Case:
         return text + (f", dropout {self.dropout}" if self.dropout else "")
 
 
+L2_BYTES = 60e6  # an H200's, the largest of a card so far
+
 SMALL = ((1, 512, 512, 8), (64, 2048, 2048, 16), (512, 1024, 1024, 16))
 MEDIUM = ((1, 4096, 4096, 16), (64, 4096, 4096, 16), (512, 4096, 4096, 16))
 LARGE = ((4096, 4096, 4096, 16), (8192, 4096, 14336, 16), (8192, 4096, 4096, 64))
+
+
+# What its peers publish of a card: a bfloat16 base, and from 512 rows on dropout too.
+GPU = [
+    Case(*shape, "bfloat16", adapters, dropout)
+    for shape in (
+        *((rows, 4096, 4096, 16) for rows in (1, 8, 64, 512, 4096)),
+        (8192, 4096, 14336, 16),
+        (8192, 14336, 4096, 16),
+        (8192, 4096, 4096, 64),
+    )
+    for adapters in ("float32", "bfloat16")
+    for dropout in ((0.0, 0.1) if shape[0] >= 512 else (0.0,))
+]
 
 
 def cases(shapes: Sequence[tuple[int, int, int, int]]) -> list[Case]:
@@ -119,21 +139,45 @@ def with_adapters(model: nn.Module, targets: list[str] | str, r: int, adapters: 
 
 def run(case: Case, direction: str, device: torch.device, seconds: float, min_rounds: int = 5) -> Result:
     """Time one case: rounds until ``seconds`` are spent, ``min_rounds`` at least."""
-    x = torch.randn(case.M, case.K, device=device, dtype=getattr(torch, case.base))
-    steps = {name: _step(layer, x, direction) for name, layer in layers(case, device).items()}
-    saved = {name: saved_bytes(step) for name, step in steps.items()} if direction != "forward" else {}
-    times = interleaved(steps, device, seconds, min_rounds)
+    copies = _copies(case) if device.type == "cuda" else 1
+    steps: dict[str, list[Callable[[], object]]] = {}
+    for _ in range(copies):
+        x = torch.randn(case.M, case.K, device=device, dtype=getattr(torch, case.base))
+        for name, layer in layers(case, device).items():
+            steps.setdefault(name, []).append(_step(layer, x, direction))
+    saved = {name: saved_bytes(first) for name, (first, *_) in steps.items()} if direction != "forward" else {}
+    in_turn = {name: _captured(own) if device.type == "cuda" else own[0] for name, own in steps.items()}
+    times = interleaved(in_turn, device, seconds, min_rounds)
     return Result(
         case,
         direction,
         len(times["linear"]),
-        statistics.median(times["linear"]) * 1e3,
+        statistics.median(times["linear"]) * 1e3 / copies,
         ratio(times, "peft", "linear"),
         ratio(times, "patched", "linear"),
         ratio(times, "patched", "peft"),
         saved,
         _planned(direction, device, "lora_linear", (case.M, case.K, case.N, case.r), case.base, case.adapters),
     )
+
+
+def _copies(case: Case) -> int:
+    """Of a layer and its input, so that they come to twice what L2 holds; but 16 at most."""
+    size = getattr(torch, case.base).itemsize * (case.N * case.K + case.M * (case.N + case.K))
+    return min(math.ceil(2 * L2_BYTES / size), 16)
+
+
+def _captured(steps: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """All of them one after the other, as a CUDA graph."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for step in steps:
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    return graph.replay
 
 
 def interleaved(

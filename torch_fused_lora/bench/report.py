@@ -6,6 +6,8 @@ import dataclasses
 import json
 import platform
 import statistics
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,24 @@ import matplotlib.pyplot as plt
 DIRECTIONS = ("forward", "forward+backward")
 
 
-def bench(device: str | None, shapes: list[str], seconds: float, threads: int | None, out: Path) -> None:
+def bench(device: str | None, shapes: list[str] | None, seconds: float, threads: int | None, out: Path) -> None:
     """Measure every case of the chosen shape sets in both directions, and the host's cost of a call; print the tables,
     write JSON and plot.
 
     Args:
         device: torch device; None for the accelerator if there is one, else the CPU.
-        shapes: of "small", "medium", "large" LoRA layers, "rows" for RMS norm and softmax.
+        shapes: of "small", "medium", "large" LoRA layers, "gpu" for those of a card, "rows" for RMS norm and softmax;
+            None for gpu and rows on CUDA, small, medium and rows elsewhere.
         seconds: for each case and direction.
         threads: CPU threads, None for torch's default.
         out: folder that gets bench.json and bench.png.
     """
     chosen, console = start(device, threads)
+    shapes = shapes or (["gpu", "rows"] if chosen.type == "cuda" else ["small", "medium", "rows"])
+    by_size = [name for name in shapes if name not in ("gpu", "rows")]
     cases: list[Any] = [
-        *measure.cases([shape for name in shapes if name != "rows" for shape in getattr(measure, name.upper())]),
+        *measure.cases([shape for name in by_size for shape in getattr(measure, name.upper())]),
+        *(measure.GPU if "gpu" in shapes else ()),
         *measure.row_cases(measure.ROWS if "rows" in shapes else ()),
     ]
     jobs = [(case, direction) for case in cases for direction in DIRECTIONS]
@@ -81,7 +87,10 @@ def start(device: str | None, threads: int | None) -> tuple[torch.device, Consol
     """The device that is measured, and where the tables go."""
     if threads is not None:
         torch.set_num_threads(threads)
-    return torch.device(device) if device else devices()[-1], Console(width=max(Console().width, 150))
+    chosen = torch.device(device) if device else devices()[-1]
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # graphs are captured on the current one
+    return chosen, Console(width=max(Console().width, 150))
 
 
 def write(document: dict[str, Any], path: Path) -> None:
@@ -156,12 +165,17 @@ def _plot(results: list[Result], path: Path) -> None:
 
 def environment_of(device: torch.device) -> dict[str, str]:
     overridden = {"plan overridden": extension.overrides} if extension.overrides else {}
-    return overridden | {
-        "device": f"{device} ({device_name(device)})",
-        "tuned": tuned_on(device),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    with_triton = {"triton": version("triton")} if device.type == "cuda" and find_spec("triton") else {}
+    return (
+        overridden
+        | with_triton
+        | {
+            "device": f"{device} ({device_name(device)})",
+            "tuned": tuned_on(device),
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+    )

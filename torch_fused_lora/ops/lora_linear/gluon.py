@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launcher import Grid, Launch, Launcher, start_of
-from .triton import Dropout, as_factor, ceil_div, drop_words, inverse_keep_of, sum_of_parts, times
+from .triton import NO_DROPOUT, Dropout, as_factor, ceil_div, sum_of_parts, times
 
 ROWS, STEP = 128, 64  # of a tile; columns of K in a stage
 
@@ -60,7 +60,7 @@ def product(
     adapter: Tensor,
     scale: float | Tensor,
     h: Tensor | None = None,
-    dropout: Dropout | None = None,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:
     """``rows weight + bias + dropout(scale · a adapter)``, fresh and rounded once: bfloat16 rows (M, K), weight (K, N),
     adapter (r, N), both ``turned``, (N, K) and (N, r), or neither, and a the sum of ``found``'s parts (parts, M, r).
@@ -73,11 +73,10 @@ def product(
     number, factor = as_factor(scale, rows)
     key = adapter.dtype, adapter.shape, adapter.stride(), None if bias is None else bias.stride(), M
     tensors = u, v, found, adapter, bias, h, factor
-    _launch_augment(tensors, (number * inverse_keep_of(dropout),), (parts, terms, width, turned), key)
+    _launch_augment(tensors, (number * dropout.inverse_keep,), (parts, terms, width, turned), key)
     out = rows.new_empty((M, N))
-    drops, seed, *drop = drop_words(dropout)
     shapes = M, N, K, rows.stride(0), weight.stride(0), width
-    _launch_carrying((rows, weight, u, v, out, seed), tuple(drop), (drops, turned), shapes)
+    _launch_carrying((rows, weight, u, v, out, dropout.seed), dropout.words, (dropout.drops, turned), shapes)
     return out
 
 

@@ -261,7 +261,8 @@ def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> list[An
         return []
     groups = adapters(seed, dropout_p, ranks, A.shape[0])
     own: Any = seed.item() if seed.is_cpu else seed
-    return [triton_kernels().Dropout(rank, p, own, stream) for stream, (rank, p) in enumerate(groups)]
+    of = triton_kernels().Dropout.of
+    return [of(rank, p, own, stream) for stream, (rank, p) in enumerate(groups)]
 
 
 def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:

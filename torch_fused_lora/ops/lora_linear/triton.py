@@ -99,12 +99,24 @@ def tile(kernel: str, M: int, r: int, drops: bool = False, carried: bool = False
 
 
 class Dropout(NamedTuple):
-    """Of one adapter: its ranks, and which elements of its side of an M x K matrix it keeps, each times 1 / (1 - p)."""
+    """Of one adapter: its ranks, whether it drops elements of its side of an M x K matrix, what it multiplies the rest
+    with, and the seed, where that is on the device, and other `words` that say which these are."""
 
     rank: slice
-    p: float
-    seed: Tensor | int
-    stream: int
+    drops: bool = False
+    inverse_keep: float = 1.0
+    seed: Tensor | None = None
+    words: tuple[int, ...] = (0, 0, 0, 0)
+
+    @staticmethod
+    def of(rank: slice, p: float, seed: Tensor | int, stream: int) -> Dropout:
+        if p == 0.0:
+            return Dropout(rank)
+        on_device, *others = words(seed, stream, p)
+        return Dropout(rank, True, 1.0 / (1.0 - p), on_device, tuple(others))
+
+
+NO_DROPOUT = Dropout(slice(None))
 
 
 def forward(
@@ -167,7 +179,7 @@ def _low_rank(
         for dropout in dropouts:
             _product(found[:, dropout.rank], parts, r, x, A[dropout.rank], True, dropout=dropout, carried=carried)
     else:
-        one = dropouts[0] if dropouts else None
+        one = dropouts[0] if dropouts else NO_DROPOUT
         _product(found, parts, r, x, A, True, dropout=one, carried=carried, tiles=tiles)
     if not save_h or (parts == 1 and A.dtype is torch.float32):
         return found, parts, None, found if save_h else None
@@ -203,7 +215,7 @@ def backward(
     plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried, tiles)
     work = grad.new_empty(plan.size, dtype=torch.float32)
     if plan.parts:
-        dropout, fresh = dropouts[0] if dropouts else None, weight is None
+        dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, weight is None
         zeroed = plan.counters, plan.size - plan.counters
         _product(work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried, tiles=tiles)
         if in_product:
@@ -213,7 +225,7 @@ def backward(
         if len(dropouts) < 2 and (r <= WIDE or to_add is None):
             _gradients(plan, work, work, x, A, grad_A, to_add, fresh, dropout, grad, h, grad_B, scale_B)
             return grad_x, grad_A, grad_B
-        for dropout in dropouts or (Dropout(slice(0, r), 0.0, 0, 0),):
+        for dropout in dropouts or (Dropout(slice(0, r)),):
             rank = dropout.rank
             z, own_A, own_grad_A = work[rank.start :], A[rank], None if grad_A is None else grad_A[rank]
             in_one = to_add if own_A.shape[0] <= WIDE else None
@@ -233,7 +245,7 @@ def _product(
     small: Tensor,
     turned: bool,
     scale: float | Tensor = 1.0,
-    dropout: Dropout | None = None,
+    dropout: Dropout = NO_DROPOUT,
     zeroed: tuple[int, int] = (0, 0),
     carried: bool = False,
     tiles: Tiles = None,
@@ -242,10 +254,9 @@ def _product(
     half (M, K), small (K, C), or ``turned`` (C, K), with C about the rank. ``zeroed``: from where on, and how many
     elements of out become 0."""
     number, factor = as_factor(scale, rows)
-    drops, seed, *drop = drop_words(dropout)
-    numbers, key = (number * inverse_keep_of(dropout), *drop), (*_kind(rows), *_kind(small))
-    options = drops, parts, width, turned, zeroed, carried, tiles
-    _launch_product((out, rows, small, factor, seed), numbers, options, key)
+    numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(rows), *_kind(small))
+    options = dropout.drops, parts, width, turned, zeroed, carried, tiles
+    _launch_product((out, rows, small, factor, dropout.seed), numbers, options, key)
 
 
 def _expand(
@@ -258,20 +269,20 @@ def _expand(
     scale: float | Tensor = 1.0,
     h: Tensor | None = None,
     fresh: bool = False,
-    dropout: Dropout | None = None,
+    dropout: Dropout = NO_DROPOUT,
     tiles: Tiles = None,
 ) -> None:
     """``out += dropout(scale · a b)`` rounded once, out half (M, C), a the sum of its parts (parts, M, width), b (r, C)
     or ``turned`` (C, r); a ``fresh`` out is only written. h (M, r) of b's dtype, if given, becomes a."""
     number, factor = as_factor(scale, out)
-    drops, seed, *drop = drop_words(dropout)
-    numbers, key = (number * inverse_keep_of(dropout), *drop), (*_kind(out), *_kind(b))
-    _launch_expand((out, a, b, h, factor, seed), numbers, (drops, fresh, parts, width, turned, tiles), key)
+    numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(out), *_kind(b))
+    options = dropout.drops, fresh, parts, width, turned, tiles
+    _launch_expand((out, a, b, h, factor, dropout.seed), numbers, options, key)
 
 
 class _Plan(NamedTuple):
-    """Of a backward of M rows at rank r: z is made in parts of the columns, added up where it is carried; sums over
-    rows are, in splits of them. Where in its float32 work space the splits' sums begin, after z, and the counters."""
+    """Of a backward of M rows at rank r: z is made in parts of the columns, added up where it is carried, and sums over
+    rows in splits of them. Where in its float32 work space the splits' sums begin, after z, and the counters."""
 
     M: int
     r: int
@@ -293,7 +304,7 @@ def _gradients(
     grad_A: Tensor | None = None,
     grad_x: Tensor | None = None,
     fresh: bool = False,
-    dropout: Dropout | None = None,
+    dropout: Dropout = NO_DROPOUT,
     grad: Tensor | None = None,
     h: Tensor | None = None,
     grad_B: Tensor | None = None,
@@ -304,10 +315,9 @@ def _gradients(
     if grad_A is None and grad_x is None and grad_B is None:
         return
     number, factor = as_factor(scale_B, work)
-    drops, seed, *drop = drop_words(dropout)
     key = *_kind(x), *_kind(A), *_kind(grad_x), *_kind(grad), *_kind(h), *_kind(grad_B)
-    tensors = work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, seed
-    _launch_gradients(tensors, (inverse_keep_of(dropout), number, *drop), (drops, fresh, plan), key)
+    tensors = work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, dropout.seed
+    _launch_gradients(tensors, (dropout.inverse_keep, number, *dropout.words), (dropout.drops, fresh, plan), key)
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
@@ -322,7 +332,9 @@ def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: boo
     parts, splits = _parts(M, N, r, carried, tiles), 1
     rows, columns, *_ = tile("gradients", M, r, drops, carried, tiles)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
-    while 3 * splits * blocks <= 2 * PROGRAMS and 2 * splits * rows <= M:
+    # To draw a mask takes the longer the fewer there are to hide it.
+    programs = 2 * PROGRAMS if drops and carried and r <= 32 else PROGRAMS
+    while 3 * splits * blocks <= 2 * programs and 2 * splits * rows <= M:
         splits *= 2
     sums = ceil_div(parts * M * r, 16) * 16  # aligned
     counters = sums + (splits * r * (K + N) if splits > 1 else 0)
@@ -356,20 +368,6 @@ def as_factor(scale: float | Tensor, like: Tensor) -> tuple[float, Tensor | None
     return (1.0, scale.float()) if scale.device == like.device else (scale.item(), None)
 
 
-_WHOLE = False, None, 0, 0, 0, 0
-
-
-def drop_words(dropout: Dropout | None) -> tuple[bool, Tensor | None, int, int, int, int]:
-    """Whether to drop, and `words`."""
-    if dropout is None or dropout.p == 0.0:
-        return _WHOLE
-    return True, *words(dropout.seed, dropout.stream, dropout.p)
-
-
-def inverse_keep_of(dropout: Dropout | None) -> float:
-    return 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
-
-
 @triton.jit
 def _dot(a, b, total):  # type: ignore[no-untyped-def]
     """total + a b on the matrix units. Beside another dtype a float32 or float16 operand is the sum of two bfloat16
@@ -395,11 +393,9 @@ def times(number, factor):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sum_of_parts(parts, stride, inside, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    if PARTS == 1:
-        total = tl.load(parts, mask=inside, other=0.0)
-    else:  # all at once, not to wait for one after the other
-        where = parts[None, :, :] + tl.arange(0, PARTS)[:, None, None] * stride
-        total = tl.sum(tl.load(where, mask=inside[None, :, :], other=0.0), 0)
+    total = tl.load(parts, mask=inside, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        total += tl.load(parts + i * stride, mask=inside, other=0.0)
     return total
 
 
