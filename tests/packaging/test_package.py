@@ -81,11 +81,10 @@ def test_bench_compares_two_files(capsys, tmp_path):
             ],
         }
 
+    documents = document("H100", 1.2, 0.9), document("H200", 1.5, 0.92), document("H100", 1, 1) | {"results": []}
     paths = [tmp_path / name for name in ("a", "b", "c")]
-    for path, content in zip(paths, (document("H100", 1.2, 0.9), document("H200", 1.5, 0.92), document("H100", 1, 1))):
+    for path, content in zip(paths, documents, strict=True):
         path.write_text(json.dumps(content))
-    empty = json.loads(paths[2].read_text()) | {"results": []}
-    paths[2].write_text(json.dumps(empty))
     assert main(["bench", "--compare", *map(str, paths[:2])]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [["device:", "H100", "|", "H200"], ["torch:", "2.11.0"]]

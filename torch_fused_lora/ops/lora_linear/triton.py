@@ -1,7 +1,7 @@
 """The low-rank term as Triton kernels: half rows that meet adapters, with or without dropout, on an NVIDIA GPU.
 
 Beside torch's product for the base a forward is two launches: h, in parts (`_product_kernel`), and what it adds to y
-(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows a
+(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 64 rows a
 forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's. The base comes
 first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more.
 
@@ -26,6 +26,7 @@ from ..launcher import Launcher
 from .ways import carrying_rank, tuned_layers
 
 FEW = 16  # rows, the least that the matrix units take
+ONE_PASS = 64  # rows, up to which a forward is one pass over the weight
 WIDE = 64  # ranks, the most that one tile has
 PROGRAMS = 264  # that a launch should have: two for each multiprocessor of an H100
 
@@ -59,7 +60,7 @@ Tiles: TypeAlias = "tuple[tuple[str, Tile], ...] | None"  # by kernel, instead o
 
 def candidates(backward: bool, M: int, r: int) -> list[list[dict[str, int]]]:
     """What can be tuned of a layer, in the words of its overrides: its way, and the tile of each kernel."""
-    few = M <= FEW and r <= WIDE
+    few = M <= ONE_PASS and r <= WIDE
     kernels = "product", "gradients" if backward else "few_rows" if few else "expand"
     tiles = [
         [{f"{kernel}.{field}": number for field, number in one._asdict().items()} for one in CANDIDATES[kernel]]
@@ -135,7 +136,7 @@ def forward(
     if gluon := carrying_rank(x, weight, B.shape[0], way):
         found, parts, h, saved = _low_rank(x, A, dropouts, save_h, True, tiles)
         return gluon.product(x, weight, True, bias, parts, found, B, scale, h), saved
-    if M > FEW or r > WIDE or dropouts:
+    if M > ONE_PASS or r > WIDE or dropouts:
         y = F.linear(x, weight, bias)
         return y, add_delta_(y, x, A, B, scale, dropouts, save_h, tiles)
     y = x.new_empty((M, weight.shape[0]))
@@ -605,7 +606,8 @@ def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts, tiles):  # typ
     bias_n = 0 if bias is None else bias.stride(0)
     strides = y.stride(0), *x.stride(), *weight.stride(), bias_n, *a.stride(), *B.stride()
     own = tile("few_rows", M, R, tiles=tiles)
-    arguments = M, N, K, R, *strides, parts, FEW, own.rows, own.columns, _rank_block(R)
+    block_M = max(FEW, triton.next_power_of_2(M))
+    arguments = M, N, K, R, *strides, parts, block_M, own.rows, own.columns, _rank_block(R)
     return (ceil_div(N, own.rows), 1, 1), arguments, own.how
 
 
