@@ -188,7 +188,7 @@ def tune(shape, backward, overrides):
     M, K, N, r, *dtypes = shape
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return tuned_layers(-1).tune(tuned.Layer(backward, M, K, N, r, *names), overrides)
-tiles = [(16, 64, 4, 3), (64, 256, 8, 1), (64, 64, 4, 2), (16, 256, 2, 3)]
+tiles = [(16, 64, 4, 3), (64, 256, 8, 1), (64, 64, 4, 2), (16, 128, 2, 3)]
 product, expand, gradients, few_rows = (kernels.Tile(*tile) for tile in tiles)
 assert tune(many, False, text("product", product) + "," + text("expand", expand)) is None
 assert tune(many, True, text("gradients", gradients)) is None
@@ -199,7 +199,7 @@ assert forward == {"product": (5, 4, 3), "expand": (2, 8, 1)} != default[many][0
 assert backward["gradients"] == (3 + 4, 4, 2) != default[many][1]["gradients"], backward
 assert backward["product"] == default[many][1]["product"]
 assert run(*few) == ({"few_rows": (13, 2, 3)}, {}) != default[few]
-for other in ((64, *many[1:]), (70, 128, *many[2:]), (*many[:2], 192, *many[3:]), (*many[:3], 6, half, wide)):
+for other in ((130, *many[1:]), (70, 128, *many[2:]), (*many[:2], 192, *many[3:]), (*many[:3], 6, half, wide)):
     forward, backward = run(*other)
     assert forward["expand"][1:] == default[many][0]["expand"][1:], other
     assert (5, 4, 3) not in (forward["product"], backward["product"])

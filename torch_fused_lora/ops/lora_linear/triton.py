@@ -46,7 +46,7 @@ class Tile(NamedTuple):
 
 # What is tuned beside `tile`: all of it fits the 99 KiB of shared memory that the smaller cards' blocks have.
 CANDIDATES = {
-    "few_rows": (Tile(16, 256, 2), Tile(32, 128, 2), Tile(32, 128), Tile(32, 256, 2, 2), Tile(64, 128)),
+    "few_rows": (Tile(16, 128, 2), Tile(32, 128, 2), Tile(32, 128), Tile(32, 256, 2, 2), Tile(64, 128)),
     "product": (Tile(16, 64), Tile(16, 128), Tile(32, 64), Tile(32, 128), Tile(64, 64), Tile(128, 64)),
     "expand": (*(Tile(rows, 128, stages=1) for rows in (16, 32, 64)), Tile(64, 256, 8, 1), Tile(128, 128, 8, 1)),
     "gradients": (
