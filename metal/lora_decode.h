@@ -13,6 +13,7 @@ enum DecodeBuffers {
   DECODE_LORA_B,
   DECODE_Y,
   DECODE_H,
+  DECODE_H_SUMS,
   DECODE_SCALING,
   DECODE_K_N,
   DECODE_RANK_ROWS,
@@ -22,20 +23,23 @@ enum DecodeBuffers {
   DECODE_A_STRIDES,
   DECODE_B_STRIDES,
   DECODE_FLAGS_BIAS_STRIDE,
+  DECODE_SLICES,
 };
 
-enum DecodeFlags { DECODE_HAS_BIAS = 1, DECODE_SAVE_H = 2 };
+enum DecodeFlags {
+  DECODE_HAS_BIAS = 1,
+  DECODE_SAVE_H = 2,
+  DECODE_WIDE_A = 4,  // and x
+  DECODE_WIDE_W = 8,  // and x
+  DECODE_DOWN = 16,   // h is to be computed
+  DECODE_UP = 32,     // and y
+};
 
 enum DecodeSizes {
-  DECODE_MAX_ROWS = 8,  // of x: as many have their sums in registers; not timed
-  DECODE_SIMDGROUPS = 16,
-  DECODE_X_FLOATS = 4096,
-  DECODE_H_FLOATS = DECODE_MAX_ROWS * MAX_RANKS,
+  DECODE_MAX_ROWS = 8,  // of x: as many have their sums in registers
+  DECODE_SIMDGROUPS = 8,
+  DECODE_W_ROWS = 4,  // of W or A that a simdgroup reads at once
+  DECODE_MOST_H = DECODE_W_ROWS * DECODE_MAX_ROWS,  // elements of h that a threadgroup computes
 };
-
-static_assert(4 * (DECODE_X_FLOATS + DECODE_H_FLOATS) <= 32 << 10, "x and h fit threadgroup memory");
-
-/// Columns of x that are staged at a time: a multiple of what a simdgroup reads at once, up to a run a lane.
-constexpr short decode_chunk_columns(short rows) { return DECODE_X_FLOATS / rows / (LANES * RUN) * (LANES * RUN); }
 
 }  // namespace tfl

@@ -5,7 +5,8 @@
 
 namespace tfl {
 
-enum class Mask { none, input, output };
+/// The dispatches of lora_delta: h = x A^T, then y += s h B^T.
+enum class Stage { down, up };
 
 enum DeltaBuffers {
   DELTA_X,
@@ -23,30 +24,35 @@ enum DeltaBuffers {
   DELTA_X_STRIDES,
   DELTA_A_STRIDES,
   DELTA_B_STRIDES,
-  DELTA_Y_STRIDE_FLAGS,
+  DELTA_FLAGS_STREAM,
   DELTA_DROPOUT_WORDS,
-  DELTA_STREAM_H_STRIDE,
   DELTA_K_SPLITS,
+  DELTA_H_STRIDE,
 };
 
-enum DeltaFlags {
-  DELTA_WIDE_X = 1,
-  DELTA_WIDE_A = 2,
-  DELTA_WIDE_B = 4,
-  DELTA_WIDE_Y = 8,
-  DELTA_SAVE_H = 16,
-  DELTA_DOWN = 32,  // stage 1 is to be done
-  DELTA_UP = 64,    // and stage 2
+enum DeltaFlags { DELTA_WIDE_X = 1, DELTA_WIDE_A = 2, DELTA_WIDE_B = 4, DELTA_WIDE_Y = 8, DELTA_SAVE_H = 16 };
+
+enum DeltaSizes {
+  DELTA_SIMDGROUPS = 8,
+  DELTA_COLUMNS = 64,    // of a tile of y
+  DELTA_HELD = 8,        // blocks of ranks of h that a simdgroup has room for in registers
+  DELTA_CHUNK = 4,       // blocks of ranks of a tile of B where h is not held
 };
 
-enum DeltaSizes { DELTA_SIMDGROUPS = 8 };  // at most
+/// Simdgroups that share the ranks of h in the first stage, so that each has at most DELTA_HELD blocks of them.
+constexpr short delta_rank_groups(short rank_blocks) {
+  return rank_blocks <= DELTA_HELD ? 1 : rank_blocks <= 2 * DELTA_HELD ? 2 : 4;
+}
 
-/// Columns of a tile: wider ones mean fewer barriers; what fits 32 KiB narrows as the rank grows.
-constexpr short delta_width(short rank_blocks) { return rank_blocks <= 8 ? 64 : rank_blocks <= 16 ? 32 : 16; }
+/// Columns of a tile of x: wider ones mean fewer barriers; what fits 32 KiB narrows as the rank grows.
+constexpr short delta_width(short rank_blocks) { return rank_blocks <= 2 ? 128 : 64 / delta_rank_groups(rank_blocks); }
 
 /// Blocks of rows that a simdgroup has: it multiplies them with each block of A or B that it reads.
-constexpr short delta_blocks(short rank_blocks, short row_blocks) {
-  return rank_blocks <= 16 && row_blocks > 1 ? 2 : 1;
+constexpr short delta_blocks(short row_blocks) { return row_blocks > 1 ? 2 : 1; }
+
+/// Blocks of rows of a threadgroup in the second stage, whose threadgroup memory has room for their h.
+constexpr short delta_up_rows(short row_blocks, short rank_blocks) {
+  return rank_blocks > DELTA_HELD && row_blocks > 2 ? 2 : row_blocks;
 }
 
 }  // namespace tfl

@@ -2,121 +2,86 @@
 //
 // With A and B in swapped roles (and x = dY) the same kernel is the dx side of backward: dx += mask * s (dY B) A.
 //
-// Algorithm. A threadgroup owns ROWS rows (8, 16 or 32). Stage 1 walks over K in tiles and accumulates h = x A^T in
-//   simdgroup matrices: a simdgroup has sixteen of the rows (eight where there are no more, and above rank 128, whose h
-//   takes as many registers), all ranks, and every K_SLICES-th block of eight columns. The slices are summed through
-//   threadgroup memory, in a fixed order. Stage 2 takes h back into registers and walks over N in tiles: delta = h B^T,
-//   then y is read, added to, rounded once and written. While one tile is multiplied, the next one, and y, are on their
-//   way from device memory into registers, as the raw elements.
-//   Where the rows fill the GPU, one dispatch does both stages. Where they do not, the launch plan makes two of them:
-//   stage 1 with K split over threadgroups, each of which leaves a partial h; then stage 2 with N split, where each
-//   threadgroup adds up the partial h of its rows, in a fixed order. A chain of (K + N) / WIDTH tiles that wait for
-//   each other becomes one of (K / splits + N / splits) / WIDTH.
-// Tile. x: ROWS x WIDTH, A: RANKS x WIDTH, B: WIDTH x RANKS; WIDTH is 64, 32 or 16 as the rank grows, so that both
-//   tiles fit 32 KiB up to rank 256 (at rank 16 they take 14 KB, at rank 64 26 KB).
-// Threads. 256 as planned: 8 simdgroups, ROWS / 16 or ROWS / 8 of them beside each other, K_SLICES that share rows. At
-//   rank 64 and below and 32 rows, one run of eight elements of x and of y a thread and tile.
-// Bytes. x is read once, y read and written once: the least possible. A and B are read once per ROWS rows, which
+// Two dispatches, h = x A^T and y += s h B^T: a threadgroup that did both would have the registers of both, and so few
+//   of them on a core that they could not hide each other's waiting. Either fills the GPU however few the rows are, as
+//   threadgroups share the columns of x, then those of y.
+//
+// Algorithm, down. A threadgroup has ROWS rows (8, 16 or 32) and a split of K, and walks over it in tiles. A simdgroup
+//   has sixteen of the rows (eight where there are no more), at most 64 of the ranks, and every K_SLICES-th block of
+//   eight columns. The slices are added up through threadgroup memory, the splits by the second dispatch, both in a
+//   fixed order.
+// Algorithm, up. A threadgroup has ROWS rows (at most 16 above rank 64) and a split of N. It adds up the partial h of
+//   its rows, then walks over its columns in tiles of 64. Up to rank 64 a simdgroup has the h of its rows in registers;
+//   above, h stays in threadgroup memory, and a tile takes a step for every 32 ranks.
+//   In both, while one tile is multiplied, the next one is on its way into registers, as raw elements.
+// Tile. Down: x ROWS x WIDTH, A RANKS x WIDTH, WIDTH 128 up to rank 16, then 64, 32 and 16; at most 26 KB. Up: B 64 x
+//   64 at most, sums ROWS x 64, h ROWS x RANKS above rank 64; 14 KB at rank 16, 26 KB at 64, at most 30.
+// Threads. 256. A thread has one or two runs of eight elements of a tile of x and of A, one of y, one or two of B.
+// Bytes. x is read once, y read and written once: the least possible. A is read once per ROWS rows, and so is B, which
 //   for 32 rows and rank r adds r / 32 of the bytes of x and y (all counted by the executor), from the GPU's cache as
-//   far as it holds A and B. In two dispatches the partial h besides: M r floats a split of K, written once and read
-//   once a split of N, from the cache. (In one dispatch with N split, x and A once a split.)
+//   far as it holds A and B. The partial h besides: M r floats a split of K, written once and read once a split of N,
+//   from the cache.
 // Rounding. Sums are float32; y + delta is rounded once to y's type. With `save_h`, h is stored, rounded to A's type.
 #include "lora_delta.h"
 #include "tiles.h"
 
 namespace tfl {
 
-/// The sum of what stands `stride` apart, in order. Eight loads are in flight at once.
-METAL_FUNC float4 sum_of_splits(device const float4* source, ulong stride, uint splits) {
-  constexpr uint TOGETHER = 8;
-  float4 sum = float4(0);
-  for (uint first = 0; first < splits; first += TOGETHER) {
-    float4 parts[TOGETHER];
-    TFL_UNROLL
-    for (uint i = 0; i < TOGETHER; ++i) {
-      parts[i] = first + i < splits ? source[i * stride] : float4(0);
-    }
-    TFL_UNROLL
-    for (uint i = 0; i < TOGETHER; ++i) {
-      sum += parts[i];
-    }
-    source += TOGETHER * stride;
-  }
-  return sum;
-}
-
-template <typename T, typename TA, short RANK_BLOCKS, short ROW_BLOCKS, short SIMDGROUPS, Mask MASK>
-[[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS)]]
-void lora_delta(
-    device const T* x [[buffer(DELTA_X)]],
-    device const TA* lora_A [[buffer(DELTA_LORA_A)]],
-    device const TA* lora_B [[buffer(DELTA_LORA_B)]],
-    device T* y [[buffer(DELTA_Y)]],
-    device TA* h [[buffer(DELTA_H)]],
-    device float* partial [[buffer(DELTA_PARTIAL)]],  // by split, tile of rows, block of ranks, row, rank; padded
-    constant float& scaling [[buffer(DELTA_SCALING)]],
-    constant uint2& seed [[buffer(DELTA_SEED)]],
-    constant Pair& m_k [[buffer(DELTA_M_K)]],
-    constant Pair& n_columns [[buffer(DELTA_N_COLUMNS)]],  // N, and how many columns of y a threadgroup owns
-    constant Pair& ranks [[buffer(DELTA_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
-    constant Pair& x_levels [[buffer(DELTA_X_LEVELS)]],
-    constant Pair& x_strides [[buffer(DELTA_X_STRIDES)]],
-    constant Pair& A_strides [[buffer(DELTA_A_STRIDES)]],  // of a (rank, k) element
-    constant Pair& B_strides [[buffer(DELTA_B_STRIDES)]],  // of an (n, rank) element
-    constant Pair& y_stride_flags [[buffer(DELTA_Y_STRIDE_FLAGS)]],
-    constant Pair& dropout_words [[buffer(DELTA_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
-    constant Pair& stream_h_stride [[buffer(DELTA_STREAM_H_STRIDE)]],
-    constant Pair& k_splits [[buffer(DELTA_K_SPLITS)]],  // columns of x in a split, and how many splits
-    uint2 group [[threadgroup_position_in_grid]],
-    uint2 groups [[threadgroups_per_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup_index [[simdgroup_index_in_threadgroup]]) {
-  constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * ROW_BLOCKS, WIDTH = delta_width(RANK_BLOCKS);
-  constexpr short THREADS = LANES * SIMDGROUPS, BLOCKS = delta_blocks(RANK_BLOCKS, ROW_BLOCKS);
-  constexpr short K_SLICES = SIMDGROUPS * BLOCKS / ROW_BLOCKS;  // simdgroups that share rows, and the columns of a tile
-  static_assert(K_SLICES <= WIDTH / BLOCK, "every slice has a block of a tile");
-  using RowTile = Tile<ROWS, WIDTH>;
+/// The sizes of the first stage.
+template <short RANK_BLOCKS, short ROW_BLOCKS>
+struct Down {
+  static constant constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * ROW_BLOCKS;
+  static constant constexpr short WIDTH = delta_width(RANK_BLOCKS), BLOCKS = delta_blocks(ROW_BLOCKS);
+  static constant constexpr short RANK_GROUPS = delta_rank_groups(RANK_BLOCKS);
+  static constant constexpr short OWN = RANK_BLOCKS / RANK_GROUPS;  // blocks of ranks that a simdgroup has
+  static constant constexpr short K_SLICES = DELTA_SIMDGROUPS * BLOCKS / (ROW_BLOCKS * RANK_GROUPS);
+  using XTile = Tile<ROWS, WIDTH>;
   using ATile = Tile<RANKS, WIDTH>;
-  using BTile = Tile<WIDTH, RANKS>;
-  constexpr short RUNS = ROWS * WIDTH / RUN;
-  static_assert(RUNS <= THREADS, "a thread has at most one run of a tile of y");
-  constexpr short RANK_TILE_SIZE = ATile::size > BTile::size ? short(ATile::size) : short(BTile::size);
-  constexpr short SIZE = RowTile::size + RANK_TILE_SIZE;
-  threadgroup float4 memory[SIZE / 4];
+  static constant constexpr short SIZE = XTile::size + ATile::size;
+  static_assert(OWN * RANK_GROUPS == RANK_BLOCKS, "the simdgroups have equal shares of the ranks");
+  static_assert(K_SLICES <= WIDTH / BLOCK, "every slice has a block of a tile");
+};
+
+/// One threadgroup's share of h: rows from `row`, columns [k, k_end) of x. `h` is the split's, M x RANKS.
+template <short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, typename T, typename TA>
+METAL_FUNC void sum_down(
+    threadgroup float4* memory,
+    Matrix<T> x,
+    Matrix<TA> A,
+    device float* h,
+    uint row,
+    uint k,
+    uint k_end,
+    Dropout dropout,
+    ushort thread_index,
+    ushort simdgroup_index) {
+  using Sizes = Down<RANK_BLOCKS, ROW_BLOCKS>;
+  constexpr short RANKS = Sizes::RANKS, ROWS = Sizes::ROWS, WIDTH = Sizes::WIDTH, THREADS = LANES * DELTA_SIMDGROUPS;
+  constexpr short BLOCKS = Sizes::BLOCKS, OWN = Sizes::OWN;
+  constexpr short RANK_GROUPS = Sizes::RANK_GROUPS, K_SLICES = Sizes::K_SLICES;
   threadgroup float* const floats = reinterpret_cast<threadgroup float*>(memory);
-  threadgroup float* const rank_floats = floats + RowTile::size;
-  const RowTile rows = {floats};
+  const typename Sizes::XTile x_tile = {floats};
+  const typename Sizes::ATile A_tile = {floats + Sizes::XTile::size};
+  const short slice = simdgroup_index % K_SLICES, rank_group = simdgroup_index / K_SLICES % RANK_GROUPS;
+  const short first_row = simdgroup_index / (K_SLICES * RANK_GROUPS) * (BLOCKS * BLOCK);
 
-  const uint M = m_k.x, K = m_k.y, N = n_columns.x, flags = y_stride_flags.y, rank_count = ranks.y - ranks.x;
-  const uint row = group.y * ROWS;
-  const bool down = (flags & DELTA_DOWN) != 0, up = (flags & DELTA_UP) != 0;
-  const uint k_begin = up ? 0 : group.x * k_splits.x, k_end = down ? min(K, k_begin + k_splits.x) : k_begin;
-  const uint column_begin = group.x * n_columns.y, column_end = up ? min(N, column_begin + n_columns.y) : column_begin;
-  const short first_row = simdgroup_index / K_SLICES * (BLOCKS * BLOCK), slice = simdgroup_index % K_SLICES;
-  const Dropout dropout = {seed, stream_h_stride.x, dropout_words.x, as_type<float>(dropout_words.y)};
-
-  // Stage 1: h = x A^T.
-  simdgroup_float8x8 h_blocks[BLOCKS][RANK_BLOCKS];
+  simdgroup_float8x8 sums[BLOCKS][OWN];
   TFL_UNROLL
   for (short b = 0; b < BLOCKS; ++b) {
     TFL_UNROLL
-    for (short i = 0; i < RANK_BLOCKS; ++i) {
-      h_blocks[b][i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    for (short i = 0; i < OWN; ++i) {
+      sums[b][i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
   }
-  const Matrix<T> x_matrix = matrix_of(x, M, K, x_levels, x_strides, (flags & DELTA_WIDE_X) != 0);
-  device const TA* const A_slice = lora_A + ulong(ranks.x) * A_strides.x;
-  const Matrix<TA> A_matrix = matrix_of(A_slice, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0);
-  const ATile A_tile = {rank_floats};
-  Loader<T, ROWS, WIDTH, THREADS, MASK == Mask::input> x_loader(x_matrix, row, k_begin, thread_index, dropout);
-  Loader<TA, RANKS, WIDTH, THREADS> A_loader(A_matrix, 0, k_begin, thread_index);
-  if (k_begin < k_end) {
+  Loader<T, ROWS, WIDTH, THREADS, DROPPED> x_loader(x, row, k, thread_index, dropout);
+  Loader<TA, RANKS, WIDTH, THREADS> A_loader(A, 0, k, thread_index);
+  if (k < k_end) {
     x_loader.fetch();
     A_loader.fetch();
   }
-  for (uint k = k_begin; k < k_end; k += WIDTH) {
+  for (; k < k_end; k += WIDTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    x_loader.store(rows);
+    x_loader.store(x_tile);
     A_loader.store(A_tile);
     x_loader.next_columns();
     A_loader.next_columns();
@@ -129,134 +94,208 @@ void lora_delta(
       simdgroup_float8x8 x_blocks[BLOCKS], A_block;
       TFL_UNROLL
       for (short b = 0; b < BLOCKS; ++b) {
-        rows.read(x_blocks[b], first_row + BLOCK * b, block);
+        x_tile.read(x_blocks[b], first_row + BLOCK * b, block);
       }
       TFL_UNROLL
-      for (short i = 0; i < RANK_BLOCKS; ++i) {
-        A_tile.read_transposed(A_block, BLOCK * i, block);
+      for (short i = 0; i < OWN; ++i) {
+        A_tile.read_transposed(A_block, (rank_group * OWN + i) * BLOCK, block);
         TFL_UNROLL
         for (short b = 0; b < BLOCKS; ++b) {
-          simdgroup_multiply_accumulate(h_blocks[b][i], x_blocks[b], A_block, h_blocks[b][i]);
+          simdgroup_multiply_accumulate(sums[b][i], x_blocks[b], A_block, sums[b][i]);
         }
       }
     }
   }
 
-  device const TA* const B_slice = lora_B + ulong(ranks.x) * B_strides.y;
-  const Matrix<TA> B_matrix = matrix_of(B_slice, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0);
-  const BTile B_tile = {rank_floats};
-  Loader<TA, WIDTH, RANKS, THREADS> B_loader(B_matrix, column_begin, 0, thread_index);
-  if (column_begin < column_end) {
+  // The sums over the slices: four neighbouring ranks a thread, of an even share of every simdgroup's blocks at a time,
+  // as threadgroup memory holds them: by slice, row, simdgroup's share, rank.
+  constexpr short FITTING = Sizes::SIZE / (K_SLICES * RANK_GROUPS * ROWS * BLOCK);
+  static_assert(FITTING > 0, "one block of every simdgroup fits");
+  constexpr short TIMES = (OWN + FITTING - 1) / FITTING, SHARE = (OWN + TIMES - 1) / TIMES * BLOCK;  // ranks
+  constexpr short ACROSS = RANK_GROUPS * SHARE, PART = ROWS * ACROSS;
+  TFL_UNROLL
+  for (short first = 0; first < OWN; first += SHARE / BLOCK) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    TFL_UNROLL
+    for (short i = 0; i < SHARE / BLOCK; ++i) {
+      TFL_UNROLL
+      for (short b = 0; b < BLOCKS; ++b) {
+        if (first + i < OWN) {
+          const short place = (first_row + BLOCK * b) * ACROSS + rank_group * SHARE + BLOCK * i;
+          simdgroup_store(sums[b][first + i], floats + slice * PART + place, ACROSS);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (short i = thread_index; i < PART / 4; i += THREADS) {
+      float4 sum = memory[i];
+      TFL_UNROLL
+      for (short s = 1; s < K_SLICES; ++s) {
+        sum += memory[s * PART / 4 + i];
+      }
+      const short m = 4 * i / ACROSS, share = 4 * i % ACROSS / SHARE, rank = first * BLOCK + 4 * i % SHARE;
+      if (row + m < x.rows && rank < OWN * BLOCK) {
+        device float4* const target = reinterpret_cast<device float4*>(h + ulong(row + m) * RANKS);
+        target[(share * OWN * BLOCK + rank) / 4] = sum;
+      }
+    }
+  }
+}
+
+/// The sizes of the second stage.
+template <short RANK_BLOCKS, short ROW_BLOCKS>
+struct Up {
+  static constant constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * delta_up_rows(ROW_BLOCKS, RANK_BLOCKS);
+  static constant constexpr short BLOCKS = delta_blocks(ROW_BLOCKS), ROW_GROUPS = ROWS / (BLOCK * BLOCKS);
+  static constant constexpr bool HELD = RANK_BLOCKS <= DELTA_HELD;
+  static constant constexpr short CHUNK = BLOCK * (HELD ? RANK_BLOCKS : short(DELTA_CHUNK));
+  static constant constexpr short COLUMN_SLICES = DELTA_SIMDGROUPS / ROW_GROUPS;
+  static constant constexpr short COLUMN_BLOCKS = DELTA_COLUMNS / (BLOCK * COLUMN_SLICES);  // of a simdgroup
+  using BTile = Tile<DELTA_COLUMNS, CHUNK>;
+  using SumTile = Tile<ROWS, DELTA_COLUMNS>;
+  using HTile = Tile<ROWS, RANKS>;  // where it is held, it lies where the sums will
+  static constant constexpr short H_PLACE = BTile::size + (HELD ? 0 : SumTile::size);
+  static constant constexpr short SIZE = BTile::size + SumTile::size + (HELD ? 0 : HTile::size);
+  static_assert(!HELD || HTile::size <= SumTile::size, "h fits where the sums will be");
+  static_assert(RANKS % CHUNK == 0, "the chunks have equal shares of the ranks");
+  static_assert(ROWS * DELTA_COLUMNS / RUN <= LANES * DELTA_SIMDGROUPS, "a thread has at most one run of a tile of y");
+};
+
+/// A simdgroup's rows of h, so many blocks of ranks from `rank`.
+template <short BLOCKS, short RANK_BLOCKS, typename HTile>
+METAL_FUNC void read_h(
+    thread simdgroup_float8x8 (&blocks)[BLOCKS][RANK_BLOCKS], HTile h_tile, short first_row, short rank) {
+  TFL_UNROLL
+  for (short b = 0; b < BLOCKS; ++b) {
+    TFL_UNROLL
+    for (short i = 0; i < RANK_BLOCKS; ++i) {
+      h_tile.read(blocks[b][i], first_row + BLOCK * b, rank + BLOCK * i);
+    }
+  }
+}
+
+/// Adds one threadgroup's share of s h B^T to y: rows from `row`, columns [column, column_end).
+template <short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, typename T, typename TA>
+METAL_FUNC void add_up(
+    threadgroup float4* memory,
+    device const float* partial,
+    uint splits,
+    Matrix<TA> B,
+    device T* y,
+    bool wide_y,
+    device TA* h,
+    uint h_stride,
+    bool save_h,
+    uint M,
+    uint row,
+    uint column,
+    uint column_end,
+    float scaling,
+    Dropout dropout,
+    ushort thread_index,
+    ushort simdgroup_index) {
+  using Sizes = Up<RANK_BLOCKS, ROW_BLOCKS>;
+  constexpr short RANKS = Sizes::RANKS, ROWS = Sizes::ROWS, BLOCKS = Sizes::BLOCKS, CHUNK = Sizes::CHUNK;
+  constexpr short WIDTH = DELTA_COLUMNS, THREADS = LANES * DELTA_SIMDGROUPS, COLUMN_BLOCKS = Sizes::COLUMN_BLOCKS;
+  threadgroup float* const floats = reinterpret_cast<threadgroup float*>(memory);
+  const typename Sizes::BTile B_tile = {floats};
+  const typename Sizes::SumTile sum_tile = {floats + Sizes::BTile::size};
+  const typename Sizes::HTile h_tile = {floats + Sizes::H_PLACE};
+  const short first_row = simdgroup_index / Sizes::COLUMN_SLICES * (BLOCKS * BLOCK);
+  const short first_column = simdgroup_index % Sizes::COLUMN_SLICES * (COLUMN_BLOCKS * BLOCK);
+
+  // The thread's run of a tile of y. A split ends at a multiple of a run, or at N.
+  const short r = thread_index / (WIDTH / RUN), c = thread_index % (WIDTH / RUN) * RUN;
+  const uint N = B.rows, m = row + r, run_end = r < ROWS && m < M ? column_end : 0;
+  uint n = column + c;
+  ulong element = ulong(m) * N + n;
+  device T* target = y + element;
+  RunOf<T> next_y = fetch_run<T>(target, 1, n < run_end ? N - n : 0, wide_y);
+  Loader<TA, WIDTH, CHUNK, THREADS> B_loader(B, column, 0, thread_index);
+  if (column < column_end) {
     B_loader.fetch();
   }
 
-  // The sums over the slices, or over the splits: four neighbouring ranks a thread, all of them or an even share of the
-  // rank blocks at a time, as threadgroup memory holds them.
-  constexpr short PART = ROWS * BLOCK;  // floats of one slice and rank block
-  constexpr short FITTING = SIZE / (K_SLICES * PART);
-  static_assert(FITTING > 0, "one rank block of every slice fits");
-  constexpr short TIMES = (RANK_BLOCKS + FITTING - 1) / FITTING, CHUNK = (RANK_BLOCKS + TIMES - 1) / TIMES;
-  device TA* const h_tile = h + ulong(row) * stream_h_stride.y + ranks.x;
-  device float4* const partial_tile =
-      reinterpret_cast<device float4*>(partial) + (ulong(up ? 0 : group.x) * groups.y + group.y) * (RANKS * ROWS / 4);
-  const ulong split_stride = ulong(groups.y) * (RANKS * ROWS / 4);
-  TFL_UNROLL
-  for (short first = 0; first < RANK_BLOCKS; first += CHUNK) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (down) {
+  // h: two neighbouring ranks a thread.
+  for (short i = thread_index; i < ROWS * RANKS / 2; i += THREADS) {
+    const short h_row = 2 * i / RANKS, rank = 2 * i % RANKS;
+    float2 sum = float2(0);
+    if (row + h_row < M) {
+      device const float2* const first = reinterpret_cast<device const float2*>(partial + ulong(row) * RANKS) + i;
+      sum = sum_of_splits(first, ulong(M) * (RANKS / 2), splits);
       TFL_UNROLL
-      for (short i = 0; i < CHUNK; ++i) {
-        TFL_UNROLL
-        for (short b = 0; b < BLOCKS; ++b) {
-          if (first + i < RANK_BLOCKS) {
-            threadgroup float* const part = floats + (slice * CHUNK + i) * PART + (first_row + BLOCK * b) * BLOCK;
-            simdgroup_store(h_blocks[b][first + i], part, BLOCK);
-          }
-        }
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-    const short parts = min(CHUNK, short(RANK_BLOCKS - first));
-    for (short i = thread_index; i < parts * PART / 4; i += THREADS) {
-      device float4* const place = partial_tile + first * PART / 4 + i;
-      float4 sum;
-      if (down) {
-        sum = memory[i];
-        TFL_UNROLL
-        for (short s = 1; s < K_SLICES; ++s) {
-          sum += memory[s * CHUNK * PART / 4 + i];
-        }
-      } else {
-        sum = sum_of_splits(place, split_stride, k_splits.y);
-      }
-      if (up) {
-        memory[i] = sum;
-      } else {
-        *place = sum;
-      }
-      const uint m = 4 * i % PART / BLOCK, rank = (first + 4 * i / PART) * BLOCK + 4 * i % BLOCK;
-      if (up && (flags & DELTA_SAVE_H) != 0 && group.x == 0 && row + m < M) {
-        TFL_UNROLL
-        for (short j = 0; j < 4; ++j) {
-          if (rank + j < rank_count) {
-            h_tile[m * stream_h_stride.y + rank + j] = static_cast<TA>(sum[j]);
-          }
+      for (short j = 0; j < 2; ++j) {
+        if (save_h && uint(rank + j) < B.cols) {
+          h[ulong(row + h_row) * h_stride + rank + j] = static_cast<TA>(sum[j]);
         }
       }
     }
-    if (up) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      TFL_UNROLL
-      for (short i = 0; i < CHUNK; ++i) {
-        TFL_UNROLL
-        for (short b = 0; b < BLOCKS; ++b) {
-          if (first + i < RANK_BLOCKS) {
-            simdgroup_load(h_blocks[b][first + i], floats + i * PART + (first_row + BLOCK * b) * BLOCK, BLOCK);
-          }
-        }
-      }
-    }
+    *reinterpret_cast<threadgroup float2*>(h_tile.at(h_row, rank)) = sum;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // Stage 2: y += s h B^T.
-  const short r = thread_index / (WIDTH / RUN), c = thread_index % (WIDTH / RUN) * RUN;
-  const uint m = row + r, run_end = thread_index < RUNS && m < M ? column_end : 0;
-  const bool wide_y = (flags & DELTA_WIDE_Y) != 0;
-  device T* target = y + ulong(m) * y_stride_flags.x + column_begin + c;
-  ulong element = ulong(m) * N + column_begin + c;
-  for (uint column = column_begin; column < column_end; column += WIDTH) {
-    B_loader.store(B_tile);
-    B_loader.next_rows();
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (column + WIDTH < column_end) {
-      B_loader.fetch();
-    }
-    const uint n = column + c, count = n < run_end ? N - n : 0;  // a split ends at a multiple of a run, or at N
-    const RunOf<T> before = fetch_run<T>(target, 1, count, wide_y);
-    for (short block = slice * BLOCK; block < WIDTH; block += BLOCK * K_SLICES) {
-      simdgroup_float8x8 B_block, deltas[BLOCKS];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_float8x8 h_blocks[BLOCKS][CHUNK / BLOCK];
+  if (Sizes::HELD) {
+    read_h<BLOCKS, CHUNK / BLOCK>(h_blocks, h_tile, first_row, 0);
+  }
+
+  for (; column < column_end; column += WIDTH) {
+    const RunOf<T> before = next_y;
+    const uint count = n < run_end ? N - n : 0;
+    n += WIDTH;
+    simdgroup_float8x8 sums[BLOCKS][COLUMN_BLOCKS];
+    TFL_UNROLL
+    for (short b = 0; b < BLOCKS; ++b) {
       TFL_UNROLL
-      for (short b = 0; b < BLOCKS; ++b) {
-        deltas[b] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      for (short j = 0; j < COLUMN_BLOCKS; ++j) {
+        sums[b][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      }
+    }
+    for (short chunk = 0; chunk < RANKS; chunk += CHUNK) {
+      const bool is_last = chunk + CHUNK == RANKS;
+      B_loader.store(B_tile);
+      B_loader.next_columns();
+      if (is_last) {
+        B_loader.next_rows();
+        B_loader.back(RANKS);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (is_last) {
+        next_y = fetch_run<T>(target + WIDTH, 1, n < run_end ? N - n : 0, wide_y);
+      }
+      if (!is_last || column + WIDTH < column_end) {
+        B_loader.fetch();
+      }
+      if (!Sizes::HELD) {
+        read_h<BLOCKS, CHUNK / BLOCK>(h_blocks, h_tile, first_row, chunk);
       }
       TFL_UNROLL
-      for (short i = 0; i < RANK_BLOCKS; ++i) {
-        B_tile.read_transposed(B_block, block, BLOCK * i);
+      for (short j = 0; j < COLUMN_BLOCKS; ++j) {
+        simdgroup_float8x8 B_block;
         TFL_UNROLL
-        for (short b = 0; b < BLOCKS; ++b) {
-          simdgroup_multiply_accumulate(deltas[b], h_blocks[b][i], B_block, deltas[b]);
+        for (short i = 0; i < CHUNK / BLOCK; ++i) {
+          B_tile.read_transposed(B_block, first_column + BLOCK * j, BLOCK * i);
+          TFL_UNROLL
+          for (short b = 0; b < BLOCKS; ++b) {
+            simdgroup_multiply_accumulate(sums[b][j], h_blocks[b][i], B_block, sums[b][j]);
+          }
         }
       }
-      TFL_UNROLL
-      for (short b = 0; b < BLOCKS; ++b) {
-        simdgroup_store(deltas[b], rows.at(first_row + BLOCK * b, block), RowTile::stride);
+      if (is_last) {
+        TFL_UNROLL
+        for (short b = 0; b < BLOCKS; ++b) {
+          TFL_UNROLL
+          for (short j = 0; j < COLUMN_BLOCKS; ++j) {
+            threadgroup float* const place = sum_tile.at(first_row + BLOCK * b, first_column + BLOCK * j);
+            simdgroup_store(sums[b][j], place, Sizes::SumTile::stride);
+          }
+        }
       }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
     if (count > 0) {
-      Run delta = rows.run(r, c);
-      if (MASK == Mask::output) {
+      Run delta = sum_tile.run(r, c);
+      if (DROPPED) {
         delta = dropout.apply(delta, element);
       }
       Run sum = widened(before);
@@ -266,6 +305,55 @@ void lora_delta(
     }
     target += WIDTH;
     element += WIDTH;
+  }
+}
+
+template <typename T, typename TA, Stage STAGE, short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED>
+[[kernel]] [[max_total_threads_per_threadgroup(LANES * DELTA_SIMDGROUPS)]]
+void lora_delta(
+    device const T* x [[buffer(DELTA_X)]],
+    device const TA* lora_A [[buffer(DELTA_LORA_A)]],
+    device const TA* lora_B [[buffer(DELTA_LORA_B)]],
+    device T* y [[buffer(DELTA_Y)]],
+    device TA* h [[buffer(DELTA_H)]],
+    device float* partial [[buffer(DELTA_PARTIAL)]],  // by split, row, rank; the ranks are whole blocks
+    constant float& scaling [[buffer(DELTA_SCALING)]],
+    constant uint2& seed [[buffer(DELTA_SEED)]],
+    constant Pair& m_k [[buffer(DELTA_M_K)]],
+    constant Pair& n_columns [[buffer(DELTA_N_COLUMNS)]],  // N, and how many columns of y a threadgroup owns
+    constant Pair& ranks [[buffer(DELTA_RANKS)]],  // the slice [begin, end) of the ranks that this launch covers
+    constant Pair& x_levels [[buffer(DELTA_X_LEVELS)]],
+    constant Pair& x_strides [[buffer(DELTA_X_STRIDES)]],
+    constant Pair& A_strides [[buffer(DELTA_A_STRIDES)]],  // of a (rank, k) element
+    constant Pair& B_strides [[buffer(DELTA_B_STRIDES)]],  // of an (n, rank) element
+    constant Pair& flags_stream [[buffer(DELTA_FLAGS_STREAM)]],
+    constant Pair& dropout_words [[buffer(DELTA_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
+    constant Pair& k_splits [[buffer(DELTA_K_SPLITS)]],  // columns of x in a split, and how many splits
+    constant Pair& h_stride [[buffer(DELTA_H_STRIDE)]],
+    uint2 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup_index [[simdgroup_index_in_threadgroup]]) {
+  using DownSizes = Down<RANK_BLOCKS, ROW_BLOCKS>;
+  using UpSizes = Up<RANK_BLOCKS, ROW_BLOCKS>;
+  constexpr short SIZE = STAGE == Stage::down ? short(DownSizes::SIZE) : short(UpSizes::SIZE);
+  threadgroup float4 memory[SIZE / 4];
+  const uint M = m_k.x, K = m_k.y, N = n_columns.x, rank_count = ranks.y - ranks.x, flags = flags_stream.x;
+  const Dropout dropout = {seed, flags_stream.y, dropout_words.x, as_type<float>(dropout_words.y)};
+  if (STAGE == Stage::down) {
+    device const TA* const A_slice = lora_A + ulong(ranks.x) * A_strides.x;
+    const uint k = group.x * k_splits.x;
+    sum_down<RANK_BLOCKS, ROW_BLOCKS, DROPPED>(
+        memory, matrix_of(x, M, K, x_levels, x_strides, (flags & DELTA_WIDE_X) != 0),
+        matrix_of(A_slice, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0),
+        partial + ulong(group.x) * M * DownSizes::RANKS, group.y * DownSizes::ROWS, k, min(K, k + k_splits.x), dropout,
+        thread_index, simdgroup_index);
+  } else {
+    device const TA* const B_slice = lora_B + ulong(ranks.x) * B_strides.y;
+    const uint column = group.x * n_columns.y;
+    add_up<RANK_BLOCKS, ROW_BLOCKS, DROPPED>(
+        memory, partial, k_splits.y, matrix_of(B_slice, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0), y,
+        (flags & DELTA_WIDE_Y) != 0, h + ranks.x, h_stride.x, (flags & DELTA_SAVE_H) != 0 && group.x == 0, M,
+        group.y * UpSizes::ROWS, column, min(N, column + n_columns.y), scaling, dropout, thread_index, simdgroup_index);
   }
 }
 

@@ -5,7 +5,8 @@
 //
 // Algorithm. A gradient is C x r = (M x C)^T (M x r), with C = K for dA and N for dB. A threadgroup owns COLS of the C
 //   columns, all ranks of its slice and all rows of its split; it walks over the rows in tiles, and each of the eight
-//   simdgroups accumulates its columns in registers with simdgroup matrices.
+//   simdgroups accumulates its columns in registers with simdgroup matrices. While one tile is multiplied, the next one
+//   is on its way into registers, as raw elements.
 // Tile. DEPTH x COLS of x or dY (COLS 128 up to rank 64, else 64), DEPTH x RANKS of z or h; at most 26 KiB.
 // Threads. 256.
 // Bytes. x and dY are read once: the least possible. z and h are read once a column tile: r / 128 of the elements of
@@ -36,13 +37,21 @@ METAL_FUNC void accumulate_columns(
   const Tile<DEPTH, RANKS> small_tile = {small_floats};
   Loader<T, DEPTH, COLS, THREADS, DROPPED> big_loader(big, row, column, thread_index, dropout);
   Loader<TA, DEPTH, RANKS, THREADS> small_loader(small, row, 0, thread_index);
+  if (row < big.rows) {
+    big_loader.fetch();
+    small_loader.fetch();
+  }
   for (; row < big.rows; row += DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    big_loader.fetch();
     big_loader.store(big_tile);
-    small_loader.fetch();
     small_loader.store(small_tile);
+    big_loader.next_rows();
+    small_loader.next_rows();
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (row + DEPTH < big.rows) {
+      big_loader.fetch();
+      small_loader.fetch();
+    }
     for (short m = 0; m < DEPTH; m += BLOCK) {
       simdgroup_float8x8 big_blocks[BLOCKS], small_block;
       TFL_UNROLL
@@ -58,8 +67,6 @@ METAL_FUNC void accumulate_columns(
         }
       }
     }
-    big_loader.next_rows();
-    small_loader.next_rows();
   }
 }
 

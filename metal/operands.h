@@ -80,8 +80,9 @@ METAL_FUNC RunOf<T> fetch_run(device const T* source, uint stride, uint count, b
   TFL_UNROLL
   for (short i = 0; i < RUN; ++i) {
     if (uint(i) < count) {
-      run.set(i, source[ulong(i) * stride]);
+      run.set(i, *source);
     }
+    source += stride;  // not eight offsets, which would stay in registers from one call to the next
   }
   return run;
 }
@@ -117,7 +118,10 @@ struct Matrix {
   bool wide;  // every run that starts at a multiple of RUN is contiguous and aligned to 16 bytes
 
   METAL_FUNC device const T* at(uint row, uint col) const thread {
-    const ulong level = ulong(row / inner) * outer_stride + ulong(row % inner) * row_stride;
+    ulong level = ulong(row) * row_stride;
+    if (row >= inner) {  // a branch: dividing is slow
+      level = ulong(row / inner) * outer_stride + ulong(row % inner) * row_stride;
+    }
     return data + level + ulong(col) * col_stride;
   }
 
@@ -181,6 +185,26 @@ template <typename T>
 METAL_FUNC Cursor<T> cursor_at(thread const Matrix<T>& matrix, uint row, uint col) {
   const long next_level = long(matrix.outer_stride) - long(ulong(matrix.inner) * matrix.row_stride);
   return {matrix.at(row, col), row % matrix.inner, next_level};
+}
+
+/// The sum of what stands `stride` apart, in order. Eight loads are in flight at once.
+template <typename V>
+METAL_FUNC V sum_of_splits(device const V* source, ulong stride, uint splits) {
+  constexpr uint TOGETHER = 8;
+  V sum = V(0);
+  for (uint first = 0; first < splits; first += TOGETHER) {
+    V parts[TOGETHER];
+    TFL_UNROLL
+    for (uint i = 0; i < TOGETHER; ++i) {
+      parts[i] = first + i < splits ? source[i * stride] : V(0);
+    }
+    TFL_UNROLL
+    for (uint i = 0; i < TOGETHER; ++i) {
+      sum += parts[i];
+    }
+    source += TOGETHER * stride;
+  }
+  return sum;
 }
 
 }  // namespace tfl

@@ -31,14 +31,6 @@ enum NormBackwardBuffers {
   NORM_BACKWARD_WEIGHT_STRIDE,
 };
 
-enum NormFlags {
-  NORM_WIDE_X = 1,
-  NORM_WIDE_GRAD = 2,
-  NORM_WIDE_WEIGHT = 4,
-  NORM_WIDE_OUT = 8,
-  NORM_HAS_WEIGHT = 16,
-  NORM_NEED_X = 32,
-  NORM_NEED_WEIGHT = 64,
-};
+enum NormFlags { NORM_HAS_WEIGHT = 1, NORM_NEED_X = 2, NORM_NEED_WEIGHT = 4 };
 
 }  // namespace tfl

@@ -1,10 +1,11 @@
 // rms_norm: y = x * rstd * weight with rstd = (mean of x^2 + eps)^(-1/2) of the row; rms_norm_backward: dx and dweight.
 //
 // Algorithm. A threadgroup walks over blocks of rows. HELD: a thread keeps its run of the row in registers, and its run
-//   of the weight for all rows; longer rows are looped over, once for the sum and once for the result. Backward, with
-//   n = x * rstd and c = mean of grad * weight * n: dx = rstd * (grad * weight - n * c), dweight = sum of grad * n over
-//   the rows. A thread adds up its columns of dweight over its rows: in registers or, where rows are looped over, in
-//   the group's row of partial sums. Deterministic: no atomics; sum_splits adds the groups' sums in order.
+//   of the weight for all rows; while it works on a row, its run of the next one is on the way from memory, as the raw
+//   elements. Longer rows are looped over, once for the sum and once for the result. Backward, with n = x * rstd and
+//   c = mean of grad * weight * n: dx = rstd * (grad * weight - n * c), dweight = sum of grad * n over the rows.
+//   A thread adds up its columns of dweight over its rows: in registers or, where rows are looped over, in the group's
+//   row of partial sums. Deterministic: no atomics; sum_splits adds the groups' sums in order.
 // Tile. None: a float a simdgroup in threadgroup memory, twice; 8 KiB to add the sums of a block's rows in backward.
 // Threads. A run of eight elements each: 1 to 16 simdgroups a row, 8 to 16 a group.
 // Bytes (counted by the executor). HELD: x, grad, y, dx and rstd are touched once, the least possible, the weight once
@@ -17,9 +18,9 @@
 namespace tfl {
 
 /// 1 x H, or 0 x H where there is no weight.
-template <typename TW>
+template <bool WIDE, typename TW>
 METAL_FUNC Matrix<TW> weight_matrix(device const TW* weight, uint H, uint stride, uint flags) {
-  return matrix_of(weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, Pair(0, stride), (flags & NORM_WIDE_WEIGHT) != 0);
+  return matrix_of(weight, (flags & NORM_HAS_WEIGHT) != 0 ? 1 : 0, H, Pair(0, stride), WIDE);
 }
 
 /// The weight's run at `place`, ones where there is no weight.
@@ -28,7 +29,7 @@ METAL_FUNC Run load_weight(Matrix<TW> weight, device const TW* place, uint count
   return weight.rows == 0 ? filled(1.0f) : weight.load(place, count);
 }
 
-template <typename T, typename TW, short SIMDGROUPS, short ROWS, bool HELD>
+template <typename T, typename TW, short SIMDGROUPS, short ROWS, bool HELD, bool WIDE>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void rms_norm(
     device const T* x [[buffer(NORM_X)]],
@@ -49,22 +50,32 @@ void rms_norm(
   const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
   const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y, column = place.column();
-  const bool wide_y = (flags & NORM_WIDE_OUT) != 0;
-  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
-  const Matrix<TW> weights = weight_matrix(weight, H, weight_stride_eps.x, flags);
+  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, WIDE);
+  const Matrix<TW> weights = weight_matrix<WIDE>(weight, H, weight_stride_eps.x, flags);
 
   device const TW* const first_weight = weights.at(0, column);
   const ulong x_step = x_rows.across(STEP), weight_step = weights.across(STEP);
 
-  Run x_run = filled(0.0f), weight_run = HELD ? load_weight(weights, first_weight, left(column, H)) : filled(1.0f);
+  Run x_run = filled(0.0f), weight_run = filled(1.0f);
+  RunOf<T> ahead;
+  if (HELD) {
+    weight_run = load_weight(weights, first_weight, run_count<WIDE>(column, H));
+    ahead = fetch_at<WIDE>(x_rows, place.row(group), column);
+  }
   short turn = 0;
   for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
     const uint row = place.row(block), end = row < M ? H : 0;
+    if (HELD) {
+      x_run = widened(ahead);
+      ahead = fetch_at<WIDE>(x_rows, place.row(block + groups), column);
+    }
     device const T* const first_x = x_rows.at(row, column);
     device const T* x_place = first_x;
     float squares = 0.0f;
     for (uint c = column; c < end; c += STEP, x_place += x_step) {
-      x_run = x_rows.load(x_place, H - c);
+      if (!HELD) {
+        x_run = x_rows.load(x_place, run_count<WIDE>(c, H));
+      }
       squares += total(x_run * x_run);
     }
     const float mean = place.sum(squares, shared[turn]) / H;
@@ -77,18 +88,35 @@ void rms_norm(
     device T* y_place = y + ulong(row) * H + column;
     for (uint c = column; c < end; c += STEP, y_place += STEP) {
       if (!HELD) {
-        x_run = x_rows.load(x_place, H - c);
-        weight_run = load_weight(weights, weight_place, H - c);
+        x_run = x_rows.load(x_place, run_count<WIDE>(c, H));
+        weight_run = load_weight(weights, weight_place, run_count<WIDE>(c, H));
         x_place += x_step;
         weight_place += weight_step;
       }
-      store_run(y_place, x_run * scale * weight_run, H - c, wide_y);
+      store_run(y_place, x_run * scale * weight_run, run_count<WIDE>(c, H), WIDE);
     }
   }
 }
 
+/// What a thread has of a row in backward, as it comes from memory.
+template <typename T>
+struct Ahead {
+  RunOf<T> grad, x;
+  float rstd;  // in the first lane
+
+  template <bool HELD, bool WIDE>
+  METAL_FUNC void fetch(
+      Matrix<T> grads, Matrix<T> x_rows, device const float* all_rstd, uint row, uint column, ushort lane) thread {
+    if (HELD) {
+      grad = fetch_at<WIDE>(grads, row, column);
+      x = fetch_at<WIDE>(x_rows, row, column);
+    }
+    rstd = lane == 0 && row < x_rows.rows ? all_rstd[row] : 0.0f;
+  }
+};
+
 /// OUT is TW, or float for partial sums: then `dweight` has one more leading dimension, the group.
-template <typename T, typename TW, typename OUT, short SIMDGROUPS, short ROWS, bool HELD>
+template <typename T, typename TW, typename OUT, short SIMDGROUPS, short ROWS, bool HELD, bool WIDE>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void rms_norm_backward(
     device const T* grad [[buffer(NORM_BACKWARD_GRAD)]],
@@ -115,21 +143,26 @@ void rms_norm_backward(
   threadgroup Run row_sums[ROWS > 1 ? ROWS * ROW_THREADS : 1];
   const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y, column = place.column();
-  const bool wide_out = (flags & NORM_WIDE_OUT) != 0;
   const bool need_x = (flags & NORM_NEED_X) != 0, need_weight = (flags & NORM_NEED_WEIGHT) != 0;
-  const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, (flags & NORM_WIDE_GRAD) != 0);
-  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, (flags & NORM_WIDE_X) != 0);
-  const Matrix<TW> weights = weight_matrix(weight, H, weight_stride, flags);
+  const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, WIDE);
+  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, WIDE);
+  const Matrix<TW> weights = weight_matrix<WIDE>(weight, H, weight_stride, flags);
   device OUT* const first_sum = dweight + ulong(group) * H + column;
   device const TW* const first_weight = weights.at(0, column);
   const ulong grad_step = grads.across(STEP), x_step = x_rows.across(STEP), weight_step = weights.across(STEP);
 
-  Run grad_run = filled(0.0f), normal = filled(0.0f), sum = filled(0.0f);
-  Run weight_run = HELD ? load_weight(weights, first_weight, left(column, H)) : filled(1.0f);
+  Run weight_run = filled(1.0f), sum = filled(0.0f);
+  if (HELD) {
+    weight_run = load_weight(weights, first_weight, run_count<WIDE>(column, H));
+  }
+  Ahead<T> ahead, own;
+  ahead.template fetch<HELD, WIDE>(grads, x_rows, rstd, place.row(group), column, lane);
   short turn = 0;
   for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
     const uint row = place.row(block), end = row < M ? H : 0;
-    const float scale = simd_broadcast_first(lane == 0 && row < M ? rstd[row] : 0.0f);
+    own = ahead;
+    ahead.template fetch<HELD, WIDE>(grads, x_rows, rstd, place.row(block + groups), column, lane);
+    const float scale = simd_broadcast_first(own.rstd);
     device const T* const first_grad = grads.at(row, column);
     device const T* const first_x = x_rows.at(row, column);
     device const T* grad_place = first_grad;
@@ -137,13 +170,13 @@ void rms_norm_backward(
     device const TW* weight_place = first_weight;
     float products = 0.0f;
     for (uint c = column; c < end; c += STEP, grad_place += grad_step, x_place += x_step) {
-      grad_run = grads.load(grad_place, H - c);
-      normal = x_rows.load(x_place, H - c) * scale;
       if (!HELD) {
-        weight_run = load_weight(weights, weight_place, H - c);
+        own.grad = grads.fetch(grad_place, run_count<WIDE>(c, H));
+        own.x = x_rows.fetch(x_place, run_count<WIDE>(c, H));
+        weight_run = load_weight(weights, weight_place, run_count<WIDE>(c, H));
         weight_place += weight_step;
       }
-      products += total(grad_run * weight_run * normal);
+      products += total(widened(own.grad) * weight_run * (widened(own.x) * scale));
     }
     const float mean = place.sum(products, shared[turn]) / H;
     grad_place = first_grad;
@@ -153,20 +186,21 @@ void rms_norm_backward(
     device OUT* sum_place = first_sum;
     for (uint c = column; c < end; c += STEP, dx_place += STEP, sum_place += STEP) {
       if (!HELD) {
-        grad_run = grads.load(grad_place, H - c);
-        normal = x_rows.load(x_place, H - c) * scale;
-        weight_run = load_weight(weights, weight_place, H - c);
-        sum = need_weight && block != group ? load_run<OUT>(sum_place, 1, H - c, wide_out) : filled(0.0f);
+        own.grad = grads.fetch(grad_place, run_count<WIDE>(c, H));
+        own.x = x_rows.fetch(x_place, run_count<WIDE>(c, H));
+        weight_run = load_weight(weights, weight_place, run_count<WIDE>(c, H));
+        sum = need_weight && block != group ? load_run<OUT>(sum_place, 1, run_count<WIDE>(c, H), WIDE) : filled(0.0f);
         grad_place += grad_step;
         x_place += x_step;
         weight_place += weight_step;
       }
+      const Run grad_run = widened(own.grad), normal = widened(own.x) * scale;
       if (need_x) {
-        store_run(dx_place, (grad_run * weight_run - normal * mean) * scale, H - c, wide_out);
+        store_run(dx_place, (grad_run * weight_run - normal * mean) * scale, run_count<WIDE>(c, H), WIDE);
       }
       sum = sum + grad_run * normal;
       if (!HELD && need_weight) {
-        store_run(sum_place, sum, H - c, wide_out);
+        store_run(sum_place, sum, run_count<WIDE>(c, H), WIDE);
       }
     }
   }
@@ -180,7 +214,7 @@ void rms_norm_backward(
       }
     }
     if (thread_index < ROW_THREADS) {
-      store_run(first_sum, sum, left(column, H), wide_out);
+      store_run(first_sum, sum, run_count<WIDE>(column, H), WIDE);
     }
   }
 }

@@ -1,4 +1,7 @@
 // What the kernels on rows share: which thread has which part of a row, and sums over a row.
+//
+// WIDE, an argument of all of them: every row of every operand is made of whole runs, contiguous and aligned to 16
+// bytes, so that nothing but loads and stores of 16 bytes is compiled. Without it elements are read one by one.
 #pragma once
 
 #include "operands.h"
@@ -32,6 +35,18 @@ struct Place {
     return simd_sum(lane < SIMDGROUPS ? shared[first + lane] : 0.0f);
   }
 };
+
+/// How many elements of a row of H there are in the run at a column; WIDE: all or none.
+template <bool WIDE>
+METAL_FUNC uint run_count(uint column, uint H) {
+  return column < H ? (WIDE ? RUN : H - column) : 0;
+}
+
+/// The run of a row at a column, zeros past the matrix.
+template <bool WIDE, typename T>
+METAL_FUNC RunOf<T> fetch_at(Matrix<T> matrix, uint row, uint column) {
+  return matrix.fetch(matrix.at(row, column), row < matrix.rows ? run_count<WIDE>(column, matrix.cols) : 0);
+}
 
 METAL_FUNC Run filled(float value) { return {float4(value), float4(value)}; }
 

@@ -52,13 +52,13 @@ METAL_FUNC Run exponentials(Run run, float maximum) {
   return {precise::exp(run.low - maximum), precise::exp(run.high - maximum)};
 }
 
-template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
+template <typename T, short SIMDGROUPS, short ROWS, bool HELD, bool WIDE>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void softmax(
     device const T* x [[buffer(SOFTMAX_X)]],
     device T* y [[buffer(SOFTMAX_Y)]],
     constant Pair& m_h [[buffer(SOFTMAX_M_H)]],
-    constant Pair& blocks_flags [[buffer(SOFTMAX_BLOCKS_FLAGS)]],
+    constant uint& blocks [[buffer(SOFTMAX_BLOCKS)]],
     constant Pair& x_levels [[buffer(SOFTMAX_X_LEVELS)]],
     constant Pair& x_strides [[buffer(SOFTMAX_X_STRIDES)]],
     uint group [[threadgroup_position_in_grid]],
@@ -69,20 +69,19 @@ void softmax(
   constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
   threadgroup Part shared[2][SIMDGROUPS * ROWS];
   const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
-  const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y;
-  const bool wide_y = (flags & SOFTMAX_WIDE_OUT) != 0;
-  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, (flags & SOFTMAX_WIDE_X) != 0);
+  const uint M = m_h.x, H = m_h.y;
+  const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, WIDE);
   const ulong x_step = x_rows.across(STEP);
 
   short turn = 0;
-  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
+  for (uint block = group; block < blocks; block += groups, turn ^= 1) {
     const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
     device const T* const first_x = x_rows.at(row, column);
     device const T* x_place = first_x;
     Run run = filled(0.0f);
     Part own = {LOWEST, 0.0f};
     for (uint c = column; c < end; c += STEP, x_place += x_step) {
-      run = load_logits(x_rows, x_place, H - c);
+      run = load_logits(x_rows, x_place, run_count<WIDE>(c, H));
       const float maximum = max(own.maximum, largest(run));
       run = exponentials(run, maximum);
       own = {maximum, own.sum * precise::exp(own.maximum - maximum) + total(run)};
@@ -104,22 +103,22 @@ void softmax(
     device T* y_place = y + ulong(row) * H + column;
     for (uint c = column; c < end; c += STEP, y_place += STEP) {
       if (!HELD) {
-        run = exponentials(load_logits(x_rows, x_place, H - c), own.maximum);
+        run = exponentials(load_logits(x_rows, x_place, run_count<WIDE>(c, H)), own.maximum);
         x_place += x_step;
       }
-      store_run(y_place, run * scale, H - c, wide_y);
+      store_run(y_place, run * scale, run_count<WIDE>(c, H), WIDE);
     }
   }
 }
 
-template <typename T, short SIMDGROUPS, short ROWS, bool HELD>
+template <typename T, short SIMDGROUPS, short ROWS, bool HELD, bool WIDE>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * SIMDGROUPS * ROWS)]]
 void softmax_backward(
     device const T* grad [[buffer(SOFTMAX_BACKWARD_GRAD)]],
     device const T* y [[buffer(SOFTMAX_BACKWARD_Y)]],
     device T* dx [[buffer(SOFTMAX_BACKWARD_DX)]],
     constant Pair& m_h [[buffer(SOFTMAX_BACKWARD_M_H)]],
-    constant Pair& blocks_flags [[buffer(SOFTMAX_BACKWARD_BLOCKS_FLAGS)]],
+    constant uint& blocks [[buffer(SOFTMAX_BACKWARD_BLOCKS)]],
     constant Pair& grad_levels [[buffer(SOFTMAX_BACKWARD_GRAD_LEVELS)]],
     constant Pair& grad_strides [[buffer(SOFTMAX_BACKWARD_GRAD_STRIDES)]],
     constant Pair& y_levels [[buffer(SOFTMAX_BACKWARD_Y_LEVELS)]],
@@ -132,15 +131,14 @@ void softmax_backward(
   constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
   threadgroup float shared[2][SIMDGROUPS * ROWS];
   const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
-  const uint M = m_h.x, H = m_h.y, flags = blocks_flags.y;
-  const bool wide_dx = (flags & SOFTMAX_WIDE_OUT) != 0;
-  const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, (flags & SOFTMAX_WIDE_GRAD) != 0);
-  const Matrix<T> y_rows = matrix_of(y, M, H, y_levels, y_strides, (flags & SOFTMAX_WIDE_X) != 0);
+  const uint M = m_h.x, H = m_h.y;
+  const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, WIDE);
+  const Matrix<T> y_rows = matrix_of(y, M, H, y_levels, y_strides, WIDE);
   const ulong grad_step = grads.across(STEP), y_step = y_rows.across(STEP);
 
   Run grad_run = filled(0.0f), y_run = filled(0.0f);
   short turn = 0;
-  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
+  for (uint block = group; block < blocks; block += groups, turn ^= 1) {
     const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
     device const T* const first_grad = grads.at(row, column);
     device const T* const first_y = y_rows.at(row, column);
@@ -148,8 +146,8 @@ void softmax_backward(
     device const T* y_place = first_y;
     float products = 0.0f;
     for (uint c = column; c < end; c += STEP, grad_place += grad_step, y_place += y_step) {
-      grad_run = grads.load(grad_place, H - c);
-      y_run = y_rows.load(y_place, H - c);
+      grad_run = grads.load(grad_place, run_count<WIDE>(c, H));
+      y_run = y_rows.load(y_place, run_count<WIDE>(c, H));
       products += total(grad_run * y_run);
     }
     const float sum = place.sum(products, shared[turn]);
@@ -158,12 +156,12 @@ void softmax_backward(
     device T* dx_place = dx + ulong(row) * H + column;
     for (uint c = column; c < end; c += STEP, dx_place += STEP) {
       if (!HELD) {
-        grad_run = grads.load(grad_place, H - c);
-        y_run = y_rows.load(y_place, H - c);
+        grad_run = grads.load(grad_place, run_count<WIDE>(c, H));
+        y_run = y_rows.load(y_place, run_count<WIDE>(c, H));
         grad_place += grad_step;
         y_place += y_step;
       }
-      store_run(dx_place, y_run * (grad_run - filled(sum)), H - c, wide_dx);
+      store_run(dx_place, y_run * (grad_run - filled(sum)), run_count<WIDE>(c, H), WIDE);
     }
   }
 }

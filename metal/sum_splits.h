@@ -7,6 +7,9 @@ namespace tfl {
 
 enum SumBuffers { SUM_FIRST_PARTIAL, SUM_SECOND_PARTIAL, SUM_FIRST, SUM_SECOND, SUM_ELEMENTS, SUM_SPLITS };
 
-enum SumSizes { SUM_THREADS = 256 };
+enum SumSizes {
+  SUM_THREADS = 256,
+  SUM_SLICES = 8,  // threads an element, where it has more partial sums than that
+};
 
 }  // namespace tfl

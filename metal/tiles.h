@@ -46,7 +46,7 @@ struct Tile {
 /// Fills tiles with one block of `source` after the other, zero past the edges; DROPPED: through `dropout`.
 /// THREADS threads move runs of eight elements along the dimension that has unit stride in memory, so that a simdgroup
 /// reads whole lines. (A dropped operand with unit stride down its columns pays a Philox call an element.) A thread has
-/// the same runs of every block; for each block it calls `fetch`, `store` and one of `next_`, in this order.
+/// the same runs of every block; for each block it calls `fetch`, `store` and what leads to the next one, in this order.
 template <typename T, short ROWS, short COLS, short THREADS, bool DROPPED = false>
 struct Loader {
   static constant constexpr short RUNS = ROWS * COLS / RUN, TURNS = (RUNS + THREADS - 1) / THREADS;
@@ -106,10 +106,12 @@ struct Loader {
           }
           tile.set_run(r, c, run);
         } else {
+          threadgroup float* place = tile.at(r, c);
           TFL_UNROLL
           for (short j = 0; j < RUN; ++j) {
             const float value = run.get(j);
-            *tile.at(r + j, c) = DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value;
+            *place = DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value;
+            place += tile.stride;
           }
         }
       }
@@ -124,6 +126,16 @@ struct Loader {
       elements[turn] += COLS;
     }
     col += COLS;
+  }
+
+  /// Back by so many columns.
+  METAL_FUNC void back(uint columns) thread {
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      places[turn].data -= source.across(columns);
+      elements[turn] -= columns;
+    }
+    col -= columns;
   }
 
   /// On to the block below.

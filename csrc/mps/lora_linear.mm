@@ -71,6 +71,7 @@ std::tuple<Tensor, Tensor> forward(
     const auto plan = plan_or_throw(DecodeProblem{
         scalar(x.scalar_type()), scalar(lora_A.scalar_type()), x_rows.operand, rows_of(weight).operand, A.operand,
         B.operand, bias_stride, bias.has_value(), save_h, gpu_cores()});
+    const OptionalTensor h_sums = scratch(plan.sums, y);
     Dispatches dispatches;
     dispatches.add(
         plan,
@@ -81,6 +82,7 @@ std::tuple<Tensor, Tensor> forward(
          {DECODE_LORA_B, B.tensor},
          {DECODE_Y, y},
          {DECODE_H, h},
+         {DECODE_H_SUMS, h_sums},
          Binding::constant(DECODE_SCALING, scale)});
     dispatches.encode();
     return results(y);

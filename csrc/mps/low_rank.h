@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../plan/configuration.h"
+#include "../plan/launch.h"
 #include "tensors.h"
 
 namespace torch_fused_lora {
@@ -39,6 +40,9 @@ int64_t rows_in(const Tensor& tensor);
 
 /// What is tuned for a call of lora_linear, while it lives: nothing where it drops or torch is to be deterministic.
 Tuned tuned_for(bool backward, const Rows& rows, const Adapters& adapters);
+
+/// What a plan's steps hand on to each other, if they do.
+OptionalTensor scratch(const PartialSums& sums, const Tensor& like);
 
 /// y += s h B^T in place with h = dropout(x) A^T, which is written where it is given.
 void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);

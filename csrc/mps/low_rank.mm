@@ -30,12 +30,6 @@ class AdapterDropout {
   const double* p_;
 };
 
-/// Partial sums that a plan's own steps hand on.
-OptionalTensor scratch(const Plan<DeltaConfiguration>& plan, const Tensor& like) {
-  const auto& [splits, elements, launch] = plan.sums;
-  return splits == 1 ? OptionalTensor() : empty_float({splits, static_cast<int64_t>(elements)}, like);
-}
-
 /// dA and dB, those asked for, as one problem of lora_grad, and what its launches write: the partial sums, if there are
 /// any.
 struct Gradients {
@@ -71,6 +65,11 @@ LowRankGradients backward_by_torch(
 }
 
 }  // namespace
+
+OptionalTensor scratch(const PartialSums& sums, const Tensor& like) {
+  const std::vector<int64_t> shape = {sums.splits, static_cast<int64_t>(sums.elements)};
+  return sums.elements == 0 ? OptionalTensor() : empty_float(shape, like);
+}
 
 void check_adapters(
     const Expect& expect, const Tensor& like, const char* like_name, int64_t K, int64_t N, const Adapters& adapters) {
@@ -164,7 +163,7 @@ void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const O
   const auto plan = plan_or_throw(DeltaProblem{
       DeltaProblem::Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand,
       A.operand, B.operand, true, h.has_value(), static_cast<uint64_t>(y.storage_offset()), dropout, gpu_cores()});
-  const OptionalTensor partial = scratch(plan, y);
+  const OptionalTensor partial = scratch(plan.sums, y);
   Dispatches dispatches;
   dispatches.add(
       plan,
@@ -231,7 +230,7 @@ LowRankGradients low_rank_backward(
     gradients.push_back(plan_gradients(std::nullopt, unscaled_dB, one, grad_problem(false, true)));
   }
 
-  const OptionalTensor partial = scratch(delta, dy.tensor);
+  const OptionalTensor partial = scratch(delta.sums, dy.tensor);
 
   // Encode.
   Dispatches dispatches;

@@ -30,29 +30,25 @@ struct LayerConfiguration {
 };
 
 struct DecodeConfiguration {
-  uint32_t rows;                // of W that a threadgroup owns
-  uint32_t w_rows;              // of W that a simdgroup reads at once
-  uint32_t w_vector, a_vector;  // neighbouring elements of W and of A that a lane reads at once
+  uint32_t slices;      // simdgroups of a threadgroup that share rows of W
+  uint32_t dispatches;  // 2: h in one of its own
 
   static constexpr Field<DecodeConfiguration> fields[] = {
-      {"rows", &DecodeConfiguration::rows},
-      {"w_rows", &DecodeConfiguration::w_rows, {1, 2, 4}},
-      {"w_vector", &DecodeConfiguration::w_vector, {1, 4, 8}},
-      {"a_vector", &DecodeConfiguration::a_vector, {1, 4, 8}}};
+      {"slices", &DecodeConfiguration::slices, {1, 2, 4, 8}}, {"dispatches", &DecodeConfiguration::dispatches, {1, 2}}};
 };
 
 struct DeltaConfiguration {
-  uint32_t rank_blocks, width;  // of the tiles: ranks / BLOCK, columns
+  uint32_t rank_blocks, width;   // of the tiles of x: ranks / BLOCK, columns
   uint32_t row_blocks;           // of a threadgroup
-  uint32_t simdgroups;           // those that have the same rows share the columns of a tile
-  uint32_t k_splits, k_columns;  // threadgroups that share the columns of x, and how many each has; 1: one dispatch
-  uint32_t splits, columns;     // threadgroups that share the columns of y, and how many each has
+  uint32_t up_row_blocks;        // in the second dispatch
+  uint32_t k_splits, k_columns;  // threadgroups that share the columns of x, and how many each has
+  uint32_t splits, columns;      // threadgroups that share the columns of y, and how many each has
 
   static constexpr Field<DeltaConfiguration> fields[] = {
       {"rank_blocks", &DeltaConfiguration::rank_blocks, {}, true},
       {"width", &DeltaConfiguration::width, {}, true},
       {"row_blocks", &DeltaConfiguration::row_blocks, {1, 2, 4}},
-      {"simdgroups", &DeltaConfiguration::simdgroups, {1, 2, 4, 8}},
+      {"up_row_blocks", &DeltaConfiguration::up_row_blocks, {}, true},
       {"k_splits", &DeltaConfiguration::k_splits},
       {"k_columns", &DeltaConfiguration::k_columns, {}, true},
       {"splits", &DeltaConfiguration::splits},

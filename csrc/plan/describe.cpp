@@ -28,7 +28,7 @@ class Description {
     const auto planned = plan(problem);
     if (!planned.error.empty()) throw std::runtime_error(planned.error);
     const PartialSums& sums = planned.sums;
-    uint64_t scratch = sums.splits > 1 ? sizeof(float) * sums.splits * sums.elements : 0;  // told once
+    uint64_t scratch = sizeof(float) * sums.splits * sums.elements;  // told once
     for (const auto& step : planned.steps)
       add(direction, step.launch, json(step.configuration), std::exchange(scratch, 0));
     if (sums.launch.kernel != nullptr) add(direction, sums.launch, "{}", 0);

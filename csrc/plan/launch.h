@@ -24,7 +24,7 @@ struct Operand {
   uint64_t rows, cols, inner, outer_stride, row_stride, col_stride, offset;
 };
 
-constexpr uint32_t kMostTensors = 8, kMostWords = 12;
+constexpr uint32_t kMostTensors = 9, kMostWords = 12;
 
 /// One dispatch. Buffers [0, tensors) are the kernel's tensors, the rest `words`, eight bytes each. `threads` are
 /// totals, multiples of `group`. The strings live as long as the process, and `source` is the same pointer for the same
@@ -38,7 +38,7 @@ struct Launch {
 };
 
 /// Scratch: float32 partial sums, `splits` of each of `elements`, which `launch` (sum_splits) adds up after all else,
-/// or the steps themselves where it has no kernel. None where splits is 1.
+/// or the steps themselves where it has no kernel. None where `elements` is 0.
 struct PartialSums {
   uint32_t splits = 1;
   uint64_t elements = 0;

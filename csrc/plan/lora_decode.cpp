@@ -13,32 +13,59 @@ using namespace tfl;  // what metal/ says
 
 namespace {
 
-constexpr double kRereads = 0.05;  // of W's bytes, that more than one threadgroup a core may cost
+constexpr uint64_t kGroups = 256;             // at least, where W has the rows
+constexpr uint64_t kBytesALaunch = 64 << 10;  // that a core reads from the cache while a dispatch starts
+
+/// Rows of x that a kernel is compiled for: few kernels, and few sums for nothing.
+uint32_t compiled_rows(uint64_t M) { return M <= 2 ? static_cast<uint32_t>(M) : M <= 4 ? 4 : DECODE_MAX_ROWS; }
+
+uint64_t group_rows(uint32_t slices) { return DECODE_SIMDGROUPS / slices * DECODE_W_ROWS; }
 
 DecodeConfiguration choose(const DecodeProblem& p) {
   const DecodeConfiguration& forced = overrides().lora_decode;
-  DecodeConfiguration c;
-  const uint64_t M = p.x.rows, K = p.x.cols, N = p.weight.rows, r = p.lora_A.rows;
+  DecodeConfiguration c = {};
+  const uint64_t K = p.x.cols, N = p.weight.rows, r = p.lora_A.rows;
+  const auto groups = [&] { return ceil_div(N, group_rows(c.slices)); };
+  // The more simdgroups share rows, the more loads are in flight for each, and the more sums there are to add up.
+  const uint32_t least = p.x.rows == 1 ? 4 : 2;
+  c.slices = 1;
+  while (c.slices < DECODE_SIMDGROUPS && c.slices * LANES * RUN < K && (c.slices < least || groups() < kGroups)) {
+    c.slices *= 2;
+  }
+  c.slices = unless(forced.slices, c.slices);
 
-  // Every threadgroup reads x and A again, as much as `again` rows of W. So there is one a core, and up to four, which
-  // even out the finish, as long as the reading costs a few percent of W. A row a simdgroup is the least.
-  const double again = M + static_cast<double>(r) * bytes(p.adapter_dtype) / bytes(p.dtype);
-  const double groups_a_core = std::clamp(kRereads * N / (p.gpu_cores * again), 1.0, 4.0);
-  const uint64_t groups = p.gpu_cores * static_cast<uint64_t>(groups_a_core);
-  const uint64_t rows =
-      forced.rows > 0 ? within(forced.rows, 1, N) : std::max<uint64_t>(ceil_div(N, groups), DECODE_SIMDGROUPS);
-  // The more rows of W at once, the better x is reused from registers.
-  c.w_rows = unless(forced.w_rows, rows >= 4 * DECODE_SIMDGROUPS ? 4 : rows >= 2 * DECODE_SIMDGROUPS ? 2 : 1);
-  c.rows = static_cast<uint32_t>(ceil_div(rows, c.w_rows) * c.w_rows);
-
-  const auto vector = [K](const Operand& m, Scalar dtype, uint32_t forced) {
-    const uint32_t wide = wide_elements(dtype);
-    const bool fits = m.col_stride == 1 && aligned(m, dtype) && K % wide == 0;
-    return fits ? std::min(unless(forced, wide), wide) : 1;
-  };
-  c.w_vector = vector(p.weight, p.dtype, forced.w_vector);
-  c.a_vector = vector(p.lora_A, p.adapter_dtype, forced.a_vector);
+  // In one dispatch every threadgroup reads A again, as far as the sums of all ranks fit its memory.
+  const bool fits = compiled_rows(p.x.rows) * ceil_div(r, DECODE_W_ROWS) * DECODE_W_ROWS <= DECODE_MOST_H;
+  const uint64_t again = r * K * bytes(p.adapter_dtype) * ceil_div(groups(), p.gpu_cores);
+  c.dispatches = fits ? unless(forced.dispatches, again <= kBytesALaunch ? 1 : 2) : 2;
   return c;
+}
+
+/// The dispatch that does these stages.
+void assemble(const DecodeProblem& p, const DecodeConfiguration& c, uint32_t stages, Launch& launch) {
+  const uint64_t K = p.x.cols, N = p.weight.rows, r = p.lora_A.rows;
+  const auto wide = [](const Operand& m, Scalar dtype) { return m.col_stride == 1 && aligned(m, dtype); };
+  uint32_t flags = stages | (p.has_bias ? DECODE_HAS_BIAS : 0) | (p.save_h ? DECODE_SAVE_H : 0);
+  if (wide(p.x, p.dtype) && wide(p.lora_A, p.adapter_dtype)) flags |= DECODE_WIDE_A;
+  if (wide(p.x, p.dtype) && wide(p.weight, p.dtype)) flags |= DECODE_WIDE_W;
+  Variant("lora_decode")
+      .add(msl(p.dtype))
+      .add(msl(p.adapter_dtype))
+      .add(compiled_rows(p.x.rows))
+      .assemble(lora_decode_source, launch);
+  const bool up = (stages & DECODE_UP) != 0;
+  set_grid(launch, LANES * DECODE_SIMDGROUPS, up ? ceil_div(N, group_rows(c.slices)) : ceil_div(r, DECODE_W_ROWS));
+  set_arguments(
+      launch,
+      {{DECODE_K_N, pair(K, N)},
+       {DECODE_RANK_ROWS, pair(r, p.x.rows)},
+       {DECODE_X_LEVELS, levels(p.x)},
+       {DECODE_X_STRIDES, strides(p.x)},
+       {DECODE_W_STRIDES, strides(p.weight)},
+       {DECODE_A_STRIDES, strides(p.lora_A)},
+       {DECODE_B_STRIDES, strides(p.lora_B)},
+       {DECODE_FLAGS_BIAS_STRIDE, pair(flags, p.bias_stride)},
+       {DECODE_SLICES, pair(c.slices, 0)}});
 }
 
 }  // namespace
@@ -53,29 +80,18 @@ Plan<DecodeConfiguration> plan(const DecodeProblem& p) {
   Plan<DecodeConfiguration> plan = {
       too_large({{"x", p.x}, {"weight", p.weight}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
   if (!plan.error.empty()) return plan;
-  auto& [launch, c] = plan.steps.emplace_back();
-  c = choose(p);
-  Variant("lora_decode")
-      .add(msl(p.dtype))
-      .add(msl(p.adapter_dtype))
-      .add(static_cast<uint32_t>(p.x.rows))
-      .add(c.w_rows)
-      .add(c.w_vector)
-      .add(c.a_vector)
-      .assemble(lora_decode_source, launch);
-  const uint64_t K = p.x.cols, N = p.weight.rows;
-  set_grid(launch, LANES * DECODE_SIMDGROUPS, ceil_div(N, c.rows));
-  const uint32_t flags = (p.has_bias ? DECODE_HAS_BIAS : 0) | (p.save_h ? DECODE_SAVE_H : 0);
-  set_arguments(
-      launch,
-      {{DECODE_K_N, pair(K, N)},
-       {DECODE_RANK_ROWS, pair(p.lora_A.rows, c.rows)},
-       {DECODE_X_LEVELS, levels(p.x)},
-       {DECODE_X_STRIDES, strides(p.x)},
-       {DECODE_W_STRIDES, strides(p.weight)},
-       {DECODE_A_STRIDES, strides(p.lora_A)},
-       {DECODE_B_STRIDES, strides(p.lora_B)},
-       {DECODE_FLAGS_BIAS_STRIDE, pair(flags, p.bias_stride)}});
+  const DecodeConfiguration c = choose(p);
+  const auto add = [&](uint32_t stages) {
+    plan.steps.push_back({{}, c});
+    assemble(p, c, stages, plan.steps.back().launch);
+  };
+  if (c.dispatches == 1) {
+    add(DECODE_DOWN | DECODE_UP);
+  } else {
+    add(DECODE_DOWN);
+    add(DECODE_UP);
+    plan.sums.elements = p.lora_A.rows * compiled_rows(p.x.rows);
+  }
   return plan;
 }
 

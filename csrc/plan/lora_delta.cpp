@@ -14,9 +14,7 @@ using namespace tfl;  // what metal/ says
 
 namespace {
 
-constexpr uint64_t kGroupsACore = 2;  // that hide each other's waiting
 constexpr uint64_t kMostSplits = 16;  // of K: every threadgroup of the second dispatch adds them up
-constexpr uint64_t kShort = 4;        // tiles of K that are read again sooner than a second dispatch is made
 
 /// out += s (in down^T) up^T for a slice of the ranks. `down` is r x K, `up` N x r.
 struct Delta {
@@ -25,49 +23,48 @@ struct Delta {
   Slice slice;
 };
 
+/// Threadgroups that a core has room for, so that they hide each other's waiting: the registers grow with the rank.
+uint64_t groups_a_core(const DeltaConfiguration& c) { return c.rank_blocks <= 4 ? 3 : 2; }
+
+/// An even share of so many tiles.
+uint64_t share(uint64_t tiles, uint64_t splits) { return std::max<uint64_t>(ceil_div(tiles, splits), 1); }
+
 DeltaConfiguration choose(const Delta& delta) {
   const DeltaConfiguration& forced = overrides().lora_delta;
   const DeltaProblem& p = delta.problem;
   DeltaConfiguration c;
   const uint64_t M = p.in.rows, K = p.in.cols, N = delta.up.rows, ranks = delta.slice.end - delta.slice.begin;
-  c.rank_blocks = static_cast<uint32_t>(ceil_div(ranks, BLOCK));
-  c.width = static_cast<uint32_t>(delta_width(static_cast<short>(c.rank_blocks)));
+  const uint64_t rank_blocks = ceil_div(ranks, BLOCK);
+  // A few sizes of tiles for all ranks.
+  c.rank_blocks =
+      static_cast<uint32_t>(rank_blocks > DELTA_CHUNK ? ceil_div(rank_blocks, DELTA_CHUNK) * DELTA_CHUNK : rank_blocks);
+  c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : M <= 2 * BLOCK ? 2 : 4);
 
-  // Few rows: no more row blocks than they fill, and the simdgroups that are left over share the columns of a tile. The
-  // kernel wants a block of a tile for each of them, and no more runs of a tile than threads. The narrow tiles of many
-  // ranks would leave it too few threads for their registers to hold a tile on its way.
-  const bool few = M <= 2 * BLOCK && c.rank_blocks <= 8;
-  c.row_blocks = unless(forced.row_blocks, !few ? 4 : M <= BLOCK ? 1 : 2);
+  // As many threadgroups as the GPU has room for at once, in either stage: what the rows leave free, K and N fill.
   const auto short_ = [](uint32_t value) { return static_cast<short>(value); };
-  const uint32_t row_groups = c.row_blocks / delta_blocks(short_(c.rank_blocks), short_(c.row_blocks));
-  const uint32_t most = std::min<uint32_t>(DELTA_SIMDGROUPS, row_groups * c.width / BLOCK);
-  const uint64_t least = ceil_div(c.row_blocks * c.width, LANES);
-  const uint64_t simdgroups = within(unless(forced.simdgroups, most), least, most);
-  c.simdgroups = static_cast<uint32_t>(ceil_div(simdgroups, row_groups) * row_groups);
-
-  // Where the rows alone do not fill the GPU, K is split in a dispatch of its own, and N in the next. A short K is not
-  // worth a dispatch: the threadgroups that share the columns of y read x and A again.
-  const uint64_t row_tiles = ceil_div(M, BLOCK * c.row_blocks);
-  const uint64_t k_tiles = ceil_div(K, c.width), column_tiles = ceil_div(N, c.width);
-  const uint64_t splits = std::max<uint64_t>(kGroupsACore * p.gpu_cores / std::max<uint64_t>(row_tiles, 1), 1);
-  const bool two = forced.k_splits > 0 ? forced.k_splits > 1 : k_tiles > kShort && splits > 1;
-  const auto even = [](uint64_t tiles, uint64_t splits) { return std::max<uint64_t>(ceil_div(tiles, splits), 1); };
-  const uint64_t k_splits = two ? within(unless(forced.k_splits, std::min(splits, kMostSplits)), 1, k_tiles) : 1;
-  c.k_columns = static_cast<uint32_t>(even(k_tiles, k_splits) * c.width);
+  const uint64_t groups = groups_a_core(c) * p.gpu_cores;
+  const auto splits = [&](uint32_t forced, uint64_t row_blocks, uint64_t tiles, uint64_t most) {
+    const uint64_t row_tiles = ceil_div(M, BLOCK * row_blocks);
+    return within(unless(forced, std::min(groups / row_tiles, most)), 1, std::max<uint64_t>(tiles, 1));
+  };
+  const uint64_t width = delta_width(short_(c.rank_blocks)), k_tiles = ceil_div(K, width);
+  c.width = static_cast<uint32_t>(width);
+  c.k_columns =
+      static_cast<uint32_t>(share(k_tiles, splits(forced.k_splits, c.row_blocks, k_tiles, kMostSplits)) * width);
   c.k_splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(K, c.k_columns), 1));
-  const uint64_t column_splits = within(unless(forced.splits, splits), 1, column_tiles);
-  c.columns = static_cast<uint32_t>(even(column_tiles, column_splits) * c.width);
+  c.up_row_blocks = static_cast<uint32_t>(delta_up_rows(short_(c.row_blocks), short_(c.rank_blocks)));
+  const uint64_t tiles = ceil_div(N, DELTA_COLUMNS);
+  c.columns = static_cast<uint32_t>(share(tiles, splits(forced.splits, c.up_row_blocks, tiles, tiles)) * DELTA_COLUMNS);
   c.splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(N, c.columns), 1));
   return c;
 }
 
-/// The dispatch that does these stages.
-void assemble(const Delta& delta, const DeltaConfiguration& c, uint32_t stages, Launch& launch) {
+void assemble(const Delta& delta, const DeltaConfiguration& c, Stage stage, Launch& launch) {
   const DeltaProblem& p = delta.problem;
   const Slice& slice = delta.slice;
   const uint64_t M = p.in.rows, N = delta.up.rows;
 
-  uint32_t flags = stages | (p.has_low_rank ? DELTA_SAVE_H : 0);
+  uint32_t flags = p.has_low_rank ? DELTA_SAVE_H : 0;
   Operand down = delta.down, up = delta.up;
   down.offset += slice.begin * down.row_stride;
   up.offset += slice.begin * up.col_stride;
@@ -77,18 +74,18 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, uint32_t stages, 
   const uint64_t wide_y = wide_elements(p.dtype);
   if (p.out_offset % wide_y == 0 && N % wide_y == 0) flags |= DELTA_WIDE_Y;
 
-  Variant variant("lora_delta");
-  variant.add(msl(p.dtype)).add(msl(p.adapter_dtype)).add(c.rank_blocks).add(c.row_blocks).add(c.simdgroups);
-  if (slice.p == 0) {
-    variant.add("tfl::Mask::none", "plain");
-  } else if (p.pass == DeltaProblem::Pass::forward) {
-    variant.add("tfl::Mask::input", "drop_input");
-  } else {
-    variant.add("tfl::Mask::output", "drop_output");
-  }
-  variant.assemble(lora_delta_source, launch);
-  const uint32_t splits = (stages & DELTA_UP) != 0 ? c.splits : c.k_splits;
-  set_grid(launch, LANES * c.simdgroups, splits, ceil_div(M, BLOCK * c.row_blocks));
+  const bool is_down = stage == Stage::down, is_forward = p.pass == DeltaProblem::Pass::forward;
+  const bool drops = slice.p > 0 && is_down == is_forward;  // the input forward, the result backward
+  Variant("lora_delta")
+      .add(msl(p.dtype))
+      .add(msl(p.adapter_dtype))
+      .add(is_down ? "tfl::Stage::down" : "tfl::Stage::up", is_down ? "down" : "up")
+      .add(c.rank_blocks)
+      .add(c.row_blocks)
+      .add(drops ? "true" : "false", drops ? "drop" : "plain")
+      .assemble(lora_delta_source, launch);
+  const uint64_t row_tiles = ceil_div(M, BLOCK * (is_down ? c.row_blocks : c.up_row_blocks));
+  set_grid(launch, LANES * DELTA_SIMDGROUPS, is_down ? c.k_splits : c.splits, row_tiles);
   set_arguments(
       launch,
       {{DELTA_M_K, pair(M, p.in.cols)},
@@ -98,10 +95,10 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, uint32_t stages, 
        {DELTA_X_STRIDES, strides(p.in)},
        {DELTA_A_STRIDES, strides(down)},
        {DELTA_B_STRIDES, strides(up)},
-       {DELTA_Y_STRIDE_FLAGS, pair(N, flags)},
+       {DELTA_FLAGS_STREAM, pair(flags, slice.stream)},
        {DELTA_DROPOUT_WORDS, dropout_words(slice.p)},
-       {DELTA_STREAM_H_STRIDE, pair(slice.stream, delta.down.rows)},
-       {DELTA_K_SPLITS, pair(c.k_columns, c.k_splits)}});
+       {DELTA_K_SPLITS, pair(c.k_columns, c.k_splits)},
+       {DELTA_H_STRIDE, pair(delta.down.rows, 0)}});
 }
 
 }  // namespace
@@ -116,16 +113,12 @@ Plan<DeltaConfiguration> plan(const DeltaProblem& p) {
   for_each_slice(p.dropout, p.lora_A.rows, MAX_RANKS, [&](const Slice& slice) {
     delta.slice = slice;
     const DeltaConfiguration c = choose(delta);
-    const auto add = [&](uint32_t stages) {
+    for (Stage stage : {Stage::down, Stage::up}) {
       plan.steps.push_back({{}, c});
-      assemble(delta, c, stages, plan.steps.back().launch);
-    };
-    if (c.k_splits == 1) return add(DELTA_DOWN | DELTA_UP);
-    add(DELTA_DOWN);
-    add(DELTA_UP);
-    const uint64_t padded = ceil_div(p.in.rows, BLOCK * c.row_blocks) * BLOCK * c.row_blocks * BLOCK * c.rank_blocks;
+      assemble(delta, c, stage, plan.steps.back().launch);
+    }
     plan.sums.splits = std::max(plan.sums.splits, c.k_splits);
-    plan.sums.elements = std::max(plan.sums.elements, padded);
+    plan.sums.elements = std::max(plan.sums.elements, p.in.rows * c.rank_blocks * BLOCK);
   });
   return plan;
 }

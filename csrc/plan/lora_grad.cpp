@@ -14,7 +14,7 @@ using namespace tfl;  // what metal/ says
 
 namespace {
 
-constexpr uint64_t kLeastSplitRows = 128;  // of the rows that are split
+constexpr uint64_t kLeastSplitRows = 64;  // of the rows that are split
 
 /// A configuration but for the splits, which all launches of a problem share: the tiles of so many ranks, MAX_RANKS a
 /// threadgroup.
@@ -32,15 +32,19 @@ struct Tiles {
       : A(p.need_A ? ceil_div(p.x.cols, c.columns) : 0), B(p.need_B ? ceil_div(p.dy.cols, c.columns) : 0) {}
 };
 
-/// Rows are split until there are two groups a core, as long as a split has kLeastSplitRows and the partial sums,
-/// written and read once more, stay under a quarter of the bytes of x and dy.
+/// Threadgroups that a core has room for: what the sums take of its registers grows with the rank.
+uint64_t groups_a_core(const GradConfiguration& c) { return c.rank_blocks <= 4 ? 4 : 2; }
+
+/// Rows are split as long as all threadgroups run at once and a split has kLeastSplitRows, and two rows a rank: its
+/// partial sums, written and read once more, grow with the ranks.
 GradConfiguration choose(const GradProblem& p) {
   GradConfiguration c = tiles_of(p.r);
   const uint64_t M = p.dy.rows;
   const Tiles tiles(p, c);
-  uint64_t splits = std::min(ceil_div(2 * p.gpu_cores, std::max<uint64_t>(tiles.A + tiles.B, 1)), M / kLeastSplitRows);
-  const uint64_t partial = 2 * sizeof(float) * p.r;  // bytes a column, beside M elements of x or dy
-  splits = std::max<uint64_t>(std::min(splits, M * bytes(p.dtype) / (4 * partial)), 1);
+  uint64_t splits = std::min(
+      groups_a_core(c) * p.gpu_cores / std::max<uint64_t>(tiles.A + tiles.B, 1),
+      M / std::max(kLeastSplitRows, 2 * p.r));
+  splits = std::max<uint64_t>(splits, 1);
   splits = std::min<uint64_t>(unless(overrides().lora_grad.splits, splits), UINT32_MAX);
   const uint64_t rows = std::max<uint64_t>(ceil_div(ceil_div(M, splits), GRAD_DEPTH) * GRAD_DEPTH, GRAD_DEPTH);
   c.split_rows = static_cast<uint32_t>(rows);

@@ -70,8 +70,10 @@ PartialSums plan_sums(Scalar dtype, uint64_t first_elements, uint64_t second_ele
   sums.splits = static_cast<uint32_t>(splits);
   sums.elements = first_elements + second_elements;
   Variant("sum_splits").add(msl(dtype)).assemble(sum_splits_source, sums.launch);
-  set_grid(sums.launch, SUM_THREADS, ceil_div(sums.elements, SUM_THREADS));
-  set_arguments(sums.launch, {{SUM_ELEMENTS, pair(first_elements, second_elements)}, {SUM_SPLITS, pair(splits, 0)}});
+  const uint64_t slices = splits > SUM_SLICES ? SUM_SLICES : 1;
+  set_grid(sums.launch, SUM_THREADS, ceil_div(sums.elements, SUM_THREADS / slices));
+  set_arguments(
+      sums.launch, {{SUM_ELEMENTS, pair(first_elements, second_elements)}, {SUM_SPLITS, pair(splits, slices)}});
   return sums;
 }
 

@@ -18,8 +18,7 @@ namespace {
 
 constexpr uint32_t kGroupSimdgroups = 16;  // of a threadgroup at most; longer rows are looped over
 constexpr uint32_t kLeastSimdgroups = 8;   // shorter rows share a threadgroup
-constexpr uint32_t kCoreSimdgroups = 32;   // that keep a core's loads in flight; not timed
-constexpr uint32_t kSplitRows = 16;        // at least, of each partial sum of dweight; not timed
+constexpr uint32_t kCoreSimdgroups = 32;   // that walk over rows, each with a row on its way while it has another
 constexpr uint64_t kMostGroups = 1 << 20;  // keeps a grid's threads below 2**32
 
 /// Threadgroups that have all rows at once; fewer walk over the rows.
@@ -44,7 +43,7 @@ uint32_t groups(
   return static_cast<uint32_t>(within(unless(forced.groups, chosen), least, std::min({all, kMostGroups, walk})));
 }
 
-/// Groups that fill the GPU and walk over the rows, where walking saves bytes.
+/// Groups that fill the GPU and walk over the rows.
 uint64_t walking(const RowConfiguration& c, uint32_t gpu_cores) {
   return std::max<uint64_t>(gpu_cores * kCoreSimdgroups / (c.row_simdgroups * c.rows), 1);
 }
@@ -60,14 +59,11 @@ RowConfiguration choose(const RmsNormBackwardProblem& p) {
   const RowConfiguration& forced = overrides().rms_norm_backward;
   RowConfiguration c = layout(forced, p.x);
   if (!c.held) c.rows = 1;  // the threadgroup's sums of dweight lie in memory, which one row at a time adds to
-  uint64_t chosen = walking(c, p.gpu_cores), least = 1;
-  // With dweight a group is a split, which writes H sums that are read once more: it has some rows to itself. One that
-  // adds up in memory does so in float32, in partial sums: two of them at least where the weight is narrower.
-  if (p.need_weight) {
-    least = c.held || p.weight.dtype == Scalar::float32 ? 1 : std::min<uint64_t>(2, p.x.rows);
-    chosen = std::min(chosen, std::max(ceil_div(p.x.rows, kSplitRows), least));
-  }
-  c.groups = groups(forced, c, p.x, chosen, least);
+  // With dweight a group is a split, which writes H sums that are read once more. One that adds up in memory does so in
+  // float32, in partial sums: two of them at least where the weight is narrower.
+  const bool narrow = p.need_weight && !c.held && p.weight.dtype != Scalar::float32;
+  const uint64_t least = narrow ? std::min<uint64_t>(2, p.x.rows) : 1;
+  c.groups = groups(forced, c, p.x, walking(c, p.gpu_cores), least);
   return c;
 }
 
@@ -77,17 +73,20 @@ RowConfiguration choose(const RowConfiguration& forced, const Operand& x) {
   return c;
 }
 
-void assemble(Variant variant, const char* text, const RowConfiguration& c, Launch& launch) {
+void assemble(Variant variant, const char* text, const RowConfiguration& c, bool all_wide, Launch& launch) {
   variant.add(c.row_simdgroups)
       .add(c.rows)
       .add(c.held ? "true" : "false", c.held ? "held" : "looped")
+      .add(all_wide ? "true" : "false", all_wide ? "wide" : "any")
       .assemble(text, launch);
   set_grid(launch, LANES * c.row_simdgroups * c.rows, c.groups);
 }
 
 bool is_empty(const Operand& x) { return x.rows == 0 || x.cols == 0; }
 
-bool wide(const Operand& m, Scalar dtype) { return m.col_stride == 1 && aligned(m, dtype); }
+/// Whether rows are made of whole runs, which are contiguous and aligned to 16 bytes. A result's always are if an
+/// operand's may be.
+bool wide(const Operand& m, Scalar dtype) { return m.cols % RUN == 0 && m.col_stride == 1 && aligned(m, dtype); }
 
 std::string check(std::initializer_list<Named> operands) {
   const auto& [name, first] = *operands.begin();
@@ -101,13 +100,8 @@ std::string check(const NormWeight& weight) {
   return weight.stride > UINT32_MAX ? "weight: a stride of 2**32 elements or more" : "";
 }
 
-/// The flags that forward and backward share.
-uint32_t norm_flags(const Operand& x, Scalar dtype, const NormWeight& weight) {
-  uint32_t flags = weight.given ? NORM_HAS_WEIGHT : 0;
-  if (weight.stride == 1 && weight.offset % wide_elements(weight.dtype) == 0) flags |= NORM_WIDE_WEIGHT;
-  if (wide(x, dtype)) flags |= NORM_WIDE_X;
-  if (x.cols % wide_elements(dtype) == 0) flags |= NORM_WIDE_OUT;
-  return flags;
+bool wide(const NormWeight& weight) {
+  return !weight.given || (weight.stride == 1 && weight.offset % wide_elements(weight.dtype) == 0);
 }
 
 }  // namespace
@@ -118,14 +112,16 @@ Plan<RowConfiguration> plan(const RmsNormProblem& p) {
   if (!plan.error.empty() || is_empty(p.x)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(p);
-  assemble(Variant("rms_norm").add(msl(p.dtype)).add(msl(p.weight.dtype)), rms_norm_source, c, launch);
+  assemble(
+      Variant("rms_norm").add(msl(p.dtype)).add(msl(p.weight.dtype)), rms_norm_source, c,
+      wide(p.x, p.dtype) && wide(p.weight), launch);
   const float eps = static_cast<float>(p.eps);
   uint32_t eps_bits;
   std::memcpy(&eps_bits, &eps, sizeof eps_bits);
   set_arguments(
       launch,
       {{NORM_M_H, pair(p.x.rows, p.x.cols)},
-       {NORM_BLOCKS_FLAGS, pair(blocks(p.x, c), norm_flags(p.x, p.dtype, p.weight))},
+       {NORM_BLOCKS_FLAGS, pair(blocks(p.x, c), p.weight.given ? NORM_HAS_WEIGHT : 0)},
        {NORM_X_LEVELS, levels(p.x)},
        {NORM_X_STRIDES, strides(p.x)},
        {NORM_WEIGHT_STRIDE_EPS, pair(p.weight.stride, eps_bits)}});
@@ -142,9 +138,9 @@ Plan<RowConfiguration> plan(const RmsNormBackwardProblem& p) {
   const char* const type = msl(p.weight.dtype);
   assemble(
       Variant("rms_norm_backward").add(msl(p.dtype)).add(type).add(plan.sums.splits > 1 ? "float" : type),
-      rms_norm_source, c, launch);
-  const uint32_t flags = norm_flags(p.x, p.dtype, p.weight) | (wide(p.grad, p.dtype) ? NORM_WIDE_GRAD : 0) |
-      (p.need_x ? NORM_NEED_X : 0) | (p.need_weight ? NORM_NEED_WEIGHT : 0);
+      rms_norm_source, c, wide(p.x, p.dtype) && wide(p.grad, p.dtype) && wide(p.weight), launch);
+  const uint32_t flags =
+      (p.weight.given ? NORM_HAS_WEIGHT : 0) | (p.need_x ? NORM_NEED_X : 0) | (p.need_weight ? NORM_NEED_WEIGHT : 0);
   set_arguments(
       launch,
       {{NORM_BACKWARD_M_H, pair(p.x.rows, p.x.cols)},
@@ -164,13 +160,11 @@ Plan<RowConfiguration> plan(const SoftmaxProblem& p) {
   if (!plan.error.empty() || is_empty(p.x)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(overrides().softmax, p.x);
-  assemble(Variant("softmax").add(msl(p.dtype)), softmax_source, c, launch);
-  const uint32_t flags =
-      (wide(p.x, p.dtype) ? SOFTMAX_WIDE_X : 0) | (p.x.cols % wide_elements(p.dtype) == 0 ? SOFTMAX_WIDE_OUT : 0);
+  assemble(Variant("softmax").add(msl(p.dtype)), softmax_source, c, wide(p.x, p.dtype), launch);
   set_arguments(
       launch,
       {{SOFTMAX_M_H, pair(p.x.rows, p.x.cols)},
-       {SOFTMAX_BLOCKS_FLAGS, pair(blocks(p.x, c), flags)},
+       {SOFTMAX_BLOCKS, pair(blocks(p.x, c), 0)},
        {SOFTMAX_X_LEVELS, levels(p.x)},
        {SOFTMAX_X_STRIDES, strides(p.x)}});
   return plan;
@@ -181,13 +175,13 @@ Plan<RowConfiguration> plan(const SoftmaxBackwardProblem& p) {
   if (!plan.error.empty() || is_empty(p.y)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
   c = choose(overrides().softmax_backward, p.y);
-  assemble(Variant("softmax_backward").add(msl(p.dtype)), softmax_source, c, launch);
-  const uint32_t flags = (wide(p.y, p.dtype) ? SOFTMAX_WIDE_X : 0) | (wide(p.grad, p.dtype) ? SOFTMAX_WIDE_GRAD : 0) |
-      (p.y.cols % wide_elements(p.dtype) == 0 ? SOFTMAX_WIDE_OUT : 0);
+  assemble(
+      Variant("softmax_backward").add(msl(p.dtype)), softmax_source, c, wide(p.y, p.dtype) && wide(p.grad, p.dtype),
+      launch);
   set_arguments(
       launch,
       {{SOFTMAX_BACKWARD_M_H, pair(p.y.rows, p.y.cols)},
-       {SOFTMAX_BACKWARD_BLOCKS_FLAGS, pair(blocks(p.y, c), flags)},
+       {SOFTMAX_BACKWARD_BLOCKS, pair(blocks(p.y, c), 0)},
        {SOFTMAX_BACKWARD_GRAD_LEVELS, levels(p.grad)},
        {SOFTMAX_BACKWARD_GRAD_STRIDES, strides(p.grad)},
        {SOFTMAX_BACKWARD_Y_LEVELS, levels(p.y)},

@@ -41,10 +41,9 @@ def variants() -> dict[str, Launch]:
 
 def lora(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[Launch]:
     kernels, launches = Kernels(), []
-    # Few and many rows of W a threadgroup; W and A aligned to 16 bytes, and one element behind that.
-    for M, N, W_offset, A_offset in itertools.product(range(1, 9), (160, 320, 640), (0, 1), (0, 1)):
-        weight, A = empty(dtype, N, K, W_offset), empty(adapter, 16, K, A_offset)
-        launches += kernels.plan_decode(empty(dtype, M, K), weight, None, A, empty(adapter, N, 16))
+    weight, A, B = empty(dtype, 160, K), empty(adapter, 16, K), empty(adapter, 160, 16)
+    for M in (1, 2, 4, 8):
+        launches += kernels.plan_decode(empty(dtype, M, K), weight, None, A, B)
     # Few rows, and so many that they are split for the gradients.
     for rank, M, dropout_p in itertools.product(RANKS, (8, 16, 1 << 16), ((), (0.5,))):
         x, A, B = empty(dtype, M, K), empty(adapter, rank, K), empty(adapter, K, rank)
@@ -57,8 +56,9 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[Launch]
 
 def rows(dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Launch]:
     kernels, launches = RowKernels(), []
-    for H, M in itertools.product((256, 512, 1024, 2048, 4096, 8192), (16, 4096)):  # held up to 4096
-        x, weight = empty(dtype, M, H), empty(weight_dtype, 1, H)[0]
+    # Held up to 4096; aligned to 16 bytes, and one element behind that.
+    for H, M, offset in itertools.product((256, 512, 1024, 2048, 4096, 8192), (16, 4096), (0, 1)):
+        x, weight = empty(dtype, M, H, offset), empty(weight_dtype, 1, H)[0]
         launches += kernels.plan_rms_norm(x, weight)
         launches += kernels.plan_rms_norm_backward(x, x, weight)[0]
         launches += kernels.plan_softmax(x)

@@ -194,14 +194,21 @@ class Kernels(Launcher):
         """y (M, N) and h."""
         M, N = operand(x).rows, weight.shape[0]
         y, h = fresh(x, M, N), fresh(lora_A, M, lora_A.shape[0]) if save_h else None
-        for launch in self.plan_decode(x, weight, bias, lora_A, lora_B, save_h):
-            self._dispatch(launch, (x, weight, bias, lora_A, lora_B, y, h, scalar(scaling)))
+        launches, h_sums = self._plan_decode(x, weight, bias, lora_A, lora_B, save_h)
+        for launch in launches:
+            self._dispatch(launch, (x, weight, bias, lora_A, lora_B, y, h, h_sums, scalar(scaling)))
         return y, h
 
     def plan_decode(self, x, weight, bias, lora_A, lora_B, save_h=False) -> list[Launch]:
+        return self._plan_decode(x, weight, bias, lora_A, lora_B, save_h)[0]
+
+    def _plan_decode(self, x, weight, bias, lora_A, lora_B, save_h) -> tuple[list[Launch], Tensor | None]:
+        """The dispatches, and scratch that they share."""
         dtypes, operands = _dtypes(x, lora_A), map(operand, (x, weight, lora_A, lora_B))
         stride = bias.stride(0) if bias is not None else 0
-        return self._plan(DecodeProblem(*dtypes, *operands, stride, bias is not None, save_h, self.gpu_cores))[0]
+        problem = DecodeProblem(*dtypes, *operands, stride, bias is not None, save_h, self.gpu_cores)
+        launches, _, elements = self._plan(problem)
+        return launches, fresh(torch.empty(0), elements) if elements else None
 
     def delta(self, y, x, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), save_h=False) -> Tensor | None:
         """Adds to y (M, N) in place; returns h."""
@@ -236,7 +243,7 @@ class Kernels(Launcher):
         )
         problem = DeltaProblem(is_backward, *dtypes, *operands, out is not None, save, offset, dropout, self.gpu_cores)
         launches, splits, elements = self._plan(problem)
-        return launches, fresh(torch.empty(0), splits, elements) if splits > 1 else None
+        return launches, fresh(torch.empty(0), splits, elements) if elements else None
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True

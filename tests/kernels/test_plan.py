@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import pytest
 import torch
 
@@ -9,9 +12,10 @@ from tests.kernels.launch_plan import Kernels, overridden
 from tests.kernels.row_plan import RowKernels
 from tests.kernels.test_metal_kernels import check_all, layer, run_all
 from tests.kernels.test_row_kernels import check_rms_norm, check_softmax, randn
+from tests.kernels.traffic import Case, operands_meta
 
 KERNELS = "lora_linear, lora_decode, lora_delta, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
-DELTA_FIELDS = "row_blocks, simdgroups, k_splits, splits"
+DELTA_FIELDS = "row_blocks, k_splits, splits"
 ROW_FIELDS = "row_simdgroups, rows, groups"
 REFUSED = {
     "lora_delta": "lora_delta: expected kernel.field=number",
@@ -27,8 +31,8 @@ REFUSED = {
     "lora_delta.splits=2.5": "lora_delta.splits=2.5: expected a whole number from 1 on$",
     "lora_delta.splits=4294967296": "lora_delta.splits=4294967296: expected a whole number from 1 on$",
     "lora_delta.row_blocks=3": "lora_delta.row_blocks=3: expected one of 1, 2, 4$",
-    "lora_decode.w_vector=2": "lora_decode.w_vector=2: expected one of 1, 4, 8$",
-    "lora_decode.w_rows=4,lora_grad.splits=x": "lora_grad.splits=x: expected a whole number from 1 on$",
+    "lora_decode.slices=3": "lora_decode.slices=3: expected one of 1, 2, 4, 8$",
+    "lora_decode.slices=4,lora_grad.splits=x": "lora_grad.splits=x: expected a whole number from 1 on$",
     "lora_delta.width=64": "lora_delta.width=64: expected a field that is chosen; width follows from the problem$",
     "rms_norm.held=1": "rms_norm.held=1: expected a field that is chosen; held follows from the problem$",
 }
@@ -50,15 +54,14 @@ def launches(kernels: Kernels) -> list[tuple]:
 
 
 LORA = [
-    "lora_decode.w_rows=1",
-    "lora_decode.w_rows=4,lora_decode.rows=7",
-    "lora_decode.rows=1",
-    "lora_decode.rows=4294967295",
-    "lora_decode.w_vector=1,lora_decode.a_vector=1",
-    "lora_decode.w_vector=4,lora_decode.a_vector=8",
+    "lora_decode.slices=1",
+    "lora_decode.slices=4,lora_decode.dispatches=2",
+    "lora_decode.slices=8",
+    "lora_decode.dispatches=1",
+    "lora_decode.dispatches=2",
     "lora_delta.row_blocks=1",
-    "lora_delta.row_blocks=4,lora_delta.simdgroups=8",
-    "lora_delta.row_blocks=2,lora_delta.simdgroups=1",
+    "lora_delta.row_blocks=2",
+    "lora_delta.row_blocks=4",
     "lora_delta.k_splits=1",
     "lora_delta.k_splits=3,lora_delta.splits=2",
     "lora_delta.k_splits=4294967295",
@@ -82,6 +85,25 @@ def test_an_overridden_layer_gives_the_same_numbers(text):
         assert not [finding for _, report in kernels.runs for finding in report.findings]
         changed += describe(chosen) != describe(kernels)
     assert changed
+
+
+def kernels_of(lengths: Iterable[int], K: int, N: int, r: int, gpu_cores: int) -> set[bytes]:
+    """That a layer's forward and backward launch, with dropout and without."""
+    found, kernels = [], Kernels(gpu_cores)
+    for M, dropout_p in itertools.product(lengths, ((), (0.1,))):
+        x, weight, bias, A, B, dy = operands_meta(Case(M, K, N, r))
+        few = M <= 8 and not dropout_p
+        found += kernels.plan_decode(x, weight, bias, A, B) if few else kernels.plan_delta(dy, x, A, B, dropout_p)
+        found += kernels.plan_delta_dx(x, dy, A, B, dropout_p) + kernels.plan_grad(x, dy, A, B, dropout_p)[0]
+    return {launch.kernel for launch in found}
+
+
+@pytest.mark.parametrize("gpu_cores", [8, 40, 80])
+@pytest.mark.parametrize(("K", "N", "r"), [(4096, 4096, 16), (2048, 8192, 8), (4096, 14336, 64), (768, 768, 256)])
+def test_a_layer_has_few_kernels_from_1_to_8192_tokens(K, N, r, gpu_cores):
+    of_powers = kernels_of([2**i for i in range(14)], K, N, r, gpu_cores)
+    assert len(of_powers) <= 24
+    assert kernels_of([*range(3, 40), *range(41, 8192, 397)], K, N, r, gpu_cores) <= of_powers
 
 
 ROWS = [

@@ -176,6 +176,7 @@ WALKED = [
     ((35, 1200), F16, F16),
     ((35, 2052), BF16, F32),
     ((35, 4100), F16, F16),
+    ((12, 4104), F16, F16),
     ((5, 8197), F32, F32),
 ]
 
@@ -198,7 +199,9 @@ def test_trace_has_no_findings_and_lane_orders_agree_bit_for_bit(shape, dtype, w
 @pytest.mark.parametrize("shape", [(1, 100), (70, 100), (200, 1000), (33, 4096), (40, 4097)], ids=str)
 def test_rows_over_any_number_of_cores(shape, gpu_cores):
     x, grad, weight = randn(*shape), randn(*shape), torch.randn(shape[1])
-    check_rms_norm(RowKernels(gpu_cores), x, weight, grad)
+    kernels = RowKernels(gpu_cores, trace=True)
+    check_rms_norm(kernels, x, weight, grad)
+    assert not findings(kernels)
 
 
 @pytest.mark.parametrize("H", [100, 700, 4100])
@@ -307,7 +310,7 @@ def test_dispatches():
     launches, splits = kernels.plan_rms_norm_backward(x, x, weight)
     assert len(launches) == 2
     assert 40 <= splits <= 4096 // 16
-    assert len(kernels.plan_rms_norm_backward(x[:16], x[:16], weight)[0]) == 1  # one group has all rows
+    assert len(kernels.plan_rms_norm_backward(x[:2], x[:2], weight)[0]) == 1  # one group has all rows
     assert len(kernels.plan_softmax(x)) == len(kernels.plan_softmax_backward(x, x)) == 1
 
 

@@ -20,32 +20,41 @@ def empty(*shapes: tuple[int, int]) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=HALF) for shape in shapes]
 
 
-@pytest.mark.parametrize(("K", "N", "r"), [(256, 192, 16), (640, 64, 72)])
-def test_delta_s_chain_is_its_tiles(K, N, r):
-    """A step a tile of x, one a tile of y, and the last tile of y itself; one multiply a block and rank block."""
-    y, x, A, B = empty((32, N), (32, K), (r, K), (N, r))
+@pytest.mark.parametrize(("K", "N", "r", "width"), [(256, 192, 16, 128), (640, 64, 40, 64), (640, 128, 72, 32)])
+def test_delta_s_chain_is_its_tiles(K, N, r, width):
+    """A step a tile of x, one a chunk of a tile of y, and the last tile of y and the partial sums of h; one multiply a
+    block and rank block."""
+    y, x, A, B = empty((16, N), (16, K), (r, K), (N, r))
     with overridden("lora_delta.k_splits=1,lora_delta.splits=1"):
-        (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
-    width, slices = 64 if r <= 64 else 32, 4
-    assert found.longest_steps == K // width + N // width + 1
-    assert found.longest_multiplies == (K + N) // width * (width // 8 // slices) * 2 * -(-r // 8)
+        down, up = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
+    rank_blocks = -(-r // 32) * 4 if r > 32 else -(-r // 8)
+    rank_groups, chunks = (2, rank_blocks // 4) if r > 64 else (1, 1)
+    assert down.longest_steps == K // width
+    assert down.longest_multiplies == K // 8 // (8 // rank_groups) * 2 * rank_blocks // rank_groups
+    assert up.longest_steps == N // 64 * chunks + 1
+    assert up.longest_multiplies == N // 64 * 2 * rank_blocks
 
 
 def test_decode_s_chain_is_its_passes():
-    """x is staged, then A, then W are passed over, 256 columns at a time."""
-    x, W, A, B = empty((1, 1024), (32, 1024), (16, 1024), (32, 16))
-    (found,) = counts(1, lambda kernels: kernels.decode(x, W, None, A, B, 1.0))
-    assert found.longest_steps == 1024 // 512 + 1024 // 256 + 1024 // 256
-    assert found.threadgroups == 1
+    """Over A in one dispatch, over W in the other, and a last step: h, then B; simdgroups share the columns."""
+    x, W, A, B = empty((1, 4096), (32, 4096), (16, 4096), (32, 16))
+    with overridden("lora_decode.slices=2,lora_decode.dispatches=2"):
+        down, up = counts(1, lambda kernels: kernels.decode(x, W, None, A, B, 1.0))
+    assert (down.longest_steps, up.longest_steps) == (4096 // 2048, 4096 // 512)
+    assert (down.threadgroups, up.threadgroups) == (16 // 4, 32 // 16)
+    assert down.longest_collectives == up.longest_collectives == 4
 
 
 def test_bytes_once_and_as_requested():
     y, x, A, B = empty((64, 64), (64, 128), (16, 128), (64, 16))
     with overridden("lora_delta.k_splits=1,lora_delta.splits=1"):
-        (found,) = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
-    assert found.threadgroups == 2
-    assert found.least == x.nbytes + A.nbytes + B.nbytes + 2 * y.nbytes
-    assert found.requested == found.least + A.nbytes + B.nbytes  # once a threadgroup
+        down, up = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
+    h = 64 * 16 * 4
+    assert down.threadgroups == up.threadgroups == 2
+    assert down.least == x.nbytes + A.nbytes + h
+    assert up.least == B.nbytes + h + 2 * y.nbytes
+    assert down.requested == down.least + A.nbytes  # once a threadgroup
+    assert up.requested == up.least + B.nbytes
 
 
 COUNTS = Counts("no kernel", 10, 256, 0, *[0] * 7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels import traffic
-from tests.kernels.launch_plan import Kernels
+from tests.kernels.launch_plan import Kernels, overridden
 from tests.kernels.traffic import ROW_OPERATORS, Case, RowCase
 
 F32, F16 = torch.float32, torch.float16
@@ -26,24 +26,32 @@ def test_formulas_are_what_the_executor_counts(case):
     assert traffic.count_grad(case) == traffic.model_grad(case)
 
 
-@pytest.mark.parametrize("case", [Case(1, 1024, 1000, 16), Case(3, 3000, 130, 5, F32, F32, 8)], ids=str)
-def test_decode_formula(case):
-    assert traffic.count_decode(case) == traffic.model_decode(case)
+DECODED = [Case(1, 1024, 1000, 16), Case(3, 3000, 130, 5, F32, F32, 8), Case(2, 256, 131, 3), Case(7, 520, 64, 5)]
 
 
-def test_decode_touches_weight_and_y_once_and_fills_40_cores():
-    case = Case(1, 4096, 4096, 16)
-    x, weight, bias, A, B, _ = traffic.operands(case)
-    (launch,) = Kernels(40).plan_decode(x, weight, bias, A, B)
-    assert launch.threads[0] // launch.group[0] >= 40
-    moved = traffic.count_decode(case)
-    W = case.bytes("weight")
-    assert moved["weight"] == (W, 0)
+@pytest.mark.parametrize("dispatches", [1, 2])
+@pytest.mark.parametrize("case", DECODED, ids=str)
+def test_decode_formula(case, dispatches):
+    with overridden(f"lora_decode.dispatches={dispatches}"):
+        moved = traffic.count_decode(case)
+        assert moved == traffic.model_decode(case)
+    assert (moved["partial"] == (0, 0)) == (dispatches == 1 and case.M < 7)
+
+
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+@pytest.mark.parametrize(("N", "r"), [(1024, 8), (4096, 16), (4096, 256), (14336, 64)])
+def test_decode_touches_all_but_x_once_and_has_256_groups(M, N, r):
+    case = Case(M, 4096, N, r)
+    x, weight, bias, A, B, _ = traffic.operands_meta(case)
+    first, second = Kernels(40).plan_decode(x, weight, bias, A, B)
+    assert second.threads[0] // second.group[0] >= 256
+    assert first.threads[0] // first.group[0] == r / 4
+    moved = traffic.model_decode(case)
+    for name in ("weight", "lora_A", "lora_B"):
+        assert moved[name] == (case.bytes(name), 0)
     assert moved["y"] == (0, case.bytes("y"))
-    assert moved["lora_B"] == (case.bytes("lora_B"), 0)
-    assert moved["bias"] == (case.bytes("bias"), 0)
-    again = moved["x"][0] + moved["lora_A"][0] - case.bytes("x") - case.bytes("lora_A")
-    assert again < 0.3 * W
+    assert moved["partial"][1] == 4 * M * r
+    assert moved["x"][0] == pytest.approx(M / 4 * case.bytes("weight"), rel=0.1)
 
 
 @pytest.mark.parametrize("case", [Case(1024, 256, 384, 16, gpu_cores=16), Case(1030, 64, 64, 64, F32, F32)], ids=str)
@@ -62,36 +70,32 @@ def test_delta_reads_x_once_and_a_and_b_once_a_tile_of_32_rows(case):
 def test_delta_fills_the_gpu_and_touches_x_and_y_once(M, K, N, r, gpu_cores):
     case = Case(M, K, N, r, gpu_cores=gpu_cores)
     x, _, _, A, B, y = traffic.operands_meta(case)
-    launches, partial = Kernels(gpu_cores)._plan_pass(False, y, x, A, B, (), (), False)
-    for launch in launches:
-        groups, most = launch.threads[0] // launch.group[0] * launch.threads[1], 16 * launch.threads[1]
-        assert min(gpu_cores, most) <= groups <= max(3 * gpu_cores, launch.threads[1])
+    (down, up), partial = Kernels(gpu_cores)._plan_pass(False, y, x, A, B, (), (), False)
+    width = 128 if r <= 16 else 64 if r <= 64 else 16
+    for launch, most in ((down, min(-(-K // width), 16)), (up, -(-N // 64))):
+        row_tiles = launch.threads[1]
+        groups = launch.threads[0] // launch.group[0] * row_tiles
+        assert min(gpu_cores, most * row_tiles) <= groups <= max(4 * gpu_cores, row_tiles)
     moved = traffic.model_delta(case)
     assert moved["x"] == (case.bytes("x"), 0)
     assert moved["y"] == (case.bytes("y"), case.bytes("y"))
-    assert (partial is None) == (len(launches) == 1) == (moved["partial"] == (0, 0))
-    if partial is not None:
-        splits, elements = partial.shape
-        assert splits <= 16
-        assert partial.nbytes == moved["partial"][1]
-        assert M * r <= elements <= (M + 31) * -(-r // 8) * 8
-
-
-def test_a_short_sum_is_no_dispatch_of_its_own():
-    """x and A are read again by the threadgroups that share the columns of y."""
-    case = Case(40, 128, 4096, 16)
-    assert traffic.model_delta(case)["partial"] == (0, 0)
-    assert traffic.model_delta(case)["x"][0] > 8 * case.bytes("x")
+    splits, elements = partial.shape
+    assert splits <= 16
+    assert partial.nbytes == moved["partial"][1]
+    assert elements == M * r
 
 
 def test_dispatches_and_scratch():
     case = Case(4096, 512, 512, 16)
     x, weight, bias, A, B, y = traffic.operands_meta(case)
     kernels = Kernels(40)
-    assert len(kernels.plan_delta(y[:1000], x[:1000], A, B)) == 2
+    assert len(kernels.plan_delta(y[:9], x[:9], A, B)) == 2
     assert len(kernels.plan_decode(x[:1], weight, bias, A, B)) == 1
-    assert len(kernels.plan_delta(y, x, A, B)) == 1
-    assert len(kernels.plan_delta(y, x, A, B, dropout_p=(0.1,))) == 1
+    assert len(kernels.plan_decode(x[:2], weight, bias, A, B)) == 1
+    assert len(kernels.plan_decode(x[:8], weight, bias, A, B)) == 2
+    assert len(kernels.plan_decode(x[:1], weight.expand(32, *weight.shape).flatten(0, 1), bias, A, B)) == 2
+    assert len(kernels.plan_delta(y, x, A, B)) == 2
+    assert len(kernels.plan_delta(y, x, A, B, dropout_p=(0.1,))) == 2
     launches, splits = kernels.plan_grad(x, y, A, B)
     assert len(launches) == 2
     partial = splits * (case.K + case.N) * case.r * 4

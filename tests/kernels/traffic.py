@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from tests import ROOT
-from tests.kernels.launch_plan import Kernels, Launch, Launcher
+from tests.emulator.metal_on_cpu import Report
+from tests.kernels.launch_plan import Kernels
 from tests.kernels.row_plan import RowKernels
 
-DECODE_X_FLOATS = int(re.findall(r"DECODE_X_FLOATS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])
+W_ROWS = int(re.findall(r"DECODE_W_ROWS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +83,14 @@ def count_decode(case: Case) -> Moved:
     x, weight, bias, A, B, _ = operands(case)
     kernels = Kernels(case.gpu_cores, trace=True)
     kernels.decode(x, weight, bias, A, B, 1.0)
-    return _counted(kernels, ("x", "weight", "bias", "lora_A", "lora_B", "y"))
+    return _counted(kernels.runs, ("x", "weight", "bias", "lora_A", "lora_B", "y", "h", "partial"))
 
 
 def count_delta(case: Case) -> Moved:
     x, _, _, A, B, y = operands(case)
     kernels = Kernels(case.gpu_cores, trace=True)
     kernels.delta(y, x, A, B, 1.0)
-    names, moved = ("x", "lora_A", "lora_B", "y", "h", "partial"), {}
-    for i, name in enumerate(names):
-        counters = [report.counters for _, report in kernels.runs]
-        moved[name] = sum(found.loaded[i] for found in counters), sum(found.stored[i] for found in counters)
-    return moved
+    return _counted(kernels.runs, ("x", "lora_A", "lora_B", "y", "h", "partial"))
 
 
 def count_grad(case: Case) -> Moved:
@@ -101,12 +99,16 @@ def count_grad(case: Case) -> Moved:
     z, h = (torch.randn(case.M, case.r).to(case.adapter_dtype) for _ in range(2))
     kernels = Kernels(case.gpu_cores, trace=True)
     kernels.grad(x, z, dy, h, A, B, 1.0)
-    return _counted(kernels, ("x", "z", "dy", "h", "dA", "dB"))
+    return _counted(kernels.runs[:1], ("x", "z", "dy", "h", "dA", "dB"))
 
 
-def _counted(kernels: Launcher, names: tuple[str, ...]) -> Moved:
-    counters = kernels.runs[0][1].counters
-    return {name: (counters.loaded[i], counters.stored[i]) for i, name in enumerate(names)}
+def _counted(runs: Sequence[tuple[str, Report]], names: tuple[str, ...]) -> Moved:
+    """By all these dispatches, of the same operands."""
+    counters = [report.counters for _, report in runs]
+    return {
+        name: (sum(found.loaded[i] for found in counters), sum(found.stored[i] for found in counters))
+        for i, name in enumerate(names)
+    }
 
 
 # ------------------------------------------------------------------------------- the same from the launches alone
@@ -114,42 +116,38 @@ def _counted(kernels: Launcher, names: tuple[str, ...]) -> Moved:
 
 def model_decode(case: Case) -> Moved:
     x, weight, bias, A, B, _ = operands_meta(case)
-    (launch,) = Kernels(case.gpu_cores).plan_decode(x, weight, bias, A, B)
-    groups, chunk = launch.threads[0] // launch.group[0], DECODE_X_FLOATS // case.M // 256 * 256
-    rows, simdgroups = launch.words[1] >> 32, launch.group[0] // 32
-    w_rows = int(launch.kernel.decode().split("_")[5])
-    moved = {name: (case.bytes(name), 0) for name in ("weight", "bias", "lora_B")}
-    # x is staged once for h, and where it does not fit one chunk once more for every pass over rows of W.
-    passes = 0
-    if chunk < case.K:
-        for group in range(groups):
-            passes += -(-min(rows, case.N - group * rows) // (simdgroups * w_rows))
-    moved["x"] = ((groups + passes) * case.bytes("x"), 0)
-    moved["lora_A"] = (groups * case.bytes("lora_A"), 0)
-    moved["y"] = (0, case.bytes("y"))
-    return moved
+    launches, h_sums = Kernels(case.gpu_cores)._plan_decode(x, weight, bias, A, B, False)
+    size, adapter, rows = case.dtype.itemsize, case.adapter_dtype.itemsize, int(launches[0].kernel.decode()[-1])
+    # What is read again where the rows do not fill a block or the kernel.
+    W_blocks, A_blocks = -(-case.N // W_ROWS), -(-case.r // W_ROWS)
+    again = launches[0].threads[0] // launches[0].group[0] if h_sums is None else 1
+    scratch = 0 if h_sums is None else h_sums.nbytes
+    return {
+        "x": ((W_blocks + again * A_blocks) * rows * case.K * size, 0),
+        "weight": (W_blocks * W_ROWS * case.K * size, 0),
+        "bias": (case.M * case.bytes("bias"), 0),
+        "lora_A": (again * A_blocks * W_ROWS * case.K * adapter, 0),
+        "lora_B": (W_blocks * W_ROWS * case.r * adapter, 0),
+        "y": (0, case.bytes("y")),
+        "h": (0, 0),
+        "partial": (W_blocks * scratch, scratch),
+    }
 
 
 def model_delta(case: Case) -> Moved:
     x, _, _, A, B, y = operands_meta(case)
-    launches = Kernels(case.gpu_cores).plan_delta(y, x, A, B)
-    splits, row_tiles = (launches[0].threads[0] // launches[0].group[0], launches[0].threads[1])
-    again, partial = (splits, 0) if len(launches) == 1 else (1, 4 * splits * _padded(case, launches[0]))
-    column_splits = launches[-1].threads[0] // launches[-1].group[0]
+    down, up = Kernels(case.gpu_cores).plan_delta(y, x, A, B)
+    k_splits, column_splits = (launch.threads[0] // launch.group[0] for launch in (down, up))
+    rank_blocks = int(down.kernel.decode().split("_")[5])
+    partial = 4 * k_splits * case.M * 8 * rank_blocks
     return {
-        "x": (again * case.bytes("x"), 0),
-        "lora_A": (again * row_tiles * case.bytes("lora_A"), 0),
-        "lora_B": (row_tiles * case.bytes("lora_B"), 0),
+        "x": (case.bytes("x"), 0),
+        "lora_A": (down.threads[1] * case.bytes("lora_A"), 0),
+        "lora_B": (up.threads[1] * case.bytes("lora_B"), 0),
         "y": (case.bytes("y"), case.bytes("y")),
         "h": (0, 0),
         "partial": (column_splits * partial, partial),
     }
-
-
-def _padded(case: Case, launch: Launch) -> int:
-    """Elements of h that lora_delta has in its tiles."""
-    rows = 8 * int(launch.kernel.decode().split("_")[5])
-    return launch.threads[1] * rows * -(-case.r // 8) * 8
 
 
 def model_grad(case: Case) -> Moved:
@@ -219,15 +217,15 @@ def count_rows(operator: str, case: RowCase) -> Moved:
     kernels = RowKernels(case.gpu_cores, trace=True)
     if operator == "rms_norm":
         kernels.rms_norm(x, weight)
-        return _counted(kernels, ("x", "weight", "y", "rstd"))
+        return _counted(kernels.runs, ("x", "weight", "y", "rstd"))
     if operator == "softmax":
         kernels.softmax(x)
-        return _counted(kernels, ("x", "y"))
+        return _counted(kernels.runs, ("x", "y"))
     if operator == "softmax_backward":
         kernels.softmax_backward(grad, x)
-        return _counted(kernels, ("grad", "y", "dx"))
+        return _counted(kernels.runs, ("grad", "y", "dx"))
     kernels.rms_norm_backward(grad, x, weight, torch.ones(case.M))
-    moved = _counted(kernels, ("grad", "x", "weight", "rstd", "dx", "dweight"))
+    moved = _counted(kernels.runs[:1], ("grad", "x", "weight", "rstd", "dx", "dweight"))
     if len(kernels.runs) == 2:
         loaded, stored = moved["dweight"]
         counters = kernels.runs[1][1].counters
@@ -250,7 +248,7 @@ def model_rows(operator: str, case: RowCase) -> Moved:
             "softmax_backward": lambda: kernels.plan_softmax_backward(x, x),
         }[operator]()
     groups, simdgroups = launches[0].threads[0] // launches[0].group[0], launches[0].group[0] // 32
-    *_, row_simdgroups, _, how = launches[0].kernel.decode().split("_")
+    *_, row_simdgroups, _, how, _ = launches[0].kernel.decode().split("_")
     slots, held = groups * simdgroups // int(row_simdgroups), how == "held"
     read = {name: ((1 if held else 2) * case.bytes(name), 0) for name in ("x", "grad", "y")}
     written = {name: (0, case.bytes(name)) for name in ("y", "dx")}

@@ -77,12 +77,12 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
 
 
 DELTA = """\
-  lora_delta_bfloat_float_2_4_8_plain
-    rank_blocks 2, width 64, row_blocks 4, simdgroups 8, k_splits 4, k_columns 256, splits 4, columns 256
-    4 x 16 x 1 threadgroups of 256 threads, 131072 bytes of scratch
-  lora_delta_bfloat_float_2_4_8_plain
-    rank_blocks 2, width 64, row_blocks 4, simdgroups 8, k_splits 4, k_columns 256, splits 4, columns 256
-    4 x 16 x 1 threadgroups of 256 threads, no scratch
+  lora_delta_bfloat_float_down_2_4_plain
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
+    8 x 16 x 1 threadgroups of 256 threads, 262144 bytes of scratch
+  lora_delta_bfloat_float_up_2_4_plain
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
+    8 x 16 x 1 threadgroups of 256 threads, no scratch
 """
 
 
@@ -109,7 +109,7 @@ def test_plan_of_a_single_row_is_for_this_gpu(mps, capsys):
         assert main(["doctor", "--plan", "1x4096x4096", *cores]) == 0
         texts.append(capsys.readouterr().out.partition("\n")[2])
     assert texts[0] == texts[1] != texts[2]
-    assert "forward:\n  lora_decode_half_half_1_4_8_8\n    rows 128, w_rows 4, w_vector 8, a_vector 8\n" in texts[0]
+    assert "forward:\n  lora_decode_half_half_1\n    slices 4, dispatches 2\n    4 x 1 x 1 threadgroups" in texts[0]
 
 
 def test_plan_refuses(mps, capsys):
@@ -149,7 +149,7 @@ def test_an_override_is_told_and_obeyed(mps):
         numbers.add(text.partition("\n")[0])
         assert f"splits {splits}, " in text
         assert (f"\nas TORCH_FUSED_LORA_PLAN={asked} says\n" in text) == bool(overrides)
-        assert ("lora_delta_half_half_2_1_8_plain" in text) == bool(overrides)
+        assert ("lora_delta_half_half_down_2_1_plain" in text) == bool(overrides)
     assert len(numbers) == 1
 
 

@@ -31,7 +31,7 @@ BACK_END = ["-target", TARGET, "-x", "ir", "-S", "-O3", "-mllvm", "-inline-thres
 # may; `fma` besides replaces the emulated matrix multiply by as many plain multiplications: wrong numbers, for timing.
 BUILDS = {
     "exact": ["-ffp-contract=off"],
-    "fast": ["-ffp-contract=fast"],
+    "fast": ["-ffp-contract=fast", "-DTENSOR_CORES"],
     "fma": ["-ffp-contract=fast", "-DMULTIPLY_BY_FMA"],
 }
 

@@ -174,15 +174,18 @@ def softmax_backward(M: int, H: int) -> Case:
 
 CASES = [
     *[decode(M, 4096, 4096, 16) for M in (1, 2, 4, 8)],
-    *[decode(M, 4096, 4096, 64) for M in (1, 8)],
-    decode(1, 8192, 8192, 16),
+    *[decode(M, 4096, 4096, 64) for M in (1, 4, 8)],
+    *[decode(M, 8192, 8192, 16) for M in (1, 4, 8)],
     *[delta(M, 4096, 4096, 16) for M in (9, 32, 128, 512, 1024, 4096, 8192)],
-    *[delta(M, 4096, 4096, 64) for M in (128, 4096)],
+    *[delta(M, 4096, 4096, 64) for M in (9, 128, 1024, 4096, 8192)],
     *[delta(4096, 4096, 4096, r) for r in (128, 256)],
     *[grad(M, 4096, 4096, r) for M in (512, 4096) for r in (16, 64)],
     grad(4096, 4096, 4096, 256),
-    *[kind(8192, 4096) for kind in (rms_norm, rms_norm_backward, softmax, softmax_backward)],
-    rms_norm_backward(64, 2048),
+    *[
+        kind(*shape)
+        for shape in ((8192, 4096), (64, 2048))
+        for kind in (rms_norm, rms_norm_backward, softmax, softmax_backward)
+    ],
 ]
 
 

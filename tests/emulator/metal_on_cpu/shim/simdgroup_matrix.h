@@ -5,8 +5,13 @@ namespace metal {
 namespace executor {
 
 // Lane l holds row (l / 16) * 4 + (l / 2) % 4 and two columns from ((l / 8) % 2) * 4 + (l % 2) * 2.
+#ifdef TENSOR_CORES  // lanes in the order of NVIDIA's
+AT_CALLER constexpr uint matrix_row(uint lane) { return lane / 4; }
+AT_CALLER constexpr uint matrix_column(uint lane) { return lane % 4 * 2; }
+#else
 AT_CALLER constexpr uint matrix_row(uint lane) { return lane / 16 * 4 + lane / 2 % 4; }
 AT_CALLER constexpr uint matrix_column(uint lane) { return lane / 8 % 2 * 4 + lane % 2 * 2; }
+#endif
 
 // Where a lane's elements lie: the same for all lanes.
 struct Placement {

@@ -59,10 +59,27 @@ inline Placement agreed(Placement placement) { return placement; }
 template <typename D, typename A, typename B, typename C>
 vec<D, 2> multiply_accumulate(vec<A, 2> a, vec<B, 2> b, vec<C, 2> c) {
   float2 sum = __builtin_convertvector(c, float2);
-#ifdef MULTIPLY_BY_FMA  // the lane's own elements: wrong numbers, the arithmetic alone
+#if defined(MULTIPLY_BY_FMA)  // the lane's own elements: wrong numbers, the arithmetic alone
   for (int k = 0; k < 8; ++k) {
     for (int i = 0; i < 2; ++i) sum[i] = __builtin_fmaf(float(a[k % 2]), float(b[i]), sum[i]);
   }
+#elif defined(TENSOR_CORES)
+  // A lane's own elements of a are two neighbouring columns of its row: they count as columns j and j + 4 of the
+  // instruction's, j = lane % 4, and the rows of b are taken in the same order. Half of the instruction's sixteen rows
+  // are zero. Floats are rounded to tf32, eleven bits.
+  const auto tf32 = [](float value) { return as_type<uint>(value) + 0x1000; };  // the instruction drops the rest
+  uint b_rows[2];
+  for (uint i = 0; i < 2; ++i) {
+    const uint b_lane = (executor_lane() % 4 * 2 + i) * 4 + executor_lane() / 8;
+    const float even = shuffle(float(b[0]), b_lane), odd = shuffle(float(b[1]), b_lane);
+    b_rows[i] = tf32(executor_lane() / 4 % 2 == 0 ? even : odd);
+  }
+  float2 unused = 0;
+  __asm__(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, {%0, %1, %2, %3};"
+      : "+f"(sum.x), "+f"(sum.y), "+f"(unused.x), "+f"(unused.y)
+      : "r"(tf32(float(a[0]))), "r"(0), "r"(tf32(float(a[1]))), "r"(b_rows[0]), "r"(b_rows[1]));
 #else
   const uint lane = executor_lane(), own_row = lane & 0b10110, own_column = lane & 0b01001;
   for (uint k = 0; k < 8; ++k) {
