@@ -25,6 +25,8 @@ lint:  ## ruff, mypy and clang-format, as pre-commit runs them
 examples:  ## the examples, one of them on the emulated Apple GPU
 	python examples/finetune_encoder.py
 	python examples/without_peft.py
+	python examples/memory_of_training.py
+	python examples/finetune_4bit.py --tiny --steps 20 --out out/finetune_4bit_tiny
 	python -m tests.emulator.mps_on_linux examples/finetune_mps.py --steps 2 --batch-size 4 --held-out 4
 
 conformance:  ## PEFT's own tests over patched layers, on the CPU and the emulated mps (needs the extra of that name)

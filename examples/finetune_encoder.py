@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -164,6 +164,12 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch)
     return loss.item()  # waits for the device, so that the step can be timed
 
 
+def forward_backward(model: nn.Module, batch: Batch) -> None:
+    tokens, topics = batch
+    F.cross_entropy(model(tokens), topics).backward()
+    model.zero_grad()
+
+
 @torch.no_grad()
 def predict(model: nn.Module, batches: list[Batch]) -> Tensor:
     model.eval()
@@ -174,20 +180,14 @@ def accuracy(logits: Tensor, batches: list[Batch]) -> float:
     return (logits.argmax(1) == torch.cat([topics for _, topics in batches])).float().mean().item()
 
 
-def peak_bytes(model: nn.Module, batch: Batch) -> int | None:
-    """The most that a forward and backward has allocated at once, weights not counted; None if not known."""
-    tokens, topics = batch
-
-    def run() -> None:
-        F.cross_entropy(model(tokens), topics).backward()
-        model.zero_grad()
-
-    if topics.is_cuda:
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most that a call has allocated at once, beside what was there before it; None if not known."""
+    if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    if not topics.is_cpu:
+    if device.type != "cpu":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -241,7 +241,7 @@ def main() -> None:
     for name, model in models.items():
         model.train()
         kept[name] = saved_bytes(lambda model=model: model(probe[0]))
-        peak[name] = peak_bytes(model, probe)
+        peak[name] = peak_bytes(lambda model=model: forward_backward(model, probe), args.device)
 
     losses: dict[str, list[float]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}

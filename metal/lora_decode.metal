@@ -14,7 +14,7 @@
 //   executor).
 // Rounding. Once: base, bias and low-rank term are summed in float32.
 #include "lora_decode.h"
-#include "operands.h"
+#include "weights.h"
 
 namespace tfl {
 
@@ -31,10 +31,41 @@ struct Rows {
     }
   }
 
-  /// The run of row i from column k on, of which `count` elements exist; WIDE: all, contiguous and aligned to 16 bytes.
+  /// From a column to the one `columns` further on.
   template <bool WIDE>
-  METAL_FUNC Run load(short i, uint k, uint count) const thread {
-    return widened(WIDE ? fetch_eight(begin[i] + k) : fetch_run(begin[i] + ulong(k) * stride, stride, count, false));
+  METAL_FUNC ulong across(uint columns) const thread {
+    return WIDE ? columns : ulong(columns) * stride;
+  }
+
+  /// The run of row i that starts at `place`, of which `count` elements exist; WIDE: all, contiguous and aligned to 16
+  /// bytes.
+  template <bool WIDE>
+  METAL_FUNC Run load(short i, ulong place, uint count) const thread {
+    return widened(WIDE ? fetch_eight(begin[i] + place) : fetch_run(begin[i] + place, stride, count, false));
+  }
+};
+
+/// The same of packed rows, decoded on the way into registers.
+template <short BITS, typename S, short COUNT>
+struct Rows<Affine<BITS, S>, COUNT> {
+  Affine<BITS, S> begin[COUNT];
+
+  METAL_FUNC Rows(Affine<BITS, S> matrix, uint first) {
+    TFL_UNROLL
+    for (short i = 0; i < COUNT; ++i) {
+      begin[i] = matrix.from_row(min(first + i, matrix.rows - 1));
+    }
+  }
+
+  template <bool WIDE>
+  METAL_FUNC ulong across(uint columns) const thread {
+    return columns;
+  }
+
+  template <bool WIDE>
+  METAL_FUNC Run load(short i, ulong column, uint) const thread {
+    const PackedRun<BITS, S> run = begin[i].fetch(uint(column));  // named: a method of a temporary has no address space
+    return run.decode();
   }
 };
 
@@ -46,15 +77,17 @@ struct Sums {
   /// Adds those over the runs that start at column k and every `step` further on, up to `end`. The next k.
   template <bool WIDE, typename R, typename X>
   METAL_FUNC uint add_runs(thread const R& rows, thread const X& x, uint k, uint end, uint step) thread {
-    for (; k < end; k += step) {
+    ulong place = rows.template across<WIDE>(k), x_place = x.template across<WIDE>(k);
+    const ulong next = rows.template across<WIDE>(step), x_next = x.template across<WIDE>(step);
+    for (; k < end; k += step, place += next, x_place += x_next) {
       Run w[DECODE_W_ROWS];
       TFL_UNROLL
       for (short j = 0; j < DECODE_W_ROWS; ++j) {
-        w[j] = rows.template load<WIDE>(j, k, end - k);
+        w[j] = rows.template load<WIDE>(j, place, end - k);
       }
       TFL_UNROLL
       for (short m = 0; m < M; ++m) {
-        const Run v = x.template load<WIDE>(m, k, end - k);
+        const Run v = x.template load<WIDE>(m, x_place, end - k);
         TFL_UNROLL
         for (short j = 0; j < DECODE_W_ROWS; ++j) {
           TFL_UNROLL
@@ -91,11 +124,13 @@ struct Sums {
 };
 
 /// M: the rows of x, or a few more, of which the last ones are not stored.
-template <typename T, typename TA, short M>
+template <typename T, typename TA, typename FORMAT, short M>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * DECODE_SIMDGROUPS)]]
 void lora_decode(
     device const T* x [[buffer(DECODE_X)]],
-    device const T* weight [[buffer(DECODE_WEIGHT)]],
+    device const typename FORMAT::Word* weight [[buffer(DECODE_WEIGHT)]],
+    device const typename FORMAT::Scale* scales [[buffer(DECODE_SCALES)]],
+    device const typename FORMAT::Scale* biases [[buffer(DECODE_BIASES)]],
     device const T* bias [[buffer(DECODE_BIAS)]],
     device const TA* lora_A [[buffer(DECODE_LORA_A)]],
     device const TA* lora_B [[buffer(DECODE_LORA_B)]],
@@ -107,7 +142,7 @@ void lora_decode(
     constant Pair& rank_rows [[buffer(DECODE_RANK_ROWS)]],  // r, and how many rows x has
     constant Pair& x_levels [[buffer(DECODE_X_LEVELS)]],
     constant Pair& x_strides [[buffer(DECODE_X_STRIDES)]],
-    constant Pair& W_strides [[buffer(DECODE_W_STRIDES)]],
+    constant Pair& W_layout [[buffer(DECODE_W_LAYOUT)]],
     constant Pair& A_strides [[buffer(DECODE_A_STRIDES)]],
     constant Pair& B_strides [[buffer(DECODE_B_STRIDES)]],
     constant Pair& flags_bias_stride [[buffer(DECODE_FLAGS_BIAS_STRIDE)]],
@@ -159,10 +194,14 @@ void lora_decode(
     const uint first = first_row + simdgroup_index / slices * DECODE_W_ROWS;
     if (first < N) {
       Sums<M> own = {};
-      const Rows<T, DECODE_W_ROWS> W_rows(matrix_of(weight, N, K, W_strides, false), first);
+      const Rows<typename FORMAT::Element, DECODE_W_ROWS> W_rows(
+          FORMAT::of(weight, scales, biases, N, K, W_layout, false), first);
       own.add(W_rows, x_rows, K, (flags & DECODE_WIDE_W) != 0, ushort2(slice, slices), lane);
       const Rows<TA, DECODE_W_ROWS> B_rows(matrix_of(lora_B, N, r, B_strides, false), first);
-      for (uint rank = slice * LANES + lane; rank < r; rank += slices * LANES) {
+      uint rank = slice * LANES + lane;
+      ulong place = B_rows.template across<false>(rank);
+      const ulong next = B_rows.template across<false>(slices * LANES);
+      for (; rank < r; rank += slices * LANES, place += next) {
         float h_rank[M];
         TFL_UNROLL
         for (short m = 0; m < M; ++m) {
@@ -170,7 +209,7 @@ void lora_decode(
         }
         TFL_UNROLL
         for (short j = 0; j < DECODE_W_ROWS; ++j) {
-          const float b = scaling * float(B_rows.begin[j][ulong(rank) * B_rows.stride]);
+          const float b = scaling * float(B_rows.begin[j][place]);
           TFL_UNROLL
           for (short m = 0; m < M; ++m) {
             own.of[j][m] = fma(b, h_rank[m], own.of[j][m]);

@@ -46,7 +46,8 @@ struct Tile {
 /// Fills tiles with one block of `source` after the other, zero past the edges; DROPPED: through `dropout`.
 /// THREADS threads move runs of eight elements along the dimension that has unit stride in memory, so that a simdgroup
 /// reads whole lines. (A dropped operand with unit stride down its columns pays a Philox call an element.) A thread has
-/// the same runs of every block; for each block it calls `fetch`, `store` and what leads to the next one, in this order.
+/// the same runs of every block; for each block it calls `fetch`, `store` and what leads to the next one, in this
+/// order.
 template <typename T, short ROWS, short COLS, short THREADS, bool DROPPED = false>
 struct Loader {
   static constant constexpr short RUNS = ROWS * COLS / RUN, TURNS = (RUNS + THREADS - 1) / THREADS;

@@ -27,6 +27,7 @@ from tests.emulator import metal_on_cpu
 METAL = ROOT / "metal"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 DELTA, DECODE, GRAD, SUM = "lora_delta.metal", "lora_decode.metal", "lora_grad.metal", "sum_splits.metal"
+GEMM, WEIGHTS = "lora_gemm.metal", "weights.h"
 ROWS, NORM, SOFTMAX = "rows.h", "rms_norm.metal", "softmax.metal"
 # What tests a kernel, for pytest. Trace mode first: it finds most in the fewest compilations.
 Stages = tuple[tuple[str, ...], ...]
@@ -34,6 +35,11 @@ LORA_TESTS: Stages = (
     ("test_metal_kernels.py", "-k", "trace"),
     ("test_metal_kernels.py", "-k", "not trace"),
     ("test_traffic.py",),
+)
+PACKED_TESTS: Stages = (
+    ("test_quantized_kernels.py", "-k", "trace"),
+    ("test_quantized_kernels.py", "-k", "not trace"),
+    ("test_traffic.py", "-k", "packed"),
 )
 ROW_TESTS: Stages = (
     ("test_row_kernels.py", "-k", "trace"),
@@ -53,6 +59,8 @@ class Edit:
 
     @property
     def tests(self) -> Stages:
+        if self.file in (GEMM, WEIGHTS):
+            return PACKED_TESTS
         if self.file == SUM:  # of two results, and of many parts
             return LORA_TESTS[:1] + ROW_TESTS[1:2]
         return ROW_TESTS if self.file in (ROWS, NORM, SOFTMAX) else LORA_TESTS
@@ -188,7 +196,8 @@ EDITS = [
     Edit(DECODE, BARRIER, "", 1),
     Edit(DECODE, BARRIER, "", 2),
     Edit(DECODE, "min(first + i, matrix.rows - 1)", "first + i"),
-    Edit(DECODE, "ulong(k) * stride", "k"),
+    Edit(DECODE, "ulong(columns) * stride", "columns"),
+    Edit(DECODE, "x_place += x_next", "x_place += next"),
     Edit(DECODE, "wide ? K / RUN * RUN : 0", "wide ? K : 0"),
     Edit(DECODE, "wide ? K / RUN * RUN : 0", "K / RUN * RUN"),
     Edit(DECODE, "add_runs<false>(rows, x, next, K, step);", ""),
@@ -211,12 +220,56 @@ EDITS = [
     Edit(DECODE, "down ? h_own[rank * M + m] :", "false ? h_own[rank * M + m] :"),
     Edit(DECODE, "h_sums[rank * M + m];", "h_sums[rank];"),
     Edit(DECODE, "scaling * float(B_rows", "float(B_rows"),
-    Edit(DECODE, "ulong(rank) * B_rows.stride", "rank"),
+    Edit(DECODE, "across<false>(slices * LANES)", "across<false>(LANES)"),
     Edit(DECODE, "m < rows && n < N", "m < M && n < N"),
     Edit(DECODE, "m < rows && n < N", "m < rows"),
     Edit(DECODE, "ulong(n) * flags_bias_stride.y", "n"),
     Edit(DECODE, "s < slices", "s < 1"),
     Edit(DECODE, "place / DECODE_W_ROWS * slices + s", "place / DECODE_W_ROWS + s"),
+    # weights.h
+    Edit(WEIGHTS, "words[i * BITS / 32]", "words[0]"),
+    Edit(WEIGHTS, ">> (i * BITS % 32)", ">> (i * BITS % 16)"),
+    Edit(WEIGHTS, "& ((1u << BITS) - 1)", ""),
+    Edit(WEIGHTS, "float(scale), float(bias))", "float(scale), 0.0f)"),
+    Edit(WEIGHTS, "scales + groups, biases", "scales, biases"),
+    Edit(WEIGHTS, "biases + groups, left", "biases, left"),
+    Edit(WEIGHTS, "words + ulong(row) * row_words", "words"),
+    Edit(WEIGHTS, "left(row, rows)", "rows"),
+    Edit(WEIGHTS, "scales[col >> shift]", "scales[0]"),
+    Edit(WEIGHTS, "biases[col >> shift]", "biases[0]"),
+    Edit(WEIGHTS, "words[col / RUN * run.WORDS + i]", "words[col / RUN + i]"),
+    Edit(WEIGHTS, "first + thread_index % (COLS / RUN) * RUN", "thread_index % (COLS / RUN) * RUN"),
+    Edit(WEIGHTS, "place.rows > 0 && col < place.cols", "place.rows > 0"),
+    Edit(WEIGHTS, "place.rows > 0 && col < place.cols", "col < place.cols"),
+    Edit(WEIGHTS, "col += COLS;", ""),
+    Edit(WEIGHTS, "place = place.from_row(ROWS);", ""),
+    # lora_gemm.metal
+    Edit(GEMM, BARRIER, ""),
+    Edit(GEMM, BARRIER, "", 1),
+    Edit(GEMM, BARRIER, "", 2),
+    Edit(GEMM, "simdgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    Edit(GEMM, "simdgroup_barrier(mem_flags::mem_threadgroup);", "", 1),
+    Edit(GEMM, "simdgroup_barrier(mem_flags::mem_threadgroup);", "", 2),
+    Edit(GEMM, "d < GEMM_DEPTH", "d < GEMM_DEPTH - BLOCK"),
+    Edit(GEMM, "row + BLOCK * i, d", "row, d"),
+    Edit(GEMM, "right.read(right_block, d, col + BLOCK * j)", "right.read(right_block, d, col)"),
+    Edit(GEMM, "right.read_transposed(right_block, col + BLOCK * j, d)", "right.read_transposed(right_block, col, d)"),
+    Edit(GEMM, "k < terms; k += GEMM_DEPTH", "k + GEMM_DEPTH <= terms; k += GEMM_DEPTH"),
+    Edit(GEMM, "left_loader.next_columns();", ""),
+    Edit(GEMM, "right_loader.next_rows();", ""),
+    Edit(GEMM, "right_loader.next_columns();", ""),
+    Edit(GEMM, "if (k + GEMM_DEPTH < terms)", "if (true)"),
+    Edit(GEMM, "if (k + GEMM_DEPTH < terms)", "if (k + 2 * GEMM_DEPTH < terms)"),
+    Edit(GEMM, "row(simdgroup_index / 2 * (ROWS / 2))", "row(simdgroup_index / 2 * BLOCK)"),
+    Edit(GEMM, "strip_col(lane % (LANES / RUN) * RUN)", "strip_col(lane % (LANES / RUN))"),
+    Edit(GEMM, "GEMM_HAS_BIAS) != 0", "GEMM_HAS_BIAS) == 0"),
+    Edit(GEMM, "ulong(n) * flags_bias_stride.y", "ulong(n)"),
+    Edit(GEMM, "element += ulong(BLOCK) * columns;", ""),
+    Edit(GEMM, "ulong element = ulong(m) * columns + n", "ulong element = ulong(m) * columns"),
+    Edit(GEMM, "float4(scaling), added.low", "float4(1.0f), added.low"),
+    Edit(GEMM, "float4(scaling), added.high", "float4(scaling), float4(0)"),
+    Edit(GEMM, "if (m + BLOCK * i < M)", "if (true)"),
+    Edit(GEMM, "store_run(target, run, count,", "store_run(target, run, RUN,"),
     # lora_grad.metal
     Edit(GRAD, BARRIER, ""),
     Edit(GRAD, BARRIER, "", 1),

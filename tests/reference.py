@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_fused_lora.affine import Packed
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALLEST = {torch.float64: 0.0, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
@@ -223,3 +226,36 @@ class Delta(_LowRank):
         delta, magnitude, others = self._low_rank_gradients(_rows(_double(grad)))
         dx = Exact(delta, magnitude, sum(self.lora_B.shape), self._added(0.0, magnitude))
         return {"x": dx.reshape(*self.x.shape), **others}
+
+
+@dataclasses.dataclass
+class QuantizedLayer(Layer):
+    """As `Layer`, over words that are dequantised: in the summing dtype, by a product and a sum, and to x's dtype."""
+
+    formed: Tensor | float = 0.0  # |scale| q + |bias|, of each element of the weight
+
+    @classmethod
+    def of(cls, x: Tensor, packed: Packed, bias: Tensor | None, *rest: Any, **options: Any) -> QuantizedLayer:
+        codes = unpacked(packed)
+        scales, biases = (_double(t).repeat_interleave(packed.group_size, 1) for t in (packed.scales, packed.biases))
+        weight, formed = scales * codes + biases, scales.abs() * codes + biases.abs()
+        return cls(x, weight, bias, *rest, **options, formed=formed)
+
+    def output(self) -> Exact:
+        return self._over_words(super().output(), self.x, self.formed.T)
+
+    def gradients(self, grad: Tensor) -> dict[str, Exact]:
+        """But the weight's."""
+        found = super().gradients(grad)
+        del found["weight"]
+        return found | {"x": self._over_words(found["x"], grad, self.formed)}
+
+    def _over_words(self, exact: Exact, left: Tensor, right: Tensor) -> Exact:
+        size = (_rows(_double(left)).abs() @ right).reshape(exact.value.shape)
+        return dataclasses.replace(exact, magnitude=exact.magnitude + size, rounded=exact.rounded + size)
+
+
+def unpacked(packed: Packed) -> Tensor:
+    """The whole numbers (N, K), as float64."""
+    shifts = torch.arange(0, 32, packed.bits)
+    return ((packed.words.cpu().to(torch.int64)[..., None] >> shifts) % (1 << packed.bits)).flatten(-2).double()

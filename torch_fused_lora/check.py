@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hooks, peft
+from .affine import Packed
 from .decide import plain_base
 from .ops.dispatch import autocast_enabled
 from .ops.rows import HALF, wide_dtype
@@ -193,7 +194,8 @@ def _bounds(layer: Any, names: list[str], x: Tensor, y: Tensor, grad_x: Tensor, 
     if base is None:  # what it makes is the same both ways, and no larger than the sum and the term together
         of_y, of_x = 2 * of_y + magnitude(y), 2 * of_x + magnitude(grad_x)
     else:
-        weight, bias = magnitude(base[0]), base[1]
+        weight, bias = base
+        weight = magnitude(weight.dequantize(wide) if isinstance(weight, Packed) else weight)
         of_y, of_x = of_y + rows @ weight.T, of_x + grads @ weight
         if bias is not None:
             of_y += magnitude(bias)

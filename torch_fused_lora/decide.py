@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .affine import Packed
 from .ops.dispatch import BY_DISPATCHER, BY_TORCH, OWN_TYPES, Maybe, Route, autocast_enabled, route
 from .ops.rows import DTYPES, HALF
 from .originals import is_own, why_replaced
+from .quantized import QuantLinear
 from .torch_private import has_global_hook
 
 # lora_A, lora_B, the bias of lora_B's module, scaling, probability of dropout
@@ -25,11 +27,11 @@ Adapter: TypeAlias = tuple[Tensor, Tensor, Maybe, Any, float]
 
 
 class Call(NamedTuple):
-    """A call that the operators compute. ``base``: the weight, N x K, and bias of a plain base, or None for one that
-    has to be called. ``cast``: whether x goes to the adapters' dtype first."""
+    """A call that the operators compute. ``base``: the weight, N x K or `Packed`, and bias of a plain base, or None for
+    one that has to be called. ``cast``: whether x goes to the adapters' dtype first."""
 
     way: Route
-    base: tuple[Tensor, Maybe] | None
+    base: tuple[Any, Maybe] | None
     adapters: list[Adapter]
     cast: bool
 
@@ -101,7 +103,7 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
         return f"x is {dtype}, adapters are {adapter_dtype}, and PEFT does not cast"
     else:
         cast = adapter_dtype is not _FLOAT32 or dtype not in HALF  # else the operators convert what they read
-    if cast or (base is not None and base[0].dtype is not dtype):
+    if cast or (base is not None and type(base[0]) is not Packed and base[0].dtype is not dtype):
         base = None
     return Call(way, base, adapters, cast)
 
@@ -123,14 +125,17 @@ def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> 
     return None
 
 
-def plain_base(base: nn.Module) -> tuple[Any, Any] | None:
-    """The weight, N x K, and bias of a base that is nothing but a product; None where it has to be called."""
-    if type(base) is not _LINEAR and type(base) is not Conv1D:
+def plain_base(base: Any) -> tuple[Any, Any] | None:
+    """The weight and bias of a base that is nothing but a product; None where it has to be called."""
+    kind = type(base)
+    if kind is not _LINEAR and kind is not Conv1D and kind is not QuantLinear:
         return None
     found = _weight_and_bias(base)
     if isinstance(found, str):
         return None
-    return found if type(base) is _LINEAR else (found[0].t(), found[1])
+    if kind is QuantLinear:
+        return base.packed, found[1]
+    return found if kind is _LINEAR else (found[0].t(), found[1])
 
 
 def adapter_of(layer: Any, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module, hooks_run: bool) -> Adapter | str:
@@ -190,6 +195,7 @@ _CALLS: dict[type, list[tuple[Any, str]]] = {
     nn.Dropout: [(nn.Dropout, "forward"), (nn.Dropout, "__call__"), (F, "dropout")],
     nn.Identity: [(nn.Identity, "forward"), (nn.Identity, "__call__")],
     Conv1D: [(Conv1D, "forward"), (Conv1D, "__call__"), (torch, "addmm")],
+    QuantLinear: [(QuantLinear, "forward")],
     lora.Linear: [
         (lora.Linear, name)
         for name in ("forward", "_cast_input_dtype", "_check_forward_args", "disable_adapters", "merged")
@@ -213,6 +219,7 @@ def called() -> tuple[Any, ...]:
         Conv1D.forward,
         Conv1D.__call__,
         torch.addmm,
+        QuantLinear.forward,
         _LORA_LINEAR.forward,
         _LORA_LINEAR._cast_input_dtype,
         _LORA_LINEAR._check_forward_args,

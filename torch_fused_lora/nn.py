@@ -63,10 +63,10 @@ class LoRALinear(nn.Module):
         """An adapter on ``linear``, whose weight and bias are shared, not copied, and frozen.
 
         Raises:
-            TypeError: ``linear`` is not an `nn.Linear`; as the constructor.
+            TypeError: ``linear`` is not an `nn.Linear`, or its weight is packed words; as the constructor.
             ValueError: as the constructor.
         """
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)

@@ -63,7 +63,7 @@ def print_plan(shape: Sequence[int], rank: int, dtype: str, adapter_dtype: str |
         if not found:
             print(f"{direction}: by torch's own products")
             continue
-        alone = found[0].kernel.startswith("lora_decode")
+        alone = any(dispatch.kernel.startswith(("lora_decode", "lora_gemm")) for dispatch in found)
         print(f"{direction}:" if alone else f"{direction}, after torch's own {product}:")
         print(*found, sep="\n")
     return 0

@@ -88,12 +88,18 @@ class LoRAReport(PatchReport):
         return f"{super().__str__()}\n{calls}" if counted else super().__str__()
 
     def _bases(self) -> dict[str, str]:
-        kinds = {name: type(layer.base_layer) for name, layer in self._layers().items()}
+        bases = {name: layer.base_layer for name, layer in self._layers().items()}
         return {
-            name: f"fused over {base.__module__}.{base.__qualname__}, which is called"
-            for name, base in kinds.items()
-            if base is not nn.Linear and base.__name__ != "Conv1D"
+            name: f"fused over {_of_base(base)}"
+            for name, base in bases.items()
+            if type(base) is not nn.Linear and type(base).__name__ != "Conv1D"
         }
+
+
+def _of_base(base: Any) -> str:
+    kind = type(base)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return f"{base.bits} bits" if name == "torch_fused_lora.quantized.QuantLinear" else f"{name}, which is called"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

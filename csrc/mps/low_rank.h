@@ -39,24 +39,24 @@ void check_saved(
 int64_t rows_in(const Tensor& tensor);
 
 /// What is tuned for a call of lora_linear, while it lives: nothing where it drops or torch is to be deterministic.
-Tuned tuned_for(bool backward, const Rows& rows, const Adapters& adapters);
+Tuned tuned_for(bool backward, const Rows& rows, const std::optional<Adapters>& adapters);
 
 /// What a plan's steps hand on to each other, if they do.
 OptionalTensor scratch(const PartialSums& sums, const Tensor& like);
 
-/// y += s h B^T in place with h = dropout(x) A^T, which is written where it is given.
-void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);
+/// y += s h B^T in place, where y is given, with h = dropout(x) A^T, which is written where it is given.
+void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);
 
-/// The gradients asked for.
+/// The gradients asked for, and z where it was needed.
 struct LowRankGradients {
-  OptionalTensor A, B, scaling;
+  OptionalTensor A, B, scaling, z;
 };
 
 struct LowRankNeeds {
-  bool A, B, scaling;
+  bool A, B, scaling, z = false;
 };
 
-/// dx += mask * (z A) in place, where dx is given, with z = s dy B; and the gradients asked for.
+/// dx += mask * s z A in place, where dx is given, with z = dy B; and the gradients asked for.
 LowRankGradients low_rank_backward(
     const Rows& dy,
     const OptionalTensor& dx,

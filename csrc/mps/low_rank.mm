@@ -135,9 +135,10 @@ int64_t rows_in(const Tensor& tensor) {
   return rows;
 }
 
-Tuned tuned_for(bool backward, const Rows& rows, const Adapters& adapters) {
+Tuned tuned_for(bool backward, const Rows& rows, const std::optional<Adapters>& adapters) {
+  if (!adapters.has_value()) return Tuned({}, true);
   const auto u = [](int64_t size) { return static_cast<uint64_t>(size); };
-  const Tensor &A = adapters.lora_A, &B = adapters.lora_B;
+  const Tensor &A = adapters->lora_A, &B = adapters->lora_B;
   const Layer layer = {
       backward,
       rows.operand.rows,
@@ -146,13 +147,14 @@ Tuned tuned_for(bool backward, const Rows& rows, const Adapters& adapters) {
       u(A.size(0)),
       scalar(rows.tensor.scalar_type()),
       scalar(A.scalar_type())};
-  return Tuned(layer, adapters.seed.has_value() || is_deterministic());
+  return Tuned(layer, adapters->seed.has_value() || is_deterministic());
 }
 
-void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
-  if (by_torch(scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), adapters.seed.has_value())) {
+void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
+  if (y.has_value() &&
+      by_torch(scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), adapters.seed.has_value())) {
     const Tensor found = product(x.tensor, transposed(adapters.lora_A));
-    add_product(y, multiply(found, adapters.scaling), transposed(adapters.lora_B));
+    add_product(*y, multiply(found, adapters.scaling), transposed(adapters.lora_B));
     if (Tensor kept = h.value_or(found); h.has_value()) torch::stable::copy_(kept, found);
     return;
   }
@@ -161,9 +163,10 @@ void add_delta(const Tensor& y, const Rows& x, const Adapters& adapters, const O
   const Tensor scale = constant(adapters.scaling);
   const OptionalTensor seed = constant(adapters.seed);
   const auto plan = plan_or_throw(DeltaProblem{
-      DeltaProblem::Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand,
-      A.operand, B.operand, true, h.has_value(), static_cast<uint64_t>(y.storage_offset()), dropout, gpu_cores()});
-  const OptionalTensor partial = scratch(plan.sums, y);
+      Pass::forward, scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), x.operand, A.operand,
+      B.operand, y.has_value(), h.has_value(), y ? static_cast<uint64_t>(y->storage_offset()) : 0, dropout,
+      gpu_cores()});
+  const OptionalTensor partial = scratch(plan.sums, x.tensor);
   Dispatches dispatches;
   dispatches.add(
       plan,
@@ -189,7 +192,7 @@ LowRankGradients low_rank_backward(
   const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
   const int64_t M = static_cast<int64_t>(dy.operand.rows);
   const Scalar dtype = scalar(dy.tensor.scalar_type()), adapter_dtype = scalar(lora_A.scalar_type());
-  const bool is_left = !need.scaling && by_torch(dtype, adapter_dtype, seed.has_value());
+  const bool is_left = !need.scaling && !need.z && by_torch(dtype, adapter_dtype, seed.has_value());
   if (is_left && M > 0) return backward_by_torch(dy, dx, x, h, adapters, need);
 
   // Allocate.
@@ -197,7 +200,7 @@ LowRankGradients low_rank_backward(
     return M == 0 ? torch::stable::new_zeros(like, shape) : empty(shape, like);
   };
   OptionalTensor z, dA, dB, unscaled_dB, x_tensor, h_tensor;
-  if (need.A) z = empty({M, r}, lora_A);
+  if (need.A || need.z) z = empty({M, r}, lora_A);
   if (need.A) dA = fresh({r, K}, lora_A);
   if (need.B || need.scaling) (need.scaling ? unscaled_dB : dB) = fresh({N, r}, lora_B);
   if (x.has_value()) x_tensor = x->tensor;
@@ -209,9 +212,9 @@ LowRankGradients low_rank_backward(
   // Plan.
   const AdapterDropout dropout(r, seed, dropout_p, ranks);
   Plan<DeltaConfiguration> delta;
-  if (M > 0 && (dx || need.A)) {
+  if (M > 0 && (dx || z)) {
     delta = plan_or_throw(DeltaProblem{
-        DeltaProblem::Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), need.A,
+        Pass::backward, dtype, adapter_dtype, dy.operand, A.operand, B.operand, dx.has_value(), z.has_value(),
         dx ? static_cast<uint64_t>(dx->storage_offset()) : 0, dropout, gpu_cores()});
   }
   const Operand x_shape = {dy.operand.rows, static_cast<uint64_t>(K)};
@@ -260,11 +263,11 @@ LowRankGradients low_rank_backward(
   dispatches.encode();
 
   // Collect.
-  if (!need.scaling) return {dA, dB, std::nullopt};
+  if (!need.scaling) return {dA, dB, std::nullopt, z};
   if (need.B) dB = torch::stable::to(multiply(*unscaled_dB, scaling), lora_B.scalar_type());
   const Tensor wide = torch::stable::to(*unscaled_dB, ScalarType::Float);
   const Tensor total = torch::stable::sum(multiply(wide, lora_B));
-  return {dA, dB, torch::stable::to(total, scaling.device())};
+  return {dA, dB, torch::stable::to(total, scaling.device()), z};
 }
 
 }  // namespace torch_fused_lora

@@ -55,6 +55,14 @@ struct DeltaConfiguration {
       {"columns", &DeltaConfiguration::columns, {}, true}};
 };
 
+struct GemmConfiguration {
+  uint32_t rows;   // of a threadgroup
+  uint32_t plain;  // 1: a half base goes this way, too; chosen by overrides alone
+
+  static constexpr Field<GemmConfiguration> fields[] = {
+      {"rows", &GemmConfiguration::rows, {32, 64}}, {"plain", &GemmConfiguration::plain, {1}}};
+};
+
 struct GradConfiguration {
   uint32_t rank_blocks, columns, depth;  // of a threadgroup's tiles
   uint32_t splits, split_rows;           // threadgroups that share the rows, and how many each has
@@ -86,6 +94,7 @@ struct Overrides {
   LayerConfiguration lora_linear;
   DecodeConfiguration lora_decode;
   DeltaConfiguration lora_delta;
+  GemmConfiguration lora_gemm;
   GradConfiguration lora_grad;
   RowConfiguration rms_norm, rms_norm_backward, softmax, softmax_backward;
 
@@ -93,9 +102,10 @@ struct Overrides {
   template <typename Visit>
   static bool any(const Visit& visit) {
     return visit("lora_linear", &Overrides::lora_linear) || visit("lora_decode", &Overrides::lora_decode) ||
-        visit("lora_delta", &Overrides::lora_delta) || visit("lora_grad", &Overrides::lora_grad) ||
-        visit("rms_norm", &Overrides::rms_norm) || visit("rms_norm_backward", &Overrides::rms_norm_backward) ||
-        visit("softmax", &Overrides::softmax) || visit("softmax_backward", &Overrides::softmax_backward);
+        visit("lora_delta", &Overrides::lora_delta) || visit("lora_gemm", &Overrides::lora_gemm) ||
+        visit("lora_grad", &Overrides::lora_grad) || visit("rms_norm", &Overrides::rms_norm) ||
+        visit("rms_norm_backward", &Overrides::rms_norm_backward) || visit("softmax", &Overrides::softmax) ||
+        visit("softmax_backward", &Overrides::softmax_backward);
   }
 };
 

@@ -24,7 +24,15 @@ struct Operand {
   uint64_t rows, cols, inner, outer_stride, row_stride, col_stride, offset;
 };
 
-constexpr uint32_t kMostTensors = 9, kMostWords = 12;
+/// A frozen weight, N x K: elements, or packed words of so many bits, whose rows are contiguous.
+struct Weight {
+  Operand operand;
+  uint32_t bits;  // 0: elements of x's dtype
+  uint32_t group_size;
+  Scalar scale_dtype;
+};
+
+constexpr uint32_t kMostTensors = 11, kMostWords = 12;
 
 /// One dispatch. Buffers [0, tensors) are the kernel's tensors, the rest `words`, eight bytes each. `threads` are
 /// totals, multiples of `group`. The strings live as long as the process, and `source` is the same pointer for the same

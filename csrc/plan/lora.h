@@ -26,7 +26,9 @@ inline bool by_torch(Scalar dtype, Scalar adapter_dtype, bool drops) {
 /// lora_decode: y = x W^T + b + s (x A^T) B^T in one pass, for at most DECODE_MAX_ROWS rows of x.
 struct DecodeProblem {
   Scalar dtype, adapter_dtype;
-  Operand x, weight, lora_A, lora_B;
+  Operand x;
+  Weight weight;
+  Operand lora_A, lora_B;  // of no rank: none
   uint64_t bias_stride;
   bool has_bias, save_h;
   uint32_t gpu_cores;
@@ -36,11 +38,11 @@ struct DecodeProblem {
 /// rows are contiguous.
 bool decodes(uint64_t M, uint64_t r, bool weight_in_rows, bool drops);
 
+enum class Pass : int32_t { forward, backward };
+
 /// lora_delta. Forward: y += s (drop(x) A^T) B^T, and h. Backward, with the operands in other roles: dx += mask * s
 /// (dy B) A, and z; without dx, z alone.
 struct DeltaProblem {
-  enum class Pass : int32_t { forward, backward };
-
   Pass pass;
   Scalar dtype, adapter_dtype;
   Operand in, lora_A, lora_B;  // x or dy
@@ -49,6 +51,23 @@ struct DeltaProblem {
   Dropout dropout;
   uint32_t gpu_cores;
 };
+
+/// lora_gemm: y = x W^T + b + s h factor^T with factor = B; backward dx = dy W + mask * s h factor, with h = z and
+/// factor = A; h is contiguous. A factor of no elements: there is neither. Only backward drops, one adapter's p.
+struct GemmProblem {
+  Pass pass;
+  Scalar dtype, adapter_dtype;
+  Operand in;  // x or dy
+  Weight weight;
+  Operand factor;
+  uint64_t bias_stride;
+  bool has_bias;
+  double dropout_p;
+  uint32_t gpu_cores;
+};
+
+/// Whether a weight of elements goes that way as well, rather than by torch's products: a half one, by override alone.
+bool multiplies_plain(Scalar dtype);
 
 /// lora_grad: dA = s z^T drop(x) and dB = s dy^T h, those asked for. Of x only the shape counts where dA is not. With
 /// partial sums, dA and dB there are float32, with the split as a leading dimension.
@@ -63,6 +82,7 @@ struct GradProblem {
 
 Plan<DecodeConfiguration> plan(const DecodeProblem& problem);
 Plan<DeltaConfiguration> plan(const DeltaProblem& problem);
+Plan<GemmConfiguration> plan(const GemmProblem& problem);
 Plan<GradConfiguration> plan(const GradProblem& problem);
 
 }  // namespace torch_fused_lora

@@ -24,7 +24,7 @@ uint64_t group_rows(uint32_t slices) { return DECODE_SIMDGROUPS / slices * DECOD
 DecodeConfiguration choose(const DecodeProblem& p) {
   const DecodeConfiguration& forced = overrides().lora_decode;
   DecodeConfiguration c = {};
-  const uint64_t K = p.x.cols, N = p.weight.rows, r = p.lora_A.rows;
+  const uint64_t K = p.x.cols, N = p.weight.operand.rows, r = p.lora_A.rows;
   const auto groups = [&] { return ceil_div(N, group_rows(c.slices)); };
   // The more simdgroups share rows, the more loads are in flight for each, and the more sums there are to add up.
   const uint32_t least = p.x.rows == 1 ? 4 : 2;
@@ -43,16 +43,16 @@ DecodeConfiguration choose(const DecodeProblem& p) {
 
 /// The dispatch that does these stages.
 void assemble(const DecodeProblem& p, const DecodeConfiguration& c, uint32_t stages, Launch& launch) {
-  const uint64_t K = p.x.cols, N = p.weight.rows, r = p.lora_A.rows;
+  const uint64_t K = p.x.cols, N = p.weight.operand.rows, r = p.lora_A.rows;
   const auto wide = [](const Operand& m, Scalar dtype) { return m.col_stride == 1 && aligned(m, dtype); };
   uint32_t flags = stages | (p.has_bias ? DECODE_HAS_BIAS : 0) | (p.save_h ? DECODE_SAVE_H : 0);
   if (wide(p.x, p.dtype) && wide(p.lora_A, p.adapter_dtype)) flags |= DECODE_WIDE_A;
-  if (wide(p.x, p.dtype) && wide(p.weight, p.dtype)) flags |= DECODE_WIDE_W;
-  Variant("lora_decode")
-      .add(msl(p.dtype))
-      .add(msl(p.adapter_dtype))
-      .add(compiled_rows(p.x.rows))
-      .assemble(lora_decode_source, launch);
+  const bool packed = p.weight.bits > 0;  // words are read one by one
+  if (wide(p.x, p.dtype) && (packed || wide(p.weight.operand, p.dtype))) flags |= DECODE_WIDE_W;
+  Variant variant("lora_decode");
+  variant.add(msl(p.dtype)).add(msl(p.adapter_dtype));
+  add_format(variant, p.weight, p.dtype);
+  variant.add(compiled_rows(p.x.rows)).assemble(lora_decode_source, launch);
   const bool up = (stages & DECODE_UP) != 0;
   set_grid(launch, LANES * DECODE_SIMDGROUPS, up ? ceil_div(N, group_rows(c.slices)) : ceil_div(r, DECODE_W_ROWS));
   set_arguments(
@@ -61,7 +61,7 @@ void assemble(const DecodeProblem& p, const DecodeConfiguration& c, uint32_t sta
        {DECODE_RANK_ROWS, pair(r, p.x.rows)},
        {DECODE_X_LEVELS, levels(p.x)},
        {DECODE_X_STRIDES, strides(p.x)},
-       {DECODE_W_STRIDES, strides(p.weight)},
+       {DECODE_W_LAYOUT, layout(p.weight)},
        {DECODE_A_STRIDES, strides(p.lora_A)},
        {DECODE_B_STRIDES, strides(p.lora_B)},
        {DECODE_FLAGS_BIAS_STRIDE, pair(flags, p.bias_stride)},
@@ -78,14 +78,16 @@ bool decodes(uint64_t M, uint64_t r, bool weight_in_rows, bool drops) {
 
 Plan<DecodeConfiguration> plan(const DecodeProblem& p) {
   Plan<DecodeConfiguration> plan = {
-      too_large({{"x", p.x}, {"weight", p.weight}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
+      too_large({{"x", p.x}, {"weight", p.weight.operand}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
   if (!plan.error.empty()) return plan;
   const DecodeConfiguration c = choose(p);
   const auto add = [&](uint32_t stages) {
     plan.steps.push_back({{}, c});
     assemble(p, c, stages, plan.steps.back().launch);
   };
-  if (c.dispatches == 1) {
+  if (p.lora_A.rows == 0) {
+    add(DECODE_UP);
+  } else if (c.dispatches == 1) {
     add(DECODE_DOWN | DECODE_UP);
   } else {
     add(DECODE_DOWN);

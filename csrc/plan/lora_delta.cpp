@@ -74,7 +74,7 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Stage stage, Laun
   const uint64_t wide_y = wide_elements(p.dtype);
   if (p.out_offset % wide_y == 0 && N % wide_y == 0) flags |= DELTA_WIDE_Y;
 
-  const bool is_down = stage == Stage::down, is_forward = p.pass == DeltaProblem::Pass::forward;
+  const bool is_down = stage == Stage::down, is_forward = p.pass == Pass::forward;
   const bool drops = slice.p > 0 && is_down == is_forward;  // the input forward, the result backward
   Variant("lora_delta")
       .add(msl(p.dtype))
@@ -104,7 +104,7 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Stage stage, Laun
 }  // namespace
 
 Plan<DeltaConfiguration> plan(const DeltaProblem& p) {
-  const bool is_forward = p.pass == DeltaProblem::Pass::forward;
+  const bool is_forward = p.pass == Pass::forward;
   Plan<DeltaConfiguration> plan = {
       too_large({{is_forward ? "x" : "dy", p.in}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
   if (!plan.error.empty() || p.in.rows == 0) return plan;

@@ -51,6 +51,21 @@ void Variant::assemble(const char* text, Launch& launch) const {
   launch.source = found->second.c_str();
 }
 
+void add_format(Variant& variant, const Weight& weight, Scalar dtype) {
+  const std::string bits = std::to_string(weight.bits), scale = msl(weight.scale_dtype);
+  if (weight.bits == 0) {
+    variant.add(std::string("tfl::Plain<") + msl(dtype) + ">", "plain");
+  } else {
+    variant.add("tfl::Affine<" + bits + ", " + scale + ">", "affine" + bits + "_" + scale);
+  }
+}
+
+Pair layout(const Weight& weight) {
+  uint32_t shift = 0;
+  while ((weight.group_size >> shift) > 1) ++shift;
+  return weight.bits == 0 ? strides(weight.operand) : pair(weight.operand.cols * weight.bits / 32, shift);
+}
+
 void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y, uint64_t z) {
   const uint32_t threads[3] = {static_cast<uint32_t>(x * group), static_cast<uint32_t>(y), static_cast<uint32_t>(z)};
   const uint32_t groups[3] = {group, 1, 1};

@@ -66,6 +66,10 @@ class Variant {
   std::string family_, name_, arguments_;
 };
 
+/// A weight's format, as metal/weights.h has it: the kernel's argument, and its `layout`.
+void add_format(Variant& variant, const Weight& weight, Scalar dtype);
+tfl::Pair layout(const Weight& weight);
+
 /// Threadgroups of `group` threads along x.
 void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y = 1, uint64_t z = 1);
 

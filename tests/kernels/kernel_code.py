@@ -25,7 +25,8 @@ import torch
 from tests.emulator.metal_on_cpu.codegen import Code, inspect
 from tests.kernels.launch_plan import Kernels, Launch
 from tests.kernels.row_plan import RowKernels
-from tests.reference import MIXED
+from tests.reference import MIXED, NARROW
+from torch_fused_lora.affine import Packed
 
 FIGURES = Path(__file__).with_suffix(".tsv")
 REGISTER_FILE = 208 << 10
@@ -35,7 +36,7 @@ RANKS = 8, 16, 32, 64, 128, 256  # other ranks differ in the number of blocks of
 
 def variants() -> dict[str, Launch]:
     """A launch of every instantiation, by its kernel's name."""
-    found = [launch for dtypes in MIXED for launch in (*lora(*dtypes), *rows(*dtypes))]
+    found = [launch for dtypes in MIXED for launch in (*lora(*dtypes), *quantized(*dtypes), *rows(*dtypes))]
     return {launch.kernel.decode(): launch for launch in found}
 
 
@@ -52,6 +53,27 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[Launch]
         launches += kernels.plan_delta_dx(None, x, A, B, dropout_p)
         launches += kernels.plan_grad(x, x, A, B, dropout_p)[0]
     return launches
+
+
+def quantized(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[Launch]:
+    """Over packed weights, and lora_gemm over plain ones, too."""
+    kernels, launches = Kernels(), []
+    formats = [*((4, scale_dtype) for scale_dtype in NARROW), (8, torch.float16)]
+    weights = [empty(dtype, K, K), *(packed(K, bits, scale_dtype) for bits, scale_dtype in formats)]
+    A, B = empty(adapter, 16, K), empty(adapter, K, 16)
+    for M, weight in itertools.product((1, 2, 4, 8), weights[1:]):
+        launches += kernels.plan_decode(empty(dtype, M, K), weight, None, A, B)
+    for M, weight in itertools.product((16, 4096), weights):
+        x, factor = empty(dtype, M, K), empty(adapter, 16, K)
+        launches += kernels.plan_gemm(False, x, weight, None, factor.T)
+        launches += kernels.plan_gemm(True, x, weight, None, factor)
+        launches += kernels.plan_gemm(True, x, weight, None, factor, 0.5)
+    return launches
+
+
+def packed(K: int, bits: int, scale_dtype: torch.dtype, group_size: int = 64) -> Packed:
+    scales = empty(scale_dtype, K, K // group_size)
+    return Packed(empty(torch.uint32, K, K * bits // 32), scales, scales, bits, group_size)
 
 
 def rows(dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Launch]:

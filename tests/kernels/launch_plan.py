@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tests import ROOT
 from tests.emulator import metal_on_cpu
+from torch_fused_lora.affine import Packed
 from torch_fused_lora.ops.rows import METAL_DTYPES
 
 _EMBED = runpy.run_path(str(ROOT / "metal" / "embed.py"))
@@ -47,12 +48,23 @@ class Dropout(ctypes.Structure):
         return cls(count, (ctypes.c_uint32 * count)(*ranks), (ctypes.c_double * count)(*p)) if p else cls()
 
 
+class Weight(ctypes.Structure):
+    _fields_ = [
+        ("operand", Operand),
+        ("bits", ctypes.c_uint32),
+        ("group_size", ctypes.c_uint32),
+        ("scale_dtype", ctypes.c_int32),
+    ]
+
+
 class DecodeProblem(ctypes.Structure):
     plan = "plan_decode"
     _fields_ = [
         ("dtype", ctypes.c_int32),
         ("adapter_dtype", ctypes.c_int32),
-        *((name, Operand) for name in ("x", "weight", "lora_A", "lora_B")),
+        ("x", Operand),
+        ("weight", Weight),
+        *((name, Operand) for name in ("lora_A", "lora_B")),
         ("bias_stride", ctypes.c_uint64),
         ("has_bias", ctypes.c_bool),
         ("save_h", ctypes.c_bool),
@@ -71,6 +83,22 @@ class DeltaProblem(ctypes.Structure):
         ("has_low_rank", ctypes.c_bool),
         ("out_offset", ctypes.c_uint64),
         ("dropout", Dropout),
+        ("gpu_cores", ctypes.c_uint32),
+    ]
+
+
+class GemmProblem(ctypes.Structure):
+    plan = "plan_gemm"
+    _fields_ = [
+        ("is_backward", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        ("input", Operand),
+        ("weight", Weight),
+        ("factor", Operand),
+        ("bias_stride", ctypes.c_uint64),
+        ("has_bias", ctypes.c_bool),
+        ("dropout_p", ctypes.c_double),
         ("gpu_cores", ctypes.c_uint32),
     ]
 
@@ -136,8 +164,10 @@ def overridden(text: str) -> Iterator[None]:
         library().override_plans(b"")
 
 
-def operand(x: Tensor) -> Operand:
-    """A tensor of one to three dimensions as the kernels see it: its leading dimensions are rows."""
+def operand(x: Tensor | None) -> Operand:
+    """A tensor of one to three dimensions as the kernels see it: its leading dimensions are rows. None has none."""
+    if x is None:
+        return Operand()
     strides, sizes = list(x.stride()), list(x.shape)
     while len(sizes) < 3:
         sizes.insert(0, 1)
@@ -147,6 +177,22 @@ def operand(x: Tensor) -> Operand:
     if outer == 1 or strides[0] == inner * strides[1]:
         return Operand(outer * inner, cols, outer * inner, 0, strides[1], col_stride, x.storage_offset())
     return Operand(outer * inner, cols, inner, strides[0], strides[1], col_stride, x.storage_offset())
+
+
+def shape_of(weight: Tensor | Packed) -> tuple[int, int]:
+    """N and K."""
+    if isinstance(weight, Tensor):
+        return tuple(weight.shape)
+    N, groups = weight.scales.shape
+    return N, groups * weight.group_size
+
+
+def weight_of(weight: Tensor | Packed) -> Weight:
+    """As the plan takes it."""
+    if isinstance(weight, Tensor):
+        return Weight(operand(weight))
+    N, K = shape_of(weight)
+    return Weight(Operand(N, K, N, 0, K, 1, 0), weight.bits, weight.group_size, DTYPES[weight.scales.dtype])
 
 
 @dataclasses.dataclass
@@ -192,11 +238,11 @@ class Kernels(Launcher):
 
     def decode(self, x, weight, bias, lora_A, lora_B, scaling, save_h=False) -> tuple[Tensor, Tensor | None]:
         """y (M, N) and h."""
-        M, N = operand(x).rows, weight.shape[0]
+        M, N = operand(x).rows, shape_of(weight)[0]
         y, h = fresh(x, M, N), fresh(lora_A, M, lora_A.shape[0]) if save_h else None
         launches, h_sums = self._plan_decode(x, weight, bias, lora_A, lora_B, save_h)
         for launch in launches:
-            self._dispatch(launch, (x, weight, bias, lora_A, lora_B, y, h, h_sums, scalar(scaling)))
+            self._dispatch(launch, (x, *buffers(weight), bias, lora_A, lora_B, y, h, h_sums, scalar(scaling)))
         return y, h
 
     def plan_decode(self, x, weight, bias, lora_A, lora_B, save_h=False) -> list[Launch]:
@@ -204,8 +250,8 @@ class Kernels(Launcher):
 
     def _plan_decode(self, x, weight, bias, lora_A, lora_B, save_h) -> tuple[list[Launch], Tensor | None]:
         """The dispatches, and scratch that they share."""
-        dtypes, operands = _dtypes(x, lora_A), map(operand, (x, weight, lora_A, lora_B))
-        stride = bias.stride(0) if bias is not None else 0
+        dtypes, stride = _dtypes(x, lora_A), bias.stride(0) if bias is not None else 0
+        operands = operand(x), weight_of(weight), operand(lora_A), operand(lora_B)
         problem = DecodeProblem(*dtypes, *operands, stride, bias is not None, save_h, self.gpu_cores)
         launches, _, elements = self._plan(problem)
         return launches, fresh(torch.empty(0), elements) if elements else None
@@ -245,6 +291,28 @@ class Kernels(Launcher):
         launches, splits, elements = self._plan(problem)
         return launches, fresh(torch.empty(0), splits, elements) if elements else None
 
+    def gemm(self, x, weight, bias, lora_B, h, scaling) -> Tensor:
+        """y (M, N), of a weight packed or not; without an adapter where h is None."""
+        return self._gemm(False, x, weight, bias, lora_B, h, scaling)
+
+    def gemm_dx(self, dy, weight, lora_A, z, scaling, seed=0, dropout_p=0.0) -> Tensor:
+        """dx (M, K)."""
+        return self._gemm(True, dy, weight, None, lora_A, z, scaling, seed, dropout_p)
+
+    def _gemm(self, is_backward, x, weight, bias, factor, h, scaling, seed=0, dropout_p=0.0) -> Tensor:
+        y = fresh(x, operand(x).rows, shape_of(weight)[is_backward])
+        for launch in self.plan_gemm(is_backward, x, weight, bias, factor, dropout_p):
+            self._dispatch(launch, (x, *buffers(weight), bias, h, factor, y, scalar(scaling), seed_tensor(seed)))
+        return y
+
+    def plan_gemm(self, is_backward, x, weight, bias, factor, dropout_p=0.0) -> list[Launch]:
+        dtypes = _dtypes(x, factor)
+        shapes = operand(x), weight_of(weight), operand(factor)
+        stride = bias.stride(0) if bias is not None else 0
+        return self._plan(
+            GemmProblem(is_backward, *dtypes, *shapes, stride, bias is not None, dropout_p, self.gpu_cores)
+        )[0]
+
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -272,8 +340,13 @@ class Kernels(Launcher):
         return self._plan(GradProblem(*dtypes, *operands, r, need_A, need_B, dropout, self.gpu_cores))[:2]
 
 
-def _dtypes(x: Tensor, lora_A: Tensor) -> tuple[int, int]:
-    return DTYPES[x.dtype], DTYPES[lora_A.dtype]
+def buffers(weight: Tensor | Packed) -> tuple[Tensor | None, ...]:
+    """What a kernel is given of a weight."""
+    return weight[:3] if isinstance(weight, Packed) else (weight, None, None)
+
+
+def _dtypes(x: Tensor, lora_A: Tensor | None) -> tuple[int, int]:
+    return DTYPES[x.dtype], DTYPES[(x if lora_A is None else lora_A).dtype]
 
 
 def fresh(like: Tensor, *shape: int) -> Tensor:

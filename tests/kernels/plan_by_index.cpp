@@ -39,6 +39,7 @@ using namespace torch_fused_lora;
 extern "C" {
 TFL_BY_INDEX(plan_decode, DecodeProblem)
 TFL_BY_INDEX(plan_delta, DeltaProblem)
+TFL_BY_INDEX(plan_gemm, GemmProblem)
 TFL_BY_INDEX(plan_grad, GradProblem)
 TFL_BY_INDEX(plan_rms_norm, RmsNormProblem)
 TFL_BY_INDEX(plan_rms_norm_backward, RmsNormBackwardProblem)

@@ -14,7 +14,9 @@ from tests.kernels.test_metal_kernels import check_all, layer, run_all
 from tests.kernels.test_row_kernels import check_rms_norm, check_softmax, randn
 from tests.kernels.traffic import Case, operands_meta
 
-KERNELS = "lora_linear, lora_decode, lora_delta, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
+KERNELS = (
+    "lora_linear, lora_decode, lora_delta, lora_gemm, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
+)
 DELTA_FIELDS = "row_blocks, k_splits, splits"
 ROW_FIELDS = "row_simdgroups, rows, groups"
 REFUSED = {
@@ -32,6 +34,7 @@ REFUSED = {
     "lora_delta.splits=4294967296": "lora_delta.splits=4294967296: expected a whole number from 1 on$",
     "lora_delta.row_blocks=3": "lora_delta.row_blocks=3: expected one of 1, 2, 4$",
     "lora_decode.slices=3": "lora_decode.slices=3: expected one of 1, 2, 4, 8$",
+    "lora_gemm.rows=48": "lora_gemm.rows=48: expected one of 32, 64$",
     "lora_decode.slices=4,lora_grad.splits=x": "lora_grad.splits=x: expected a whole number from 1 on$",
     "lora_delta.width=64": "lora_delta.width=64: expected a field that is chosen; width follows from the problem$",
     "rms_norm.held=1": "rms_norm.held=1: expected a field that is chosen; held follows from the problem$",

@@ -105,9 +105,9 @@ def test_small_launches_are_within_what_was_measured(monkeypatch):
 def test_what_is_launched_otherwise_than_when_it_was_measured_is_not_compared(monkeypatch):
     case = next(c for c in times.CASES if c.kernel == "lora_grad")
     monkeypatch.setattr(times, "CASES", [case])
-    assert len(list(time_model.compared("us", chips()["H100"]))) == 1
+    assert len(list(time_model.compared("us", chips()["H200"]))) == 1
     with overridden("lora_grad.splits=1"):
-        assert not list(time_model.compared("us", chips()["H100"]))
+        assert not list(time_model.compared("us", chips()["H200"]))
 
 
 def test_what_was_measured_is_of_all_that_is_timed():

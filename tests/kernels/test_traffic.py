@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -36,6 +38,25 @@ def test_decode_formula(case, dispatches):
         moved = traffic.count_decode(case)
         assert moved == traffic.model_decode(case)
     assert (moved["partial"] == (0, 0)) == (dispatches == 1 and case.M < 7)
+
+
+PACKED = [Case(1, 1024, 1000, 16, bits=4), Case(2, 256, 132, 3, F32, F32, bits=8), Case(7, 512, 64, 64, bits=4)]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_words_are_read_once_for_few_rows(case):
+    moved = traffic.count_decode(case)
+    assert moved == traffic.model_decode(case)
+    assert moved["weight"] == (case.N * case.K * case.bits // 8, 0)
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+@pytest.mark.parametrize("case", [Case(70, 128, 200, 16, bits=4), Case(300, 192, 70, 40, F32, F32, 1, 8)], ids=str)
+def test_packed_and_plain_gemm_formula(case, is_backward):
+    for one in (case, dataclasses.replace(case, bits=0)):
+        moved = traffic.count_gemm(one, is_backward)
+        assert moved == traffic.model_gemm(one, is_backward)
+        assert moved["weight"][0] == -(-case.M // (64 if case.gpu_cores == 1 else 32)) * one.bytes("weight")
 
 
 @pytest.mark.parametrize("M", [1, 2, 4, 8])

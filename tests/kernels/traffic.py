@@ -14,13 +14,17 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from tests import ROOT
 from tests.emulator.metal_on_cpu import Report
 from tests.kernels.launch_plan import Kernels
 from tests.kernels.row_plan import RowKernels
+from torch_fused_lora.affine import Packed
 
 W_ROWS = int(re.findall(r"DECODE_W_ROWS = (\d+)", (ROOT / "metal" / "lora_decode.h").read_text())[0])
+
+DECODE_OPERANDS = "x", "weight", "scales", "biases", "bias", "lora_A", "lora_B", "y", "h", "partial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +36,12 @@ class Case:
     dtype: torch.dtype = torch.float16
     adapter_dtype: torch.dtype = torch.float16
     gpu_cores: int = 40
+    bits: int = 0  # of a packed weight, in groups of 64
 
     def __str__(self) -> str:
         adapters = "" if self.adapter_dtype == self.dtype else f" + {_short(self.adapter_dtype)}"
-        return f"{self.M} x {self.K} x {self.N}, r {self.r}, {_short(self.dtype)}{adapters}"
+        packed = f", {self.bits}-bit" if self.bits else ""
+        return f"{self.M} x {self.K} x {self.N}, r {self.r}, {_short(self.dtype)}{adapters}{packed}"
 
     def bytes(self, operand: str) -> int:
         """Of one operand, read or written once."""
@@ -44,12 +50,15 @@ class Case:
         return {
             "partial": 0,
             "x": M * K * size,
-            "weight": N * K * size,
+            "weight": N * K * self.bits // 8 or N * K * size,
+            "scales": N * K // 64 * size if self.bits else 0,
+            "biases": N * K // 64 * size if self.bits else 0,
             "bias": N * size,
             "lora_A": r * K * adapter,
             "lora_B": N * r * adapter,
             "y": M * N * size,
             "dy": M * N * size,
+            "dx": M * K * size,
             "h": M * r * adapter,
             "z": M * r * adapter,
             "dA": r * K * adapter,
@@ -71,7 +80,7 @@ def operands(case: Case):
     M, K, N, r = case.M, case.K, case.N, case.r
     return (
         randn(M, K, dtype=case.dtype),
-        randn(N, K, dtype=case.dtype),
+        packed(case, *(randn(N, K // 64, dtype=case.dtype) for _ in range(2))) or randn(N, K, dtype=case.dtype),
         randn(N, dtype=case.dtype),
         randn(r, K, dtype=case.adapter_dtype),
         randn(N, r, dtype=case.adapter_dtype),
@@ -79,11 +88,19 @@ def operands(case: Case):
     )
 
 
+def packed(case: Case, scales: Tensor, biases: Tensor) -> Packed | None:
+    """A weight of so many bits, of zeros."""
+    if not case.bits:
+        return None
+    words = torch.zeros(case.N, case.K * case.bits // 32, dtype=torch.int32, device=scales.device)
+    return Packed(words.view(torch.uint32), scales, biases, case.bits, 64)
+
+
 def count_decode(case: Case) -> Moved:
     x, weight, bias, A, B, _ = operands(case)
     kernels = Kernels(case.gpu_cores, trace=True)
     kernels.decode(x, weight, bias, A, B, 1.0)
-    return _counted(kernels.runs, ("x", "weight", "bias", "lora_A", "lora_B", "y", "h", "partial"))
+    return _counted(kernels.runs, DECODE_OPERANDS)
 
 
 def count_delta(case: Case) -> Moved:
@@ -91,6 +108,22 @@ def count_delta(case: Case) -> Moved:
     kernels = Kernels(case.gpu_cores, trace=True)
     kernels.delta(y, x, A, B, 1.0)
     return _counted(kernels.runs, ("x", "lora_A", "lora_B", "y", "h", "partial"))
+
+
+GEMM_OPERANDS = {
+    False: ("x", "weight", "scales", "biases", "bias", "h", "lora_B", "y"),
+    True: ("dy", "weight", "scales", "biases", "bias", "z", "lora_A", "dx"),
+}
+
+
+def count_gemm(case: Case, is_backward: bool) -> Moved:
+    x, weight, bias, A, B, dy = operands(case)
+    h, kernels = torch.randn(case.M, case.r).to(case.adapter_dtype), Kernels(case.gpu_cores, trace=True)
+    if is_backward:
+        kernels.gemm_dx(dy, weight, A, h, 1.0)
+    else:
+        kernels.gemm(x, weight, bias, B, h, 1.0)
+    return _counted(kernels.runs, GEMM_OPERANDS[is_backward])
 
 
 def count_grad(case: Case) -> Moved:
@@ -120,11 +153,15 @@ def model_decode(case: Case) -> Moved:
     size, adapter, rows = case.dtype.itemsize, case.adapter_dtype.itemsize, int(launches[0].kernel.decode()[-1])
     # What is read again where the rows do not fill a block or the kernel.
     W_blocks, A_blocks = -(-case.N // W_ROWS), -(-case.r // W_ROWS)
+    a_row = case.K * case.bits // 8 or case.K * size
+    factors = (W_blocks * W_ROWS * case.K // 8 * size if case.bits else 0, 0)  # of a scale and a bias a run
     again = launches[0].threads[0] // launches[0].group[0] if h_sums is None else 1
     scratch = 0 if h_sums is None else h_sums.nbytes
     return {
         "x": ((W_blocks + again * A_blocks) * rows * case.K * size, 0),
-        "weight": (W_blocks * W_ROWS * case.K * size, 0),
+        "weight": (W_blocks * W_ROWS * a_row, 0),
+        "scales": factors,
+        "biases": factors,
         "bias": (case.M * case.bytes("bias"), 0),
         "lora_A": (again * A_blocks * W_ROWS * case.K * adapter, 0),
         "lora_B": (W_blocks * W_ROWS * case.r * adapter, 0),
@@ -150,6 +187,25 @@ def model_delta(case: Case) -> Moved:
     }
 
 
+def model_gemm(case: Case, is_backward: bool) -> Moved:
+    x, weight, bias, A, B, dy = operands_meta(case)
+    arguments = (dy, weight, None, A) if is_backward else (x, weight, bias, B)
+    (launch,) = Kernels(case.gpu_cores).plan_gemm(is_backward, *arguments)
+    column_tiles, row_tiles = launch.threads[0] // launch.group[0], launch.threads[1]
+    left, _, _, _, _, h, factor, y = GEMM_OPERANDS[is_backward]
+    scales = row_tiles * case.N * case.K // 8 * case.dtype.itemsize if case.bits else 0  # one a run
+    return {
+        left: (column_tiles * case.bytes(left), 0),
+        "weight": (row_tiles * case.bytes("weight"), 0),
+        "scales": (scales, 0),
+        "biases": (scales, 0),
+        "bias": (0 if is_backward else 16 * row_tiles * case.bytes("bias"), 0),  # by eight lanes of two simdgroups
+        h: (column_tiles * case.bytes(h), 0),
+        factor: (row_tiles * case.bytes(factor), 0),
+        y: (0, case.bytes(y)),
+    }
+
+
 def model_grad(case: Case) -> Moved:
     x, _, _, A, B, dy = operands_meta(case)
     launches, splits = Kernels(case.gpu_cores).plan_grad(x, dy, A, B)
@@ -171,7 +227,9 @@ def operands_meta(case: Case):
         M, K, N, r = case.M, case.K, case.N, case.r
         shapes = ((M, K), (N, K), (N,), (r, K), (N, r), (M, N))
         dtypes = (case.dtype,) * 3 + (case.adapter_dtype,) * 2 + (case.dtype,)
-        return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        found = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        found[1] = packed(case, *(torch.empty(N, K // 64, dtype=case.dtype) for _ in range(2))) or found[1]
+        return tuple(found)
 
 
 def total(case: Case | RowCase, moved: Moved) -> int:
@@ -281,6 +339,9 @@ def model_rows(operator: str, case: RowCase) -> Moved:
 COUNTED = {
     "lora_decode": (count_decode, [Case(1, 4096, 4096, 16), Case(4, 2048, 2048, 16), Case(1, 512, 512, 8)]),
     "lora_delta": (count_delta, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16), Case(16, 1024, 1024, 64)]),
+    "lora_decode, packed": (count_decode, [Case(1, 4096, 4096, 16, bits=4), Case(1, 4096, 4096, 16, bits=8)]),
+    "lora_gemm": (lambda case: count_gemm(case, False), [Case(256, 512, 512, 16, bits=4), Case(256, 512, 512, 16)]),
+    "lora_gemm, backward": (lambda case: count_gemm(case, True), [Case(256, 512, 512, 16, bits=4)]),
     "lora_grad": (count_grad, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16)]),
 }
 COUNTED_ROWS = [

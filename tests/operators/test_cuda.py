@@ -12,15 +12,18 @@ import torch_fused_lora as tfl
 from tests.operators.test_lora_delta import DTYPES as DELTA_DTYPES
 from tests.operators.test_lora_delta import NAMES, operands
 from tests.operators.test_lora_linear import DTYPES, laid_out, seeded_masks
+from tests.operators.test_quantized import call as quantized_call
 from tests.operators.test_rms_norm import DTYPES as ROW_DTYPES
 from tests.operators.test_rms_norm import EPS
 from tests.operators.test_rms_norm import exact as exact_rms_norm
-from tests.reference import HALF, UNIT, Delta, Layer
+from tests.reference import HALF, UNIT, Delta, Layer, QuantizedLayer
+from torch_fused_lora.affine import Packed, quantize
 from torch_fused_lora.doctor import self_test
 from torch_fused_lora.ops.dropout import keep_mask
 from torch_fused_lora.ops.dropout.operator import gpu_mask
 from torch_fused_lora.ops.lora_linear import ways
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
+from torch_fused_lora.ops.lora_linear_quantized import portable as quantized_portable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -171,6 +174,37 @@ def test_lora_delta_against_float64(dtypes, dropout_p, rows):
         if y_dtype in HALF and by_triton:
             expected.terms += (2 + 3) * 2**8
         expected.check(gradient, name)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [1, 16, 77])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 32)])
+def test_packed_words_against_float64(dtype, adapter_dtype, adapters, dropout_p, rows, bits, group_size, monkeypatch):
+    monkeypatch.setattr(quantized_portable, "_BLOCK_ELSEWHERE", 1 << 13)
+    K, N, r = 192, 96, 5
+    packed = quantize((torch.randn(N, K) * K**-0.25).bfloat16(), bits, group_size)
+    x, b = torch.randn(rows, K).to(CUDA, dtype), torch.randn(N).to(CUDA, dtype)
+    A, B = ((torch.randn(s) * K**-0.25).to(CUDA, adapter_dtype) for s in ((r, K), (N, r)))
+    leaves = [t.requires_grad_() for t in ((x, b, A, B) if adapters else (x, b))]
+    drops = dropout_p and adapters
+    masks = seeded_masks(3, x, [r], [dropout_p if adapters else 0.0])
+    layer = QuantizedLayer.of(x, packed, b, A, B, 0.5 if adapters else 0.0, masks)
+    words, scales, biases = (t.to(CUDA) for t in packed[:3])
+    options = {"dropout_p": dropout_p, "training": True} if adapters else {}
+    adapter = (A, B, 0.5) if adapters else (None, None)
+    y = quantized_call(x, Packed(words, scales, biases, bits, group_size), b, *adapter, **options)
+    grad = torch.randn(rows, N).to(CUDA, dtype)
+    found = {"y": y.detach()} | dict(
+        zip(("x", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, leaves, grad), strict=False)
+    )
+    for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
+        if name in found:
+            by_triton = adapters and (K % 8 == 0 if drops else rows > 16 and adapter_dtype == torch.float32)
+            if dtype in HALF and (by_triton or name == "y"):  # `triton._dot`
+                exact.terms += (2 + 3) * 2**8
+            exact.check(found[name].cpu(), name)
 
 
 @pytest.mark.parametrize(("rows", "columns", "outputs"), [(0, 64, 48), (40, 0, 48), (40, 64, 0)])

@@ -42,11 +42,11 @@ def operands(M=3, K=24, N=20, r=4, dtype=torch.float32, adapter_dtype=torch.floa
     return x.requires_grad_(needs), weight, bias, lora_A.requires_grad_(needs), lora_B.requires_grad_(needs)
 
 
-FAMILY_WORDS = ("lora", "decode", "delta", "grad", "sum", "splits")
+FAMILY_WORDS = ("lora", "decode", "delta", "gemm", "grad", "sum", "splits")
 
 
 def families(dispatches: dict[str, int]) -> dict[str, int]:
-    """Dispatches by kernel family: lora_decode_float_float_4 is a lora_decode."""
+    """Dispatches by kernel family: lora_decode_float_float_plain_4 is a lora_decode."""
     found: dict[str, int] = {}
     for name, count in dispatches.items():
         family = "_".join(word for word in name.split("_") if word in FAMILY_WORDS)

@@ -19,9 +19,11 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
+from torch_fused_lora.affine import Packed  # noqa: E402
 from torch_fused_lora.ops import launcher  # noqa: E402
 from torch_fused_lora.ops.lora_linear import gluon, ways  # noqa: E402
 from torch_fused_lora.ops.lora_linear import triton as kernels  # noqa: E402
+from torch_fused_lora.ops.lora_linear_quantized import triton as quantized  # noqa: E402
 
 # The interpreter multiplies no bfloat16: float16, and a plain product. What is allocated begins as NaN.
 INTERPRETED = """
@@ -75,10 +77,11 @@ with torch.no_grad():
     kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
     h = torch.randn(M, r)
-    added, *grads = kernels.backward(grad, torch.zeros(N, K, dtype=dtype), x, A, B, 0.5, h, True, True)
-    written, *again = kernels.backward(grad, None, x, A, B, 0.5, h, True, True)
+    base = lambda: torch.zeros(M, K, dtype=dtype)
+    added, *grads = kernels.backward(grad, None, base, x, A, B, 0.5, h, True, True)
+    written, *again = kernels.backward(grad, None, None, x, A, B, 0.5, h, True, True)
     assert torch.equal(added, written) and all(map(torch.equal, grads, again))
-    *none, alone = kernels.backward(grad, None, None, A, B, 0.5, h, False, True)
+    *none, alone = kernels.backward(grad, None, None, None, A, B, 0.5, h, False, True)
     assert none == [None, None]
     Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
 
@@ -228,7 +231,7 @@ def test_every_candidate_fits_the_smaller_cards(kernel, monkeypatch):
         monkeypatch.setattr(kernels, "tile", lambda name, *a, **k: one if name == kernel else default(name, *a, **k))  # noqa: B023
         kernels._plan.cache_clear(), kernels._parts.cache_clear()
         few = kernel == "few_rows"  # reads A itself where it is of the rows' dtype
-        found = launches(64 if few else 4096, 64, torch.bfloat16 if few else torch.float32, 0.0, None)
+        found = launches(16 if few else 4096, 64, torch.bfloat16 if few else torch.float32, 0.0, None)
         family = getattr(kernels, f"_{kernel}_kernel")
         launched, arguments, how = next(launch for launch in found if launch[0] is family)
         assert compiled_for(86, launched, arguments, how).metadata.shared <= 99 * 1024, one
@@ -236,7 +239,7 @@ def test_every_candidate_fits_the_smaller_cards(kernel, monkeypatch):
 
 
 def test_what_can_be_tuned_is_what_is_launched():
-    for M, r in ((1, 16), (64, 64), (64, 65), (65, 16), (4096, 16)):
+    for M, r in ((1, 16), (16, 64), (16, 65), (17, 16), (4096, 16)):
         for backward in (False, True):
             ways, *tiles = kernels.candidates(backward, M, r)
             assert ways == [{"lora_linear.way": 1}, {"lora_linear.way": 3}]
@@ -248,6 +251,19 @@ def test_what_can_be_tuned_is_what_is_launched():
             assert found == {name[1:].removesuffix("_kernel") for name in names} - ({"expand"} if backward else set())
             for one in itertools.chain.from_iterable(tiles):
                 assert kernels.tiles_of(one) == ((next(iter(one)).partition(".")[0], kernels.Tile(*one.values())),)
+
+
+def take_launches(patch):
+    """From now on launches are not made but listed: kernel, arguments and how it is compiled."""
+    found = []
+
+    def take(self, tensors, numbers, options, key):
+        _, arguments, how = self._prepare(*tensors, *options)
+        given = self._describe(*tensors, *options) if self._describe else tensors
+        found.append((self._kernel, (*given, *numbers, *arguments), how))
+
+    patch.setattr(launcher.Launcher, "__call__", take)
+    return found
 
 
 def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
@@ -263,27 +279,21 @@ def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
             ((M, 4096), torch.bfloat16),
         )
     )
-    found = []
-
-    def take(self, tensors, numbers, options, key):
-        _, arguments, how = self._prepare(*tensors, *options)
-        given = self._describe(*tensors, *options) if self._describe else tensors
-        found.append((self._kernel, (*given, *numbers, *arguments), how))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher.Launcher, "__call__", take)
+        found = take_launches(patch)
         patch.setattr(kernels, "carrying_rank", lambda *_: gluon if carried else None)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
         dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
         _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)
-        kernels.backward(grad, W if carried else None, x, A, B, 0.5, h, True, True, dropouts)
+        kernels.backward(grad, W if carried else None, None, x, A, B, 0.5, h, True, True, dropouts)
     return found
 
 
 def compiled_for(capability, kernel, arguments, how):
     """As Triton compiles it for a launch: pointers aligned, integers known to be 1 or a multiple of 16."""
     signature, constants, attributes = {}, {}, {}
-    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
     for parameter, value in zip(kernel.params, arguments, strict=True):
         is_tensor, known = isinstance(value, torch.Tensor), not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (known and type(value) is int and value == 1):
@@ -393,6 +403,44 @@ def test_what_carries_the_rank_wants_hopper_and_a_tested_triton(monkeypatch):
     ways._gluon_kernels.cache_clear()
 
 
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "adapter_dtype", "drops", "capability", "expected"),
+    [
+        ((16, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.BY_TRITON),
+        ((17, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),  # torch's own calls cost the host less
+        ((17, 4096, 4096), BFLOAT16, FLOAT32, False, (8, 0), ways.BY_TRITON),
+        ((17, 4096, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BY_TRITON),
+        ((17, 4092, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BLOCKS),  # half a counter
+        ((17, 4096, 4096), FLOAT16, FLOAT32, False, (7, 5), ways.WHOLE),
+        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.BY_TRITON),  # carried
+        ((4096, 4096, 4088), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),
+        ((4096, 4096, 4096), FLOAT16, FLOAT16, False, (9, 0), ways.WHOLE),
+        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.WHOLE),
+        ((4096, 4096, 4096), FLOAT32, FLOAT32, False, (9, 0), ways.WHOLE),
+    ],
+)
+def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype, drops, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(launcher, "TESTED", (launcher.triton.__version__.rpartition(".")[0],))
+    ways._has_kernels.cache_clear()
+    ways._gluon_kernels.cache_clear()
+
+    def on_card(shape, dtype):
+        where = {"is_cpu": False, "is_cuda": True, "device": SimpleNamespace(type="cuda"), "get_device": lambda: 0}
+        tensor = SimpleNamespace(shape=shape, dtype=dtype, **where)
+        tensor.float = lambda: tensor
+        return tensor
+
+    M, K, N = shape
+    operands = on_card((M, K), dtype), on_card((4, K), adapter_dtype), on_card((N, 4), adapter_dtype)
+    assert ways.choose(*operands, drops)[0] is expected
+    ways._has_kernels.cache_clear()
+    ways._gluon_kernels.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("M", "N", "columns", "fills"),
     [
@@ -414,6 +462,68 @@ def test_an_old_card_takes_the_composition(monkeypatch):
     ways._has_kernels.cache_clear()
     assert [ways._has_kernels(device) for device in (-1, 0, 1)] == [True, False, True]
     ways._has_kernels.cache_clear()
+
+
+def test_packed_words():
+    """Few rows in one pass with the low-rank term, and dequantised blocks: ragged tiles, every layout."""
+    interpret("""
+from tests.operators.test_lora_linear import laid_out
+from tests.operators.test_quantized import call
+from tests.reference import QuantizedLayer
+from torch_fused_lora.affine import quantize
+from torch_fused_lora.ops.lora_linear_quantized import portable, triton as quantized
+launched = []
+for name in ("product", "dequantize"):
+    def counting(*arguments, name=name, kernel=getattr(quantized, name)):
+        launched.append(name)
+        return kernel(*arguments)
+    setattr(quantized, name, counting)
+portable._BLOCK = 64 * 40
+half, wide = torch.float16, torch.float32
+for bits, group_size, M, (K, N, r), dtype, adapter_dtype, scale_dtype, layout in (
+    (4, 64, 1, (320, 37, 4), half, wide, half, "contiguous"),
+    (8, 32, 16, (96, 16, 20), half, wide, torch.bfloat16, "transposed"),
+    (4, 32, 2, (96, 90, 3), wide, wide, half, "contiguous"),
+    (4, 128, 5, (384, 20, 1), half, half, wide, "strided"),
+    (4, 32, 3, (32, 3, 0), half, None, wide, "offset"),
+    (8, 64, 17, (64, 90, 3), half, wide, half, "contiguous"),
+):
+    packed = quantize((torch.randn(N, K) * K**-0.5).to(scale_dtype), bits, group_size)
+    x, bias = laid_out((M, K), dtype, layout), torch.randn(N).to(dtype)
+    A, B = (laid_out(s, adapter_dtype, layout) for s in ((r, K), (N, r))) if r else (None, None)
+    leaves = [t.requires_grad_() for t in (x, bias, A, B) if t is not None]
+    for scaling in (0.5, torch.tensor(0.5)) if r else (1.0,):
+        launched.clear()
+        y = call(x, packed, bias, A, B, scaling)
+        few = M <= 16 and dtype == half
+        assert launched == ["product"] if few else set(launched) == {"dequantize"} and len(launched) > 1, launched
+        adapter = (A, B, 0.5) if r else (x.new_zeros(1, K), x.new_zeros(N, 1), 0.0)
+        layer = QuantizedLayer.of(x, packed, bias, *adapter)
+        layer.output().check(y.detach())
+        grad = torch.randn(M, N).to(dtype)
+        for name, found in zip(("x", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, leaves, grad)):
+            layer.gradients(grad)[name].check(found, name)
+    for to in (half, wide):
+        assert torch.equal(quantized.dequantize(packed, to), packed.dequantize(to))
+""")
+
+
+@pytest.mark.parametrize(("bits", "adapters"), [(4, True), (8, False)])
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(capability, bits, adapters):
+    N, K, half = 4096, 4096, torch.bfloat16
+    words = torch.empty(N, K * bits // 32, dtype=torch.int32, device="meta")
+    scales = torch.empty(N, K // 64, dtype=half, device="meta")
+    packed = Packed(words, scales, scales, bits, 64)
+    x, bias = torch.empty(8, K, dtype=half, device="meta"), torch.empty(N, dtype=half, device="meta")
+    h, B = torch.empty(8, 16, device="meta"), torch.empty(N, 16, device="meta")
+    adapter = (bias, h, B, 0.5) if adapters else (None, None, None, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        found = take_launches(patch)
+        quantized.product(x, packed, *adapter)
+        quantized.dequantize(packed, half)
+    for kernel, arguments, how in found:
+        check_compiled(capability, kernel, arguments, how)
 
 
 def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(monkeypatch):

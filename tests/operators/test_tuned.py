@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 
 import pytest
@@ -90,14 +91,17 @@ def test_an_entry_changes_its_layer_and_no_other(mps):
     assert {layer: described(layer) for layer in before} == before
 
 
-def test_the_bits_are_those_of_the_same_override(mps):
+@pytest.mark.parametrize("text", [BOTH, "lora_gemm.plain=1"])
+def test_the_bits_are_those_of_the_same_override(mps, text):
     a = operands(40, 300, 200, dtype=torch.float16)
     default = run(a)
-    with overridden(BOTH):
+    with overridden(text):
         expected = run(a)
-    with tuned_as(BOTH, FORWARD, BACKWARD):
+    with tuned_as(text, FORWARD, BACKWARD):
+        planned = {name for layer in (FORWARD, BACKWARD) for name in re.findall(r"kernel='(\w+)'", described(layer))}
         found, again = run(a), run(a)
         elsewhere = run(operands(40, 300, 192, dtype=torch.float16))
+    assert set(found[1]) == planned
     assert same(found, expected)
     assert same(found, again)
     assert not same(found, default)

@@ -78,11 +78,11 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
 
 DELTA = """\
   lora_delta_bfloat_float_down_2_4_plain
-    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
-    8 x 16 x 1 threadgroups of 256 threads, 262144 bytes of scratch
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
+    4 x 16 x 1 threadgroups of 256 threads, 131072 bytes of scratch
   lora_delta_bfloat_float_up_2_4_plain
-    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
-    8 x 16 x 1 threadgroups of 256 threads, no scratch
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
+    6 x 16 x 1 threadgroups of 256 threads, no scratch
 """
 
 
@@ -94,8 +94,8 @@ def test_plan_of_many_rows(mps, capsys):
 forward, after torch's own x W^T + b:
 {DELTA}backward, after torch's own dy W:
 {DELTA}  lora_grad_bfloat_float_float_2_plain
-    rank_blocks 2, columns 128, depth 32, splits 2, split_rows 256
-    16 x 2 x 1 threadgroups of 256 threads, 262144 bytes of scratch
+    rank_blocks 2, columns 128, depth 32, splits 8, split_rows 64
+    16 x 8 x 1 threadgroups of 256 threads, 1048576 bytes of scratch
   sum_splits_float
     nothing to choose
     128 x 1 x 1 threadgroups of 256 threads, no scratch
@@ -109,7 +109,9 @@ def test_plan_of_a_single_row_is_for_this_gpu(mps, capsys):
         assert main(["doctor", "--plan", "1x4096x4096", *cores]) == 0
         texts.append(capsys.readouterr().out.partition("\n")[2])
     assert texts[0] == texts[1] != texts[2]
-    assert "forward:\n  lora_decode_half_half_1\n    slices 4, dispatches 2\n    4 x 1 x 1 threadgroups" in texts[0]
+    assert (
+        "forward:\n  lora_decode_half_half_plain_1\n    slices 4, dispatches 2\n    4 x 1 x 1 threadgroups" in texts[0]
+    )
 
 
 def test_plan_refuses(mps, capsys):

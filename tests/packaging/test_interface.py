@@ -12,12 +12,19 @@ import torch_fused_lora as tfl
 
 NAMES = [
     "LoRALinear",
+    "QuantLinear",
+    "dequantize_",
     "keep_operators",
+    "load_mlx_adapters",
     "lora_delta",
     "lora_linear",
+    "lora_linear_quantized",
     "patch_norms",
     "patch_peft",
+    "quantize_",
+    "quantized_linear",
     "rms_norm",
+    "save_mlx_adapters",
     "softmax",
     "unpatch_norms",
     "unpatch_peft",
@@ -31,6 +38,12 @@ SCHEMAS = {
     "float dropout_p=0., Tensor? seed=None) -> Tensor",
     "lora_linear_backward": "(Tensor grad, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor scaling, "
     "Tensor? h, Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
+    "lora_linear_quantized_forward": "(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias, "
+    "Tensor? lora_A, Tensor? lora_B, Tensor scaling, Tensor? seed, float[] dropout_p, SymInt[] ranks, int bits, "
+    "int group_size, bool save_h) -> (Tensor, Tensor)",
+    "lora_linear_quantized_backward": "(Tensor grad, Tensor? x, Tensor weight, Tensor scales, Tensor biases, "
+    "Tensor? lora_A, Tensor? lora_B, Tensor scaling, Tensor? h, Tensor? seed, float[] dropout_p, SymInt[] ranks, "
+    "int bits, int group_size, bool[] needs) -> Tensor[]",
     "rms_norm": "(Tensor x, Tensor? weight, float eps=9.9999999999999995e-07) -> Tensor",
     "rms_norm_backward": "(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, bool[2] needs) -> Tensor[]",
     "softmax": "(Tensor x, int dim=-1) -> Tensor",
@@ -57,6 +70,10 @@ def test_a_layers_keys():
     layer.merge()
     assert list(layer.state_dict()) == keys
     assert list(tfl.LoRALinear(4, 3, r=2, bias=False).state_dict()) == ["weight", "lora_A", "lora_B"]
+
+
+def test_a_quantised_layers_keys():
+    assert list(tfl.QuantLinear(64, 3).state_dict()) == ["weight", "bias", "scales", "biases"]
 
 
 def test_a_patched_models_keys():

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_fused_lora.ops.lora_linear import lora_linear
 from torch_fused_lora.ops.rms_norm import rms_norm
@@ -319,7 +320,8 @@ def saved_bytes(step: Callable[[], object]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor if (base := base_of(tensor)) is None else base, nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            storages[StorageWeakRef(storage).cdata] = storage.nbytes()  # which meta tensors have, too
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -47,7 +47,7 @@ def wrong(found: Mapping[str, Any]) -> list[str]:
         texts += [f"not found: {name}" for name in attempts.keys() - seen if not (attempts[name] or "clean" in name)]
         texts += [f"{name}: {text}" for name, text in attempts.items() if "clean" in name and text]
         texts += [f"compute-sanitizer: {name}" for report in reports for name in report["clean kernels"]]
-    for case in found.get("times", {}).get("cases", ()):
+    for case in (case for part in ("times", "packed") for case in found.get(part, {}).get("cases", ())):
         if not case["relative_error"] < 1e-3:  # half rounds to 2.1e-4
             texts.append(f"{case['kernel']}, {case['shape']}: off by {case['relative_error']}")
     return texts
@@ -72,6 +72,9 @@ def run(folder: Path, results: Path, parts: list[str]) -> int:
         found["times"] = times.measure(modules)
         found["registers and local bytes of a thread"] = modules.registers()
         print(times.table(found["times"]))
+    if "packed" in parts:
+        found["packed"] = times.measure(modules, times.PACKED_CASES)
+        print(times.table(found["packed"]))
     if found:
         (results / "metal_on_gpu.json").write_text(json.dumps(found) + "\n")
     print(*(texts := wrong(found)), sep="\n")
@@ -83,7 +86,7 @@ def main() -> int:
     parser.add_argument("command", choices=["build", "run"])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="what build writes and run reads")
     parser.add_argument("--results", type=Path, default=FOLDER, help="where run leaves metal_on_gpu.json")
-    parser.add_argument("--parts", nargs="+", default=["tests", "faults", "times"])
+    parser.add_argument("--parts", nargs="+", default=["tests", "faults", "times", "packed"])
     options = parser.parse_args()
     if options.command == "run":
         return run(options.folder, options.results, options.parts)

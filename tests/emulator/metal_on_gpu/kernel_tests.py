@@ -18,7 +18,7 @@ from tests.emulator.metal_on_cpu import library as on_cpu
 from tests.emulator.metal_on_gpu import library as on_gpu
 
 # Not the lint, which is not of the GPU. Tests in trace mode run as all others.
-SELECTION = ["test_metal_kernels.py", "test_row_kernels.py", "-k", "not lint"]
+SELECTION = ["test_metal_kernels.py", "test_quantized_kernels.py", "test_row_kernels.py", "-k", "not lint"]
 Note = tuple[str, str, str]  # a dispatch: kernel, digests of its arguments and of what it left in them
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.emulator.metal_on_gpu.driver import driver
 from tests.emulator.metal_on_gpu.library import Dispatches, Modules
 from tests.kernels.launch_plan import Launch
+from torch_fused_lora.affine import Packed
 
 LABEL = "Metal source on an NVIDIA GPU, not Apple"
 HALF, SCALING, EPS = torch.float16, 0.5, 1e-6
@@ -77,6 +78,74 @@ def decode(M: int, K: int, N: int, r: int) -> Case:
             "PEFT": lambda o: peft(o, F.linear(o.x, o.W)),
         },
         ("x", "W", "A", "B", "y"),
+    )
+
+
+def packed_layer(M: int, K: int, N: int, r: int, bits: int) -> Operands:
+    """As ``layer``, of random words in groups of 64 instead of W; of elements where there are no bits."""
+    o = layer(M, K, N, r)
+    o.h, o.z = o.h / 2, o.z / 2
+    if bits:
+        o.words = torch.randint(-(2**31), 2**31 - 1, (N, K * bits // 32), dtype=torch.int32).view(torch.uint32)
+        o.scales, o.biases = randn(N, K // 64) / 2 ** (bits + 4), randn(N, K // 64) / 32
+        o.W = Packed(o.words, o.scales, o.biases, bits, 64)
+    return o
+
+
+def whole(o: Operands) -> Tensor:
+    return o.W.double() if isinstance(o.W, Tensor) else o.W.dequantize(torch.float64)
+
+
+def packed_case(
+    kernel: str,
+    sizes: tuple[int, int, int, int],
+    bits: int,
+    ours: Callable[[Dispatches, Operands], Tensor | None],
+    exact: Callable[[Operands], Tensor],
+    moved: Sequence[str],
+) -> Case:
+    M, K, N, r = sizes
+    return Case(
+        kernel,
+        f"{M} x {K} x {N}, r {r}, {f'{bits}-bit' if bits else 'plain'}",
+        lambda: packed_layer(*sizes, bits),
+        ours,
+        exact,
+        {},
+        (*moved, *(("words", "scales", "biases") if bits else ("W",))),
+    )
+
+
+def packed_decode(*sizes: int, bits: int) -> Case:
+    return packed_case(
+        "lora_decode",
+        sizes,
+        bits,
+        lambda kernels, o: kernels.decode(o.x, o.W, None, o.A, o.B, SCALING)[0],
+        lambda o: o.x.double() @ whole(o).T + low_rank(o),
+        ("x", "A", "B", "y"),
+    )
+
+
+def gemm(*sizes: int, bits: int) -> Case:
+    return packed_case(
+        "lora_gemm",
+        sizes,
+        bits,
+        lambda kernels, o: kernels.gemm(o.x, o.W, None, o.B, o.h, SCALING),
+        lambda o: o.x.double() @ whole(o).T + SCALING * o.h.double() @ o.B.double().T,
+        ("x", "h", "B", "y"),
+    )
+
+
+def gemm_dx(*sizes: int, bits: int) -> Case:
+    return packed_case(
+        "lora_gemm, backward",
+        sizes,
+        bits,
+        lambda kernels, o: kernels.gemm_dx(o.dy, o.W, o.A, o.z, SCALING),
+        lambda o: o.dy.double() @ whole(o) + SCALING * o.z.double() @ o.A.double(),
+        ("dy", "z", "A", "x"),
     )
 
 
@@ -189,6 +258,15 @@ CASES = [
 ]
 
 
+# Over packed weights, which torch has no product for: part "packed" of `run`.
+PACKED_CASES = [
+    *[packed_decode(M, 4096, 4096, 16, bits=4) for M in (1, 2, 4, 8)],
+    packed_decode(1, 4096, 4096, 16, bits=8),
+    *[gemm(M, 4096, 4096, 16, bits=bits) for M in (32, 512, 4096) for bits in (4, 0)],
+    *[gemm_dx(M, 4096, 4096, 16, bits=bits) for M in (512, 4096) for bits in (4, 0)],
+]
+
+
 def plan(case: Case, operands: Operands, gpu_cores: int) -> tuple[Planned, Tensor | None]:
     """What is to be launched, and where the result will be."""
     planned: Planned = []
@@ -199,7 +277,7 @@ def plan(case: Case, operands: Operands, gpu_cores: int) -> tuple[Planned, Tenso
 def sources(cores: Sequence[int]) -> set[str]:
     """Of all that is launched for GPUs of these cores."""
     with torch.device("meta"):
-        planned = [plan(case, case.make(), count)[0] for case in CASES for count in cores]
+        planned = [plan(case, case.make(), count)[0] for case in (*CASES, *PACKED_CASES) for count in cores]
     return {launch.source.decode() for dispatches in planned for launch, _ in dispatches}
 
 
@@ -250,13 +328,13 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / min(microseconds([way] * 4) for way in ways) / 1e3
 
 
-def measure(modules: Modules) -> dict[str, object]:
-    """All cases, as what the JSON file holds."""
+def measure(modules: Modules, cases: Sequence[Case] = CASES) -> dict[str, object]:
+    """These cases, as what the JSON file holds."""
     properties = torch.cuda.get_device_properties(0)
     cores, cache = properties.multi_processor_count, properties.L2_cache_size
     with torch.device("cuda"):
         copy = copy_bandwidth()
-        found = [measure_case(case, modules, cores, cache, copy) for case in CASES]
+        found = [measure_case(case, modules, cores, cache, copy) for case in cases]
     return {
         "label": LABEL,
         "card": properties.name,

@@ -212,7 +212,7 @@ class _LoRADelta(dispatch.Operator):
     @staticmethod
     def backward(grad: Tensor, x: Saved, *rest: Any) -> tuple[Maybe, ...]:
         rows, x_rows = packed(flat(grad), None if x is None else flat(x))
-        grad_x, *others = portable.low_rank_backward(rows, x_rows, None, *rest)
+        grad_x, *others = portable.low_rank_backward(rows, x_rows, None, None, *rest)
         if grad_x is not None:
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[1])
         return grad_x, *others

@@ -71,7 +71,8 @@ def product(
     width = -(-(terms * r + (bias is not None)) // 8) * 8
     u, v = rows.new_empty((M, width)), rows.new_empty((N, width) if turned else (width, N))
     number, factor = as_factor(scale, rows)
-    key = adapter.dtype, adapter.shape, adapter.stride(), None if bias is None else bias.stride(), M
+    of_bias, of_h = None if bias is None else bias.stride(), None if h is None else h.dtype
+    key = M, adapter.dtype, adapter.shape, adapter.stride(), of_bias, of_h
     tensors = u, v, found, adapter, bias, h, factor
     _launch_augment(tensors, (number * dropout.inverse_keep,), (parts, terms, width, turned), key)
     out = rows.new_empty((M, N))

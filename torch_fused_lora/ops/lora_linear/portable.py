@@ -8,9 +8,10 @@ grows with the width and the number of rows. Half rows on an NVIDIA GPU are left
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,8 +103,9 @@ def backward(
     if grad.dtype in HALF:
         grad_rows, x_rows, weight = packed(grad_rows, x_rows, weight)
     low_rank_needs = need_x, need_A, need_B, need_scaling
+    base = functools.partial(grad_rows.mm, weight) if need_x else None
     grad_x, grad_A, grad_B, grad_scaling = low_rank_backward(
-        grad_rows, x_rows, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, low_rank_needs
+        grad_rows, x_rows, weight, base, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, low_rank_needs
     )
     return (
         grad_x if is_matrix or not need_x else unflat(grad_x, grad),
@@ -119,6 +121,7 @@ def low_rank_backward(
     grad: Tensor,
     x: Saved,
     weight: Saved,
+    base: Callable[[], Tensor] | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: Any,
@@ -129,7 +132,8 @@ def low_rank_backward(
     needs: Flags,
 ) -> tuple[Saved, Maybe, Maybe, Maybe]:
     """As `backward`, for matrices, without the gradients of weight and bias: x's (in grad's dtype), lora_A's, lora_B's
-    and scaling's. x's has no part of the base where ``weight`` is None."""
+    and scaling's. ``base`` makes the base's part of x's; where it is None, there is none. It is a product with
+    ``weight``, where one is given, which a kernel may make instead."""
     need_x, need_A, need_B, need_scaling = needs
     # grad_h is dB, except where ds needs it unscaled.
     grad_x: Saved = None
@@ -145,19 +149,20 @@ def low_rank_backward(
             grad_A = _product(z.t(), x if x.dtype is A.dtype else x.float(), scale, A)
         if need_B or need_scaling:
             grad_h = _product(wide.t(), cast(h, A.dtype), 1.0 if need_scaling else scale, B)
-        if need_x and weight is None:
+        if need_x and base is None:
             grad_x = cast((z * scale).mm(A), grad.dtype)
-        elif need_x:  # after what is small: the weight drives all else out of a CPU's caches
-            grad_x = grad.mm(weight)
+        elif base is not None:  # after what is small: the weight drives all else out of a CPU's caches
+            grad_x = base()
             _add_product_(grad_x, z, A, scale)
     elif need_x or need_A or need_B or need_scaling:
         x_side = x if need_A else None
         if way is BY_TRITON:
             dropouts, by_triton = _dropouts(seed, dropout_p, ranks, A), triton_kernels().backward
-            grad_x, grad_A, grad_h = by_triton(grad, weight, x_side, A, B, scale, h, need_x, not need_scaling, dropouts)
+            others = x_side, A, B, scale, h, need_x, not need_scaling, dropouts
+            grad_x, grad_A, grad_h = by_triton(grad, weight, base, *others)
         else:
             if need_x:
-                grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if weight is None else grad.mm(weight)
+                grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if base is None else base()
             if h is not None and not need_scaling:
                 h = _widened(h, A) * scaling
             grad_A, grad_h = _backward_by_blocks(grad, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)

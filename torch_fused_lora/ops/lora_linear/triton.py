@@ -1,9 +1,10 @@
 """The low-rank term as Triton kernels: half rows that meet adapters, with or without dropout, on an NVIDIA GPU.
 
 Beside torch's product for the base a forward is two launches: h, in parts (`_product_kernel`), and what it adds to y
-(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 64 rows a
+(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows a
 forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's. The base comes
-first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more.
+first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more. On Hopper
+it carries the rank, where there are rows enough (`gluon.py`), and only h, z and the adapters' gradients are made here.
 
 Operands of the full width are read as they are, masks drawn in registers. Sums are in float32, in a fixed order;
 products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfloat16 rounding.
@@ -12,7 +13,7 @@ products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfl
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -26,7 +27,6 @@ from ..launcher import Launcher
 from .ways import carrying_rank, tuned_layers
 
 FEW = 16  # rows, the least that the matrix units take
-ONE_PASS = 64  # rows, up to which a forward is one pass over the weight
 WIDE = 64  # ranks, the most that one tile has
 PROGRAMS = 264  # that a launch should have: two for each multiprocessor of an H100
 
@@ -60,7 +60,7 @@ Tiles: TypeAlias = "tuple[tuple[str, Tile], ...] | None"  # by kernel, instead o
 
 def candidates(backward: bool, M: int, r: int) -> list[list[dict[str, int]]]:
     """What can be tuned of a layer, in the words of its overrides: its way, and the tile of each kernel."""
-    few = M <= ONE_PASS and r <= WIDE
+    few = M <= FEW and r <= WIDE
     kernels = "product", "gradients" if backward else "few_rows" if few else "expand"
     tiles = [
         [{f"{kernel}.{field}": number for field, number in one._asdict().items()} for one in CANDIDATES[kernel]]
@@ -87,7 +87,7 @@ def tile(kernel: str, M: int, r: int, drops: bool = False, carried: bool = False
         if name == kernel:
             return own
     if kernel == "few_rows":
-        return Tile(32, 256 if r <= 16 else 128, 2)  # rows of the weight
+        return Tile(32, 256 if r <= 16 else 128, 2, 4)  # rows of the weight
     if kernel == "product":
         if r <= 32:
             return Tile(FEW, 128) if M <= FEW else Tile(64, 128, stages=4 if carried else 3)
@@ -95,7 +95,7 @@ def tile(kernel: str, M: int, r: int, drops: bool = False, carried: bool = False
     if kernel == "expand":
         return Tile(FEW if M <= FEW else 64, 128, stages=1) if M <= 1024 else Tile(128, 128, 8, stages=1)
     if carried:
-        return Tile(64, 128, stages=4)
+        return Tile(64, 128, stages=3 if drops and r <= 32 else 4)
     return Tile(FEW if M <= FEW else 32 if drops else 64, 128, stages=2)
 
 
@@ -136,7 +136,7 @@ def forward(
     if gluon := carrying_rank(x, weight, B.shape[0], way):
         found, parts, h, saved = _low_rank(x, A, dropouts, save_h, True, tiles)
         return gluon.product(x, weight, True, bias, parts, found, B, scale, h), saved
-    if M > ONE_PASS or r > WIDE or dropouts:
+    if M > FEW or r > WIDE or dropouts:
         y = F.linear(x, weight, bias)
         return y, add_delta_(y, x, A, B, scale, dropouts, save_h, tiles)
     y = x.new_empty((M, weight.shape[0]))
@@ -191,6 +191,7 @@ def _low_rank(
 def backward(
     grad: Tensor,
     weight: Tensor | None,
+    base: Callable[[], Tensor] | None,
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -200,15 +201,15 @@ def backward(
     scale_h: bool,
     dropouts: Sequence[Dropout] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dY W + dropout(z A)`` with z = s dY B, without dY W if there is no weight; zᵀ dropout(x), of the adapters'
-    dtype; and dYᵀ h, times s and of the adapters' dtype if ``scale_h``, else float32. None where not needed, or where a
-    tensor is not given."""
+    """``base() + dropout(z A)`` with z = s dY B, without ``base`` if it is None, and by a product of our own where base
+    makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of the
+    adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given."""
     (M, N), (r, K) = grad.shape, A.shape
     way, tiles = (0, None) if dropouts else tuned_layers(grad.get_device()).of(True, grad, A, B)
     in_product = carrying_rank(grad, weight, K, way) if need_x and len(dropouts) < 2 else None
     grad_x = None
     if need_x and not in_product:
-        grad_x = grad.new_empty((M, K)) if weight is None else grad.mm(weight)
+        grad_x = grad.new_empty((M, K)) if base is None else base()
     grad_A = None if x is None else grad.new_empty((r, K), dtype=A.dtype)
     grad_B = None if h is None else grad.new_empty((N, r), dtype=B.dtype if scale_h else torch.float32)
     scale_B = scale if scale_h else 1.0
@@ -216,7 +217,7 @@ def backward(
     plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried, tiles)
     work = grad.new_empty(plan.size, dtype=torch.float32)
     if plan.parts:
-        dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, weight is None
+        dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, base is None
         zeroed = plan.counters, plan.size - plan.counters
         _product(work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried, tiles=tiles)
         if in_product:
@@ -333,7 +334,7 @@ def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: boo
     parts, splits = _parts(M, N, r, carried, tiles), 1
     rows, columns, *_ = tile("gradients", M, r, drops, carried, tiles)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
-    # To draw a mask takes the longer the fewer there are to hide it.
+    # Those that draw a mask take longer than those of dY's columns, which make room for others.
     programs = 2 * PROGRAMS if drops and carried and r <= 32 else PROGRAMS
     while 3 * splits * blocks <= 2 * programs and 2 * splits * rows <= M:
         splits *= 2
@@ -606,8 +607,7 @@ def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts, tiles):  # typ
     bias_n = 0 if bias is None else bias.stride(0)
     strides = y.stride(0), *x.stride(), *weight.stride(), bias_n, *a.stride(), *B.stride()
     own = tile("few_rows", M, R, tiles=tiles)
-    block_M = max(FEW, triton.next_power_of_2(M))
-    arguments = M, N, K, R, *strides, parts, block_M, own.rows, own.columns, _rank_block(R)
+    arguments = M, N, K, R, *strides, parts, FEW, own.rows, own.columns, _rank_block(R)
     return (ceil_div(N, own.rows), 1, 1), arguments, own.how
 
 

@@ -14,6 +14,7 @@ from ...tuned import Layer, Table, bucket, numbers_of
 from ..rows import HALF
 
 FEW = 16  # rows that are never split into blocks
+LARGE = 2**36  # multiplications of a base product that keeps a card busier than its host
 
 
 class Way(enum.Enum):
@@ -30,8 +31,9 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
-    meet adapters in Triton kernels. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on
-    Hopper."""
+    meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them. ``carrying``: from how
+    many bfloat16 rows on the base product carries the rank, on Hopper; of half adapters, without dropout, from `LARGE`
+    on."""
 
     block: int
     triton: bool = False
@@ -123,11 +125,16 @@ def choose(
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
         if limits.triton and M * K * N > 0 and _has_kernels(index := rows.get_device()):  # no grid is empty
-            # Dropout's tiles begin at whole counters of 8 elements. Where rows are many, all of one dtype, torch's own
-            # products take less of the device's time.
-            many = limits.carrying <= M and dtype is rows.dtype
             tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
-            if tuned in (1, 3) or (not tuned and (K % 8 == 0 if drops else not many or _carries(rows))):
+            if drops:
+                fits = K % 8 == 0  # tiles begin at whole counters of 8 elements
+            elif tuned:
+                fits = tuned != 2
+            elif dtype is rows.dtype and M > FEW:  # torch's own calls take less of the host's time
+                fits = M * K * N >= LARGE and _carries(rows)
+            else:
+                fits = True
+            if fits:
                 return BY_TRITON, lora_A, lora_B
     if dtype is rows.dtype and not drops and not lora_A.is_cpu:
         return WHOLE, lora_A, lora_B

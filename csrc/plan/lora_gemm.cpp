@@ -1,0 +1,63 @@
+#include "../../metal/lora_gemm.h"
+
+#include <algorithm>
+
+#include "dropout.h"
+#include "lora.h"
+#include "planning.h"
+
+extern const char lora_gemm_source[];  // metal/embed.py writes it
+
+namespace torch_fused_lora {
+
+using namespace tfl;  // what metal/ says
+
+namespace {
+
+GemmConfiguration choose(const GemmProblem& p, uint64_t columns) {
+  // Half the rows where the tiles would not fill the GPU twice, or have no more rows.
+  const uint64_t tiles = ceil_div(p.in.rows, 64) * ceil_div(columns, GEMM_COLUMNS);
+  const bool few = p.in.rows <= 32 || tiles < 2 * p.gpu_cores;
+  return {unless(overrides().lora_gemm.rows, few ? 32 : 64), overrides().lora_gemm.plain};
+}
+
+}  // namespace
+
+bool multiplies_plain(Scalar dtype) { return overrides().lora_gemm.plain > 0 && dtype != Scalar::float32; }
+
+Plan<GemmConfiguration> plan(const GemmProblem& p) {
+  const bool is_forward = p.pass == Pass::forward;
+  const Operand& W = p.weight.operand;
+  Plan<GemmConfiguration> plan = {too_large({{is_forward ? "x" : "dy", p.in}, {"weight", W}, {"factor", p.factor}})};
+  if (!plan.error.empty()) return plan;
+  const uint64_t terms = is_forward ? W.cols : W.rows, columns = is_forward ? W.rows : W.cols;
+  auto& [launch, c] = plan.steps.emplace_back();
+  c = choose(p, columns);
+  Variant variant("lora_gemm");
+  variant.add(msl(p.dtype)).add(msl(p.adapter_dtype));
+  add_format(variant, p.weight, p.dtype);
+  variant.add(c.rows)
+      .add(is_forward ? "false" : "true", is_forward ? "forward" : "backward")
+      .add(p.dropout_p > 0 ? "true" : "false", p.dropout_p > 0 ? "drop" : "keep")
+      .assemble(lora_gemm_source, launch);
+  set_grid(launch, LANES * GEMM_SIMDGROUPS, ceil_div(columns, GEMM_COLUMNS), ceil_div(p.in.rows, c.rows));
+  const uint64_t r = is_forward ? p.factor.cols : p.factor.rows;
+  const uint32_t flags = (p.has_bias ? GEMM_HAS_BIAS : 0) | (aligned(p.in, p.dtype) ? GEMM_WIDE_X : 0) |
+      (p.weight.bits == 0 && aligned(W, p.dtype) ? GEMM_WIDE_W : 0) |
+      (r % wide_elements(p.adapter_dtype) == 0 ? GEMM_WIDE_H : 0) |
+      (aligned(p.factor, p.adapter_dtype) ? GEMM_WIDE_FACTOR : 0) |
+      (columns % wide_elements(p.dtype) == 0 ? GEMM_WIDE_Y : 0);
+  set_arguments(
+      launch,
+      {{GEMM_ROWS_TERMS, pair(p.in.rows, terms)},
+       {GEMM_COLUMNS_RANKS, pair(columns, r)},
+       {GEMM_X_LEVELS, levels(p.in)},
+       {GEMM_X_STRIDES, strides(p.in)},
+       {GEMM_W_LAYOUT, layout(p.weight)},
+       {GEMM_FACTOR_STRIDES, strides(p.factor)},
+       {GEMM_FLAGS_BIAS_STRIDE, pair(flags, p.bias_stride)},
+       {GEMM_DROPOUT_WORDS, dropout_words(p.dropout_p)}});
+  return plan;
+}
+
+}  // namespace torch_fused_lora

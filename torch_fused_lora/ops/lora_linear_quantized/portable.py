@@ -1,0 +1,147 @@
+"""The portable kernels: W is dequantised by blocks, never whole, for torch's own products; the low-rank term and its
+gradients are lora_linear's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...affine import Packed
+from ..dispatch import Flags, Floats, Ints, Maybe, Saved
+from ..lora_linear.portable import add_delta_, low_rank_backward
+from ..lora_linear.ways import limits_of, triton_kernels
+from ..rows import HALF, cast, flat, packed, unflat
+
+# Elements of W that are dequantised at a time: 4 MiB of float32 on a CPU, 32 MiB of a half dtype elsewhere. In backward
+# a block is of columns, no fewer than one group of each row.
+_BLOCK = 1 << 20
+_BLOCK_ELSEWHERE = 1 << 24
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    bias: Maybe,
+    lora_A: Saved,
+    lora_B: Saved,
+    scaling: float | Tensor,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    bits: int,
+    group_size: int,
+    save_h: bool,
+) -> tuple[Tensor, Maybe]:
+    """The base product, then y += s h Bᵀ in place; of few half rows on an NVIDIA GPU both in one kernel, rounded once.
+    Returns (y, h), h None unless there is one that is to be saved."""
+    (rows,) = packed(flat(x))
+    base, kernels, h = Packed(weight, scales, biases, bits, group_size), _triton(x.device, x.dtype), None
+    if kernels and x.dtype in HALF and seed is None and 0 < rows.shape[0] <= kernels.ROWS and weight.numel():
+        h = None if lora_A is None else F.linear(cast(rows, lora_A.dtype), lora_A)
+        y = kernels.product(rows, base, bias, h, lora_B, scaling)
+    else:
+        y = _product(rows, base, bias)
+        if lora_A is not None:
+            h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+    return unflat(y, x), h if save_h else None
+
+
+def backward(
+    grad: Tensor,
+    x: Saved,
+    weight: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    lora_A: Saved,
+    lora_B: Saved,
+    scaling: Any,
+    h: Saved,
+    seed: Maybe,
+    dropout_p: Floats,
+    ranks: Ints,
+    bits: int,
+    group_size: int,
+    needs: Flags,
+) -> tuple[Maybe, ...]:
+    """As lora_linear's, in the order of the forward's inputs."""
+    need_x, need_bias, *low_rank_needs = needs
+    rows, x_rows = packed(flat(grad), None if x is None else flat(x))
+    base = functools.partial(_product_backward, rows, Packed(weight, scales, biases, bits, group_size))
+    grad_x: Maybe
+    others: Sequence[Maybe]
+    if lora_A is None:
+        grad_x, others = base() if need_x else None, (None, None, None)
+    else:
+        grad_x, *others = low_rank_backward(
+            rows,
+            x_rows,
+            None,
+            base if need_x else None,
+            lora_A,
+            lora_B,
+            scaling,
+            h,
+            seed,
+            dropout_p,
+            ranks,
+            (need_x, *low_rank_needs),
+        )
+    return with_packed(None if grad_x is None else unflat(grad_x, grad), rows.sum(0) if need_bias else None, *others)
+
+
+def with_packed(x: Any, *others: Any) -> tuple[Any, ...]:
+    """What concerns x, bias, lora_A, lora_B and scaling, and in their places nothing of weight, scales and biases."""
+    return x, None, None, None, *others
+
+
+def _product(rows: Tensor, weight: Packed, bias: Maybe) -> Tensor:
+    """``rows Wᵀ + bias``, a block of W's rows at a time."""
+    (N, groups), K = weight.scales.shape, rows.shape[1]
+    size = max(_block(rows) // max(K, 1), 1)
+    if size >= N:
+        return F.linear(rows, _dequantized(weight, rows.dtype), bias)
+    y = rows.new_empty(rows.shape[0], N)
+    for start in range(0, N, size):
+        part = slice(start, start + size)
+        block = _dequantized(weight.part(part, slice(0, groups)), rows.dtype)
+        y[:, part] = F.linear(rows, block, None if bias is None else bias[part])
+    return y
+
+
+def _product_backward(grad: Tensor, weight: Packed) -> Tensor:
+    """``grad W``, a block of W's columns at a time, so that no sum is rounded before its end."""
+    (N, groups), width = weight.scales.shape, weight.group_size
+    size = max(_block(grad) // max(N * width, 1), 1)
+    if size >= groups:
+        return grad.mm(_dequantized(weight, grad.dtype))
+    grad_x = grad.new_empty(grad.shape[0], groups * width)
+    for start in range(0, groups, size):
+        stop = start + size
+        block = _dequantized(weight.part(slice(0, N), slice(start, stop)), grad.dtype)
+        grad_x[:, start * width : stop * width] = grad.mm(block)
+    return grad_x
+
+
+def _block(rows: Tensor) -> int:
+    return _BLOCK if rows.is_cpu else _BLOCK_ELSEWHERE
+
+
+def _dequantized(weight: Packed, dtype: torch.dtype) -> Tensor:
+    kernels = _triton(weight.words.device, dtype)
+    return kernels.dequantize(weight, dtype) if kernels and weight.words.numel() else weight.dequantize(dtype)
+
+
+def _triton(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module of Triton kernels where they compute, or None."""
+    if not limits_of(device.type).triton or dtype is torch.float64 or not triton_kernels():
+        return None
+    from . import triton
+
+    return triton
