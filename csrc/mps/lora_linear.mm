@@ -267,12 +267,12 @@ std::vector<Tensor> backward(
     check_saved(expect, "h", h, {rows_in(grad), adapters->lora_A.size(0)}, "lora_A", adapters->lora_A);
   }
 
-  const bool by_us = need.x && base->multiplied_by_us();
   Rows dy = rows_of(grad);
+  const Tuned tuned = tuned_for(true, dy, base && base->is_packed() ? std::nullopt : adapters);
+  const bool by_us = need.x && base->multiplied_by_us();
   if ((need.x && !by_us) || need.weight || need.bias) dy = as_matrix(dy);
   std::optional<Rows> x_rows;
   if (need.A || need.weight) x_rows = need.weight ? as_matrix(rows_of(*x)) : rows_of(*x);
-  const Tuned tuned = tuned_for(true, dy, base && base->is_packed() ? std::nullopt : adapters);
   // Adapters that drop apart have a mask each, and lora_gemm has one: lora_delta adds them.
   const bool inside = by_us && !(adapters.has_value() && adapters->seed.has_value() && adapters->ranks.size() > 1);
   OptionalTensor dx;
