@@ -54,7 +54,7 @@ void Variant::assemble(const char* text, Launch& launch) const {
 void add_format(Variant& variant, const Weight& weight, Scalar dtype) {
   const std::string bits = std::to_string(weight.bits), scale = msl(weight.scale_dtype);
   if (weight.bits == 0) {
-    variant.add(std::string("tfl::Plain<") + msl(dtype) + ">", "plain");
+    variant.add(std::string("tfl::Plain<") + msl(dtype) + ">", "");
   } else {
     variant.add("tfl::Affine<" + bits + ", " + scale + ">", "affine" + bits + "_" + scale);
   }

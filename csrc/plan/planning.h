@@ -53,7 +53,7 @@ class Variant {
 
   Variant& add(const std::string& argument, const std::string& in_name) {
     arguments_ += (arguments_.empty() ? "" : ", ") + argument;
-    name_ += "_" + in_name;
+    if (!in_name.empty()) name_ += "_" + in_name;
     return *this;
   }
   Variant& add(const std::string& argument) { return add(argument, argument); }

@@ -13,7 +13,7 @@ from tests.kernels import kernel_code
 
 UNROLL = '_Pragma("clang loop unroll(full)")'
 VARIANTS = [
-    "lora_decode_half_float_plain_4",
+    "lora_decode_half_float_4",
     "lora_delta_half_float_down_16_4_drop",
     "lora_delta_half_float_up_16_4_drop",
     "lora_gemm_half_float_affine4_half_64_backward_drop",

@@ -73,13 +73,20 @@ LORA = [
     "lora_grad.splits=2",
     "lora_grad.splits=4294967295",
 ]
+SHAPES = [  # M, K, N, r; every override changes a launch of one of them at least
+    (5, 512, 640, 16),
+    (1, 2052, 40, 16),  # A is too large to be read by every threadgroup of lora_decode
+    (2, 516, 40, 8),
+    (70, 264, 200, 16),
+    (20, 72, 136, 200),  # a rank of narrow tiles
+    (3, 65, 67, 5),  # no vector fits
+]
 
 
 @pytest.mark.parametrize("text", LORA)
 def test_an_overridden_layer_gives_the_same_numbers(text):
     changed = 0
-    # Few and many rows; a rank of narrow tiles; operands that no vector fits.
-    for shape in ((5, 512, 640, 16), (2, 516, 40, 8), (70, 264, 200, 16), (20, 72, 136, 200), (3, 65, 67, 5)):
+    for shape in SHAPES:
         operands = layer(*shape, torch.float16, torch.float32)
         chosen, kernels = Kernels(), Kernels(trace=True)
         run_all(chosen, operands)

@@ -11,8 +11,8 @@ of 517 pairs in the wrong order: missing were simd operations in the chain (a si
 memory's bytes, and how many threadgroups a core has room for. Still missing: instructions that are none of these, which
 make the row kernels on few cores up to twice as slow as modelled.
 
-``--check`` compares the model with what was measured on an H200 (docs/metal_on_an_nvidia_gpu.json), where the same
-kernels are launched now.
+``--check`` compares the model with what was measured on an H200 (docs/metal_on_an_nvidia_gpu.json), where kernels of the
+same names are launched now. The H200's constants were fitted to these very times: a fit, no prediction.
 ``--plot FILE`` draws the table.
 """
 

@@ -60,6 +60,15 @@ def test_copies(way):
     assert list(layer.state_dict()) == ["weight", "scales", "biases"]
 
 
+def test_a_copy_on_a_device(device):
+    model = nn.ModuleList([nn.Embedding(16, 64), nn.Linear(64, 16, bias=False)])
+    model[1].weight = model[0].weight
+    tfl.quantize_(model, embeddings=True)
+    table, head = copy.deepcopy(model.to(device))
+    assert head.weight is table.weight
+    assert torch.equal(table(IDS.to(device)), model[0](IDS.to(device)))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_gemma_quantised_whole(tied):
     model = gemma(tied)

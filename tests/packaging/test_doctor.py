@@ -109,9 +109,7 @@ def test_plan_of_a_single_row_is_for_this_gpu(mps, capsys):
         assert main(["doctor", "--plan", "1x4096x4096", *cores]) == 0
         texts.append(capsys.readouterr().out.partition("\n")[2])
     assert texts[0] == texts[1] != texts[2]
-    assert (
-        "forward:\n  lora_decode_half_half_plain_1\n    slices 4, dispatches 2\n    4 x 1 x 1 threadgroups" in texts[0]
-    )
+    assert "forward:\n  lora_decode_half_half_1\n    slices 4, dispatches 2\n    4 x 1 x 1 threadgroups" in texts[0]
 
 
 def test_plan_refuses(mps, capsys):

@@ -12,9 +12,11 @@ import torch_fused_lora as tfl
 
 NAMES = [
     "LoRALinear",
+    "QuantEmbedding",
     "QuantLinear",
     "dequantize_",
     "keep_operators",
+    "load_mlx",
     "load_mlx_adapters",
     "lora_delta",
     "lora_linear",

@@ -42,12 +42,12 @@ def inspect(source: str, name: str = "metal") -> dict[str, Code]:
 
     def build(path: Path) -> None:
         module = Module(run("clang", [*OPTIONS, "-include", SHIM, "-o", "-", "-"], stdin=rewritten.text), source, name)
-        found = {host_name: asdict(module.kernel(entry.symbol)) for host_name, entry in rewritten.entries.items()}
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps([asdict(module.kernel(entry.symbol)) for entry in rewritten.entries.values()]))
 
     tool = [Path(file).read_text() for file in (__file__, llvm_ir.__file__, SHIM)]
     path = cached(f"{name}-code", [rewritten.text, *tool, shim_text()], ".json", build)
-    return {host_name: Code(**found) for host_name, found in json.loads(path.read_text()).items()}
+    found = json.loads(path.read_text())  # without host names, which the text that the cache goes by has not
+    return {host_name: Code(**code) for host_name, code in zip(rewritten.entries, found, strict=True)}
 
 
 class Module:

@@ -34,15 +34,11 @@ def _mixed(path, module):
     return "o_proj" not in path and "lm_head" not in path
 
 
-OPTIONS = {
-    "8 bits": {"q_bits": 8},
-    "groups of 32": {"q_group_size": 32},
-    "groups of 128": {"q_group_size": 128},
-    "mixed": {"quant_predicate": _mixed},
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [{"q_bits": 8}, {"q_group_size": 32}, {"q_group_size": 128}, {"quant_predicate": _mixed}],
+    ids=["8 bits", "groups of 32", "groups of 128", "mixed"],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_words_and_what_they_stand_for(dtype, options, tmp_path):
     folder = convert(tmp_path, sizes={"hidden_size": 128}, quantize=True, dtype=dtype, **options)
