@@ -1,4 +1,4 @@
-"""``python -m torch_fused_lora doctor`` and ``python -m torch_fused_lora bench``."""
+"""``python -m torch_fused_lora doctor``, ``bench`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     with_model.add_argument("--rank", type=_positive, help="of every adapter (default: 16)")
     with_model.add_argument("--dropout", nargs="+", type=float, help="of every adapter (default: 0 0.05)")
+    tune = commands.add_parser("tune", help="measure launch configurations on this machine and keep the best")
+    of = tune.add_mutually_exclusive_group(required=True)
+    of.add_argument("--model", type=Path, metavar="FOLDER", help="with its config.json: its linear layers")
+    of.add_argument("--shapes", nargs="+", type=_shape, metavar="MxKxN", help="of layers: rows, features in and out")
+    tune.add_argument("--rows", nargs="+", type=_positive, help="with --model, M (default: 1 64 1024)")
+    tune.add_argument("--rank", type=_positive, default=16, help="of every adapter (default: 16)")
+    tune.add_argument("--dtype", choices=DTYPES, default="float16", help="of the base (default: float16)")
+    tune.add_argument("--adapter-dtype", choices=DTYPES, help="of the adapters (default: as --dtype)")
+    tune.add_argument("--device", default=None, help="cuda or mps (default: the accelerator)")
+    tune.add_argument("--seconds", type=float, default=100.0, help="for all, about (default: 100)")
     options = parser.parse_args(arguments)
     if options.command == "doctor" and options.plan:
         from .plan import print_plan
@@ -68,18 +78,32 @@ def main(arguments: list[str] | None = None) -> int:
         from .doctor import doctor as run_doctor
 
         return run_doctor(options.json)
-    if not options.model and (options.batches or options.rank or options.dropout):
+    if options.command == "tune" and options.shapes and options.rows:
+        tune.error("--rows goes with --model: a shape has its own")
+    if options.command == "bench" and not options.model and (options.batches or options.rank or options.dropout):
         bench.error("--batches, --rank and --dropout go with --model")
     try:
         from .bench.report import bench as run_bench
 
-        if options.model:
+        if options.command == "tune":
+            from .bench.tune import shapes_of
+            from .bench.tune import tune as run_tune
+        elif options.model:
             from .bench.model import bench_model
         elif options.compare:
             from .bench.compare import compare
     except ImportError as error:
-        print(f"bench needs more packages ({error}): pip install 'torch-fused-lora[bench]'", file=sys.stderr)
+        print(
+            f"{options.command} needs more packages ({error}): pip install 'torch-fused-lora[bench]'", file=sys.stderr
+        )
         return 1
+    if options.command == "tune":
+        try:
+            shapes = options.shapes or shapes_of(options.model, options.rows or [1, 64, 1024])
+        except (OSError, ValueError) as error:
+            tune.error(f"--model: {error}")
+        layers = options.rank, options.dtype, options.adapter_dtype
+        return run_tune(options.device, [tuple(shape) for shape in shapes], *layers, options.seconds)
     if options.compare:
         return compare(*options.compare)
     if options.model:

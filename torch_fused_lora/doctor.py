@@ -19,7 +19,7 @@ from .mps import core_count, extension
 from .ops.dispatch import NAMESPACE, Operator
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear.reference import lora_linear as plain_lora_linear
-from .ops.lora_linear.ways import limits_of
+from .ops.lora_linear.ways import limits_of, triton_kernels, tuned_layers
 from .ops.rms_norm import rms_norm
 from .ops.rms_norm.reference import rms_norm as plain_rms_norm
 from .ops.rows import METAL_DTYPES
@@ -51,12 +51,13 @@ class SelfTest:
 @dataclasses.dataclass(frozen=True)
 class Device:
     """Who computes on a device, and whether right. ``backends``: operator to (who, why); ``ways``: which way its calls
-    of lora_linear take."""
+    of lora_linear take, and ``tuned`` what overrides that."""
 
     type: str
     name: str
     backends: dict[str, tuple[str, str]]
     ways: str
+    tuned: str
     self_tests: list[SelfTest]
 
 
@@ -109,6 +110,7 @@ class Report:
             lines += ["", f"{device.type}: {device.name}", f"  {operator:<12} {backend}: {why}"]
             lines += [f"  {operator:<12} {who}" for operator, (who, _) in others]
             lines.append(f"  ways         {device.ways}")
+            lines.append(f"  tuned        {device.tuned}")
             lines.append(f"  dropout      {_dropout_backend(device.type)}")
             lines += [f"  {test.dtype:<12} {test}" for test in device.self_tests]
             if device.type == "mps":
@@ -167,7 +169,8 @@ def _examine_device(device: torch.device) -> Device:
     backends = {operator.name: backend_of(operator.name, device.type) for operator in Operator.__subclasses__()}
     name = str(_probe(lambda: device_name(device)))
     ways = "as `doctor --plan` says" if device.type == "mps" else str(limits_of(device.type))
-    return Device(device.type, name, backends, ways, [_run_self_test(device, dtype) for dtype in METAL_DTYPES])
+    tuned = str(_probe(lambda: tuned_on(device)))
+    return Device(device.type, name, backends, ways, tuned, [_run_self_test(device, dtype) for dtype in METAL_DTYPES])
 
 
 def _examine_metal() -> Metal:
@@ -214,6 +217,19 @@ def backend_of(operator: str, device_type: str) -> tuple[str, str]:
     if registered:
         return f"{device_type} kernels", "the extension is built and loaded"
     return "portable", "aten calls in the order that touches the full-width output least; no compiler needed"
+
+
+def tuned_on(device: torch.device) -> str:
+    """Which launch configurations are in force, and why."""
+    if device.type == "cuda" and triton_kernels() is not None:
+        table = tuned_layers(torch.cuda.current_device()).table
+    elif device.type == "mps" and extension.tuned is not None:
+        table = extension.tuned
+    else:
+        return "TORCH_FUSED_LORA_PLAN instead" if device.type == "mps" and extension.overrides else "nothing to tune"
+    if table.entries and torch.are_deterministic_algorithms_enabled():
+        return "nothing, torch.use_deterministic_algorithms(True) ignores it"
+    return str(table)
 
 
 def _dropout_backend(device_type: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import os
 import platform
 import re
@@ -13,20 +14,24 @@ from pathlib import Path
 import torch
 
 from .system import System
+from .tuned import Layer, Table
 from .version import __version__
 
 INTERFACE = f"torch_fused_lora interface 5 version {__version__}"  # tfl_interface() in csrc/mps/interface.mm
+DTYPES = ("float32", "float16", "bfloat16")  # in the order of Scalar in csrc/plan/launch.h
 INSTALL = "pip install -e . in the source folder (Command Line Tools are enough)"
 
 
 @dataclasses.dataclass
 class Extension:
     """`library` is None until the extension is loaded; `reason` then says why it is not. `overrides`: of its launch
-    configurations, as the environment variable TORCH_FUSED_LORA_PLAN had them when it was loaded."""
+    configurations, as the environment variable TORCH_FUSED_LORA_PLAN had them when it was loaded; `tuned`: the table
+    that is in force where there are none."""
 
     library: ctypes.CDLL | None = None
     reason: str = "this machine has no MPS"
     overrides: str = ""
+    tuned: Table | None = None
 
     def load(self, path: Path | None = None) -> None:
         """Load the extension for the "mps" device that torch has; whether it did, `library` and `reason` tell.
@@ -54,6 +59,7 @@ class Extension:
             library.tfl_interface.restype = ctypes.c_char_p
             library.tfl_configure.argtypes = (ctypes.c_uint32, ctypes.c_char_p, ctypes.c_char_p)
             library.tfl_configure.restype = ctypes.c_char_p
+            library.tfl_candidates.restype = library.tfl_tune.restype = ctypes.c_char_p
             library.tfl_compile_seconds.restype = ctypes.c_double
             library.tfl_compiled_kernels.restype = library.tfl_contiguous_copies.restype = ctypes.c_uint64
             if library.tfl_interface() != INTERFACE.encode():
@@ -70,6 +76,8 @@ class Extension:
             raise ValueError(refused.decode())
         self.library = library
         self.reason = "loaded" if cores else "loaded; the GPU tells no core count, launches are planned for 8"
+        if not self.overrides:
+            self.tuned = Table.load(torch.backends.mps.get_name(), cores, self.tune)
 
     def describe(self, operator: str, shape: Sequence[int], dtype: int, adapter_dtype: int, gpu_cores: int) -> str:
         """How an operator is launched, in JSON: see tfl_describe. Raises RuntimeError where there is no extension."""
@@ -79,6 +87,18 @@ class Extension:
         numbers = (ctypes.c_uint64 * len(shape))(*shape)
         scalars = ctypes.c_int32(dtype), ctypes.c_int32(adapter_dtype), ctypes.c_uint32(gpu_cores)
         return self.library.tfl_describe(operator.encode(), numbers, *scalars).decode()
+
+    def tune(self, layer: Layer, overrides: str) -> str | None:
+        """Launch a layer so from now on, as chosen for an empty text; or what is wrong with it. See tfl_tune."""
+        if layer.dtype not in DTYPES or layer.adapter_dtype not in DTYPES:
+            return f"expected dtypes of {', '.join(DTYPES)}"
+        shape, scalars = (ctypes.c_uint64 * 4)(*layer[1:5]), map(DTYPES.index, layer[5:])
+        refused = self.library.tfl_tune(layer.backward, shape, *scalars, overrides.encode())  # type: ignore[union-attr]
+        return refused.decode() if refused else None
+
+    def candidates(self) -> dict[str, dict[str, list[int]]]:
+        """Of each kernel's fields, the numbers that `tune` takes."""
+        return json.loads(self.library.tfl_candidates())  # type: ignore[union-attr]
 
     @property
     def compiled_kernels(self) -> int:

@@ -7,10 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from .mps import core_count, extension
-from .ops.rows import METAL_DTYPES
-
-DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in METAL_DTYPES)
+from .mps import DTYPES, core_count, extension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +60,10 @@ def print_plan(shape: Sequence[int], rank: int, dtype: str, adapter_dtype: str |
         print(f"as TORCH_FUSED_LORA_PLAN={extension.overrides} says")
     for direction, product in (("forward", "x W^T + b"), ("backward", "dy W")):
         found = [dispatch for dispatch in dispatches if dispatch.direction == direction]
-        alone = found[0].kernel.startswith("lora_decode")
+        if not found:
+            print(f"{direction}: by torch's own products")
+            continue
+        alone = any(dispatch.kernel.startswith(("lora_decode", "lora_gemm")) for dispatch in found)
         print(f"{direction}:" if alone else f"{direction}, after torch's own {product}:")
         print(*found, sep="\n")
     return 0

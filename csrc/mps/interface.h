@@ -21,4 +21,9 @@ TFL_EXPORT uint64_t tfl_contiguous_copies();
 /// Scalar's numbers; no cores are this GPU's.
 TFL_EXPORT const char* tfl_describe(
     const char* operation, const uint64_t* shape, int32_t dtype, int32_t adapter_dtype, uint32_t gpu_cores);
+/// What can be tuned, as JSON: kernel to field to numbers.
+TFL_EXPORT const char* tfl_candidates();
+/// Overrides (see tune) for lora_linear's forward or backward on a shape M, K, N, r. Returns null, or what is wrong.
+TFL_EXPORT const char* tfl_tune(
+    int32_t backward, const uint64_t* shape, int32_t dtype, int32_t adapter_dtype, const char* overrides);
 }

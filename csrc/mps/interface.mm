@@ -11,16 +11,44 @@
 #define TFL_TEXT_OF(x) TFL_TEXT(x)
 const char* tfl_interface() { return "torch_fused_lora interface 5 version " TFL_TEXT_OF(TFL_VERSION); }
 
-const char* tfl_configure(uint32_t gpu_cores, const char* platform, const char* overrides) {
+namespace {
+
+/// Null, or what the call refuses with.
+template <typename Call>
+const char* refusal_of(const Call& call) {
   static std::string error;
-  torch_fused_lora::configure(gpu_cores, platform);
   try {
-    torch_fused_lora::set_overrides(overrides);
+    call();
   } catch (const std::invalid_argument& refusal) {
     error = refusal.what();
     return error.c_str();
   }
   return nullptr;
+}
+
+}  // namespace
+
+const char* tfl_configure(uint32_t gpu_cores, const char* platform, const char* overrides) {
+  torch_fused_lora::configure(gpu_cores, platform);
+  return refusal_of([&] { torch_fused_lora::set_overrides(overrides); });
+}
+
+const char* tfl_candidates() {
+  static const std::string text = torch_fused_lora::candidates();
+  return text.c_str();
+}
+
+const char* tfl_tune(
+    int32_t backward, const uint64_t* shape, int32_t dtype, int32_t adapter_dtype, const char* overrides) {
+  using namespace torch_fused_lora;
+  const Layer layer = {backward != 0,
+                       shape[0],
+                       shape[1],
+                       shape[2],
+                       shape[3],
+                       static_cast<Scalar>(dtype),
+                       static_cast<Scalar>(adapter_dtype)};
+  return refusal_of([&] { tune(layer, overrides); });
 }
 
 uint64_t tfl_compiled_kernels() { return torch_fused_lora::compiled_so_far().kernels; }

@@ -100,6 +100,9 @@ void check_status(int32_t status, const char* what);
 void configure(uint32_t gpu_cores, const char* platform);
 uint32_t gpu_cores();
 
+/// What `torch.use_deterministic_algorithms` says, or true where that cannot be told.
+bool is_deterministic();
+
 /// Kernels compiled so far, and in how many seconds.
 struct Compiled {
   uint64_t kernels;

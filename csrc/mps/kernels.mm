@@ -165,6 +165,14 @@ void configure(uint32_t gpu_cores, const char* named) {
 
 uint32_t gpu_cores() { return cores; }
 
+bool is_deterministic() {
+  // Of torch's C++, which has no C function for it, so they are looked up by name.
+  static const auto context = reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "_ZN2at13globalContextEv"));
+  static const auto asks =
+      reinterpret_cast<bool (*)(const void*)>(dlsym(RTLD_DEFAULT, "_ZNK2at7Context23deterministicAlgorithmsEv"));
+  return context == nullptr || asks == nullptr || asks(context());
+}
+
 Compiled compiled_so_far() {
   std::lock_guard<std::mutex> lock(mutex);
   const auto is_compiled = [](const auto& entry) { return entry.second != nullptr; };

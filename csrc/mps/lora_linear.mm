@@ -178,8 +178,11 @@ std::tuple<Tensor, Tensor> forward(
   };
   if (M == 0 || N == 0) return results(empty(with_last(x, N), x));
 
+  const Tuned tuned = tuned_for(false, rows, base.is_packed() ? std::nullopt : adapters);
   const bool weight_in_rows = base.weight.operand.col_stride == 1, drops = r > 0 && adapters->seed.has_value();
-  if (decodes(rows.operand.rows, static_cast<uint64_t>(r), weight_in_rows, drops)) {
+  const bool is_left =
+      r > 0 && !base.is_packed() && by_torch(scalar(x.scalar_type()), scalar(adapters->lora_A.scalar_type()), drops);
+  if (!is_left && decodes(rows.operand.rows, static_cast<uint64_t>(r), weight_in_rows, drops)) {
     return results(decode(rows, base, bias, adapters, h));
   }
   if (base.multiplied_by_us()) {
@@ -190,9 +193,8 @@ std::tuple<Tensor, Tensor> forward(
   }
   const Rows matrix = as_matrix(rows);
   const Tensor product = linear(matrix.tensor, base.data, bias);
-  const Tensor y = x.dim() == 2 ? product : with_shape(product, with_last(x, N));
-  add_delta(y, matrix, *adapters, h);
-  return results(y);
+  add_delta(product, matrix, *adapters, h);
+  return results(x.dim() == 2 ? product : with_shape(product, with_last(x, N)));
 }
 
 std::tuple<Tensor, Tensor> lora_linear(
@@ -265,8 +267,9 @@ std::vector<Tensor> backward(
     check_saved(expect, "h", h, {rows_in(grad), adapters->lora_A.size(0)}, "lora_A", adapters->lora_A);
   }
 
-  const bool by_us = need.x && base->multiplied_by_us();
   Rows dy = rows_of(grad);
+  const Tuned tuned = tuned_for(true, dy, base && base->is_packed() ? std::nullopt : adapters);
+  const bool by_us = need.x && base->multiplied_by_us();
   if ((need.x && !by_us) || need.weight || need.bias) dy = as_matrix(dy);
   std::optional<Rows> x_rows;
   if (need.A || need.weight) x_rows = need.weight ? as_matrix(rows_of(*x)) : rows_of(*x);

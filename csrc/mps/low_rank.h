@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "../plan/configuration.h"
 #include "../plan/launch.h"
 #include "tensors.h"
 
@@ -36,6 +37,9 @@ void check_saved(
 
 /// The product of all dimensions of `tensor` but the last.
 int64_t rows_in(const Tensor& tensor);
+
+/// What is tuned for a call of lora_linear, while it lives: nothing where it drops or torch is to be deterministic.
+Tuned tuned_for(bool backward, const Rows& rows, const std::optional<Adapters>& adapters);
 
 /// What a plan's steps hand on to each other, if they do.
 OptionalTensor scratch(const PartialSums& sums, const Tensor& like);

@@ -4,6 +4,7 @@
 #include "../../metal/lora_grad.h"
 #include "../plan/lora.h"
 #include "kernels.h"
+#include "products.h"
 
 namespace torch_fused_lora {
 
@@ -44,6 +45,22 @@ Gradients plan_gradients(
   if (splits == 1) return found;
   if (dA.has_value()) found.written_dA = empty_float({splits, dA->size(0), dA->size(1)}, *dA);
   if (dB.has_value()) found.written_dB = empty_float({splits, dB->size(0), dB->size(1)}, *dB);
+  return found;
+}
+
+/// As low_rank_backward, by torch's own products.
+LowRankGradients backward_by_torch(
+    const Rows& dy,
+    const OptionalTensor& dx,
+    const std::optional<Rows>& x,
+    const OptionalTensor& h,
+    const Adapters& adapters,
+    const LowRankNeeds& need) {
+  const Tensor rows = as_matrix(dy).tensor, z = multiply(product(rows, adapters.lora_B), adapters.scaling);
+  if (dx) add_product(*dx, z, adapters.lora_A);
+  LowRankGradients found;
+  if (need.A) found.A = product(transposed(z), as_matrix(*x).tensor);
+  if (need.B) found.B = multiply(product(transposed(rows), *h), adapters.scaling);
   return found;
 }
 
@@ -118,7 +135,29 @@ int64_t rows_in(const Tensor& tensor) {
   return rows;
 }
 
+Tuned tuned_for(bool backward, const Rows& rows, const std::optional<Adapters>& adapters) {
+  if (!adapters.has_value()) return Tuned({}, true);
+  const auto u = [](int64_t size) { return static_cast<uint64_t>(size); };
+  const Tensor &A = adapters->lora_A, &B = adapters->lora_B;
+  const Layer layer = {
+      backward,
+      rows.operand.rows,
+      u(A.size(1)),
+      u(B.size(0)),
+      u(A.size(0)),
+      scalar(rows.tensor.scalar_type()),
+      scalar(A.scalar_type())};
+  return Tuned(layer, adapters->seed.has_value() || is_deterministic());
+}
+
 void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
+  if (y.has_value() &&
+      by_torch(scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), adapters.seed.has_value())) {
+    const Tensor found = product(x.tensor, transposed(adapters.lora_A));
+    add_product(*y, multiply(found, adapters.scaling), transposed(adapters.lora_B));
+    if (Tensor kept = h.value_or(found); h.has_value()) torch::stable::copy_(kept, found);
+    return;
+  }
   const Rows A = rows_of(adapters.lora_A), B = rows_of(adapters.lora_B);
   const AdapterDropout dropout(adapters.lora_A.size(0), adapters.seed, adapters.dropout_p, adapters.ranks);
   const Tensor scale = constant(adapters.scaling);
@@ -152,6 +191,9 @@ LowRankGradients low_rank_backward(
   const auto& [lora_A, lora_B, scaling, seed, dropout_p, ranks] = adapters;
   const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
   const int64_t M = static_cast<int64_t>(dy.operand.rows);
+  const Scalar dtype = scalar(dy.tensor.scalar_type()), adapter_dtype = scalar(lora_A.scalar_type());
+  const bool is_left = !need.scaling && !need.z && by_torch(dtype, adapter_dtype, seed.has_value());
+  if (is_left && M > 0) return backward_by_torch(dy, dx, x, h, adapters, need);
 
   // Allocate.
   const auto fresh = [&](const std::vector<int64_t>& shape, const Tensor& like) {
@@ -168,7 +210,6 @@ LowRankGradients low_rank_backward(
   const OptionalTensor seed_constant = constant(seed);
 
   // Plan.
-  const Scalar dtype = scalar(dy.tensor.scalar_type()), adapter_dtype = scalar(lora_A.scalar_type());
   const AdapterDropout dropout(r, seed, dropout_p, ranks);
   Plan<DeltaConfiguration> delta;
   if (M > 0 && (dx || z)) {

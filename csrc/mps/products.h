@@ -15,6 +15,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
 /// left right.
 Tensor product(const Tensor& left, const Tensor& right);
 
+/// sum += left right.
+void add_product(const Tensor& sum, const Tensor& left, const Tensor& right);
+
 Tensor transposed(const Tensor& matrix);
 
 }  // namespace torch_fused_lora

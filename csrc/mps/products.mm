@@ -1,5 +1,7 @@
 #include "products.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_mps.h>
+
 #include <algorithm>
 
 namespace torch_fused_lora {
@@ -26,6 +28,11 @@ Tensor call_product(const char* name, const Operands&... operands) {
 Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1.0); }
 
 }  // namespace
+
+void add_product(const Tensor& sum, const Tensor& left, const Tensor& right) {
+  // The dispatcher's stable ABI takes no Scalar.
+  check_status(aoti_torch_mps_addmm_out(sum.get(), sum.get(), left.get(), right.get(), 1.0, 1.0), "aten::addmm");
+}
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 

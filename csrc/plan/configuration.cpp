@@ -1,34 +1,46 @@
 #include "configuration.h"
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
+#include <map>
 #include <stdexcept>
+#include <type_traits>
 
 namespace torch_fused_lora {
 namespace {
 
-Overrides current = {};
+Overrides everywhere = {};
+std::map<Layer, Overrides> tuned;
+thread_local const Overrides* of_layer = nullptr;
 
 void expect(bool holds, const std::string& what, const std::string& expected) {
-  if (!holds) throw std::invalid_argument("TORCH_FUSED_LORA_PLAN: " + what + ": expected " + expected);
+  if (!holds) throw std::invalid_argument(what + ": expected " + expected);
 }
 
+/// "1, 2, 4"
+std::string list(const uint32_t (&numbers)[5]) {
+  std::string text;
+  for (const auto* one = numbers; one != std::find(numbers, std::end(numbers), 0u); ++one) {
+    text += (one == numbers ? "" : ", ") + std::to_string(*one);
+  }
+  return text;
+}
+
+/// Of a field that allows any number as well, only those that are tuned, if `listed`.
 template <typename Configuration>
-void set_field(Configuration& configuration, const std::string& entry, const std::string& name, uint64_t value) {
+void set_field(
+    Configuration& configuration, const std::string& entry, const std::string& name, uint64_t value, bool listed) {
   std::string names;
   for (const auto& field : Configuration::fields) {
     if (!field.follows) names += (names.empty() ? "" : ", ") + std::string(field.name);
     if (field.name != name) continue;
     expect(!field.follows, entry, "a field that is chosen; " + name + " follows from the problem");
-    const auto* const end = std::find(std::begin(field.allowed), std::end(field.allowed), 0u);
-    std::string allowed;
-    for (const auto* one = field.allowed; one != end; ++one) {
-      allowed += (one == field.allowed ? "" : ", ") + std::to_string(*one);
-    }
-    const bool any = end == field.allowed;
-    expect(
-        any ? value >= 1 && value <= UINT32_MAX : std::find(field.allowed, end, value) != end, entry,
-        any ? "a whole number from 1 on" : "one of " + allowed);
+    const bool any = field.allowed[0] == 0 && !listed;
+    const auto& allowed = field.allowed[0] == 0 ? kTried : field.allowed;
+    const bool fits =
+        any ? value <= UINT32_MAX : std::find(std::begin(allowed), std::end(allowed), value) != std::end(allowed);
+    expect(value >= 1 && fits, entry, any ? "a whole number from 1 on" : "one of " + list(allowed));
     configuration.*field.member = static_cast<uint32_t>(value);
     return;
   }
@@ -41,9 +53,7 @@ uint64_t number(const std::string& text) {
   return digits ? std::stoull(text) : 0;
 }
 
-}  // namespace
-
-void set_overrides(const std::string& text) {
+Overrides parse(const std::string& text, bool listed) {
   Overrides found = {};
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
@@ -56,14 +66,58 @@ void set_overrides(const std::string& text) {
     const bool known = Overrides::any([&](const char* name, auto member) {
       kernels += (kernels.empty() ? "" : ", ") + std::string(name);
       if (name != kernel) return false;
-      set_field(found.*member, entry, field, number(entry.substr(equals + 1)));
+      set_field(found.*member, entry, field, number(entry.substr(equals + 1)), listed);
       return true;
     });
     expect(known, entry, "a kernel of " + kernels);
   }
-  current = found;
+  return found;
 }
 
-const Overrides& overrides() { return current; }
+Layer key(Layer layer) {
+  layer.M = std::bit_ceil(layer.M);
+  return layer;
+}
+
+}  // namespace
+
+void set_overrides(const std::string& text) {
+  try {
+    everywhere = parse(text, false);
+  } catch (const std::invalid_argument& refusal) {
+    throw std::invalid_argument(std::string("TORCH_FUSED_LORA_PLAN: ") + refusal.what());
+  }
+}
+
+std::string candidates() {
+  std::string text;
+  Overrides::any([&](const char* name, auto member) {
+    std::string of_kernel;
+    for (const auto& field : std::remove_reference_t<decltype(Overrides().*member)>::fields) {
+      if (field.follows) continue;
+      of_kernel += std::string(of_kernel.empty() ? "\"" : ", \"") + field.name + "\": [" +
+          list(field.allowed[0] == 0 ? kTried : field.allowed) + "]";
+    }
+    text += std::string(text.empty() ? "\"" : ", \"") + name + "\": {" + of_kernel + "}";
+    return false;
+  });
+  return "{" + text + "}";
+}
+
+void tune(const Layer& layer, const std::string& text) {
+  const Overrides found = parse(text, true);
+  tuned.erase(key(layer));
+  if (!text.empty()) tuned.emplace(key(layer), found);
+}
+
+Tuned::Tuned(const Layer& layer, bool ignored) {
+  if (tuned.empty() || ignored) return;
+  const auto found = tuned.find(key(layer));
+  if (found != tuned.end()) of_layer = &found->second;
+}
+
+Tuned::~Tuned() { of_layer = nullptr; }
+
+const Overrides& overrides() { return of_layer != nullptr ? *of_layer : everywhere; }
 
 }  // namespace torch_fused_lora

@@ -1,9 +1,12 @@
 // Launch configurations: the numbers that a plan chooses for a kernel, as a struct a kernel. A field is one member and
-// one line of `fields`; the plan's chooser gives it a value, and printing and overriding then know it.
+// one line of `fields`; the plan's chooser gives it a value, and printing, overriding and tuning then know it.
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <string>
+
+#include "launch.h"
 
 namespace torch_fused_lora {
 
@@ -15,6 +18,15 @@ struct Field {
   Member member;
   uint32_t allowed[5] = {};  // what an override may say; none: any number from 1 on
   bool follows = false;      // from the problem or from other fields: cannot be overridden
+};
+
+constexpr uint32_t kTried[5] = {1, 2, 4, 8, 16};  // what is tuned of a field that allows any number
+
+/// Of a layer as a whole.
+struct LayerConfiguration {
+  uint32_t way;  // 1: these kernels, 2: torch's own products; chosen by overrides alone
+
+  static constexpr Field<LayerConfiguration> fields[] = {{"way", &LayerConfiguration::way, {1, 2}}};
 };
 
 struct DecodeConfiguration {
@@ -79,6 +91,7 @@ struct RowConfiguration {
 
 /// What overrides the choosers, zero where nothing does.
 struct Overrides {
+  LayerConfiguration lora_linear;
   DecodeConfiguration lora_decode;
   DeltaConfiguration lora_delta;
   GemmConfiguration lora_gemm;
@@ -88,10 +101,11 @@ struct Overrides {
   /// The kernels by their names: `visit(name, member)` until it returns true.
   template <typename Visit>
   static bool any(const Visit& visit) {
-    return visit("lora_decode", &Overrides::lora_decode) || visit("lora_delta", &Overrides::lora_delta) ||
-        visit("lora_gemm", &Overrides::lora_gemm) || visit("lora_grad", &Overrides::lora_grad) ||
-        visit("rms_norm", &Overrides::rms_norm) || visit("rms_norm_backward", &Overrides::rms_norm_backward) ||
-        visit("softmax", &Overrides::softmax) || visit("softmax_backward", &Overrides::softmax_backward);
+    return visit("lora_linear", &Overrides::lora_linear) || visit("lora_decode", &Overrides::lora_decode) ||
+        visit("lora_delta", &Overrides::lora_delta) || visit("lora_gemm", &Overrides::lora_gemm) ||
+        visit("lora_grad", &Overrides::lora_grad) || visit("rms_norm", &Overrides::rms_norm) ||
+        visit("rms_norm_backward", &Overrides::rms_norm_backward) || visit("softmax", &Overrides::softmax) ||
+        visit("softmax_backward", &Overrides::softmax_backward);
   }
 };
 
@@ -99,6 +113,31 @@ struct Overrides {
 /// room for it. Throws std::invalid_argument, naming what is wrong and what is allowed. To be called before the first
 /// plan is made.
 void set_overrides(const std::string& text);
+
+/// The kernels' fields that can be overridden, each with the numbers that are tuned, as JSON.
+std::string candidates();
+
+/// A layer of lora_linear in one direction, without dropout, as configurations are tuned for it. Layers with the same
+/// power of two at or above M share one.
+struct Layer {
+  bool backward;
+  uint64_t M, K, N, r;
+  Scalar dtype, adapter_dtype;
+
+  auto operator<=>(const Layer&) const = default;
+};
+
+/// Overrides for one layer, written as for `set_overrides`; an empty text for none. Throws std::invalid_argument for
+/// what is not among the candidates. To be called while nothing is planned.
+void tune(const Layer& layer, const std::string& text);
+
+/// While it lives, `overrides()` in this thread are those tuned for the layer, if there are any.
+class Tuned {
+ public:
+  explicit Tuned(const Layer& layer, bool ignored = false);
+  ~Tuned();
+  Tuned(const Tuned&) = delete;
+};
 
 const Overrides& overrides();
 

@@ -55,18 +55,29 @@ std::string describe_lora(
     uint64_t M, uint64_t K, uint64_t N, uint64_t r, Scalar dtype, Scalar adapter_dtype, uint32_t gpu_cores) {
   const Operand x = contiguous(M, K), weight = contiguous(N, K), A = contiguous(r, K), B = contiguous(N, r),
                 dy = contiguous(M, N);
-  const auto delta = [&](Pass pass, const Operand& in) {
-    return DeltaProblem{pass, dtype, adapter_dtype, in, A, B, true, true, 0, {}, gpu_cores};
+  const auto delta = [&](Pass pass, const Operand& in, bool has_out) {
+    return DeltaProblem{pass, dtype, adapter_dtype, in, A, B, has_out, true, 0, {}, gpu_cores};
+  };
+  const auto gemm = [&](Pass pass, const Operand& in, const Operand& factor) {
+    return GemmProblem{pass, dtype, adapter_dtype, in, {weight}, factor, 0, false, 0.0, gpu_cores};
   };
   Description found;
-  if (decodes(M, r, true, false)) {
-    found.add("forward", DecodeProblem{dtype, adapter_dtype, x, {weight}, A, B, 0, false, true, gpu_cores});
-  } else {
-    found.add("forward", delta(Pass::forward, x));
+  for (const bool backward : {false, true}) {
+    const Tuned tuned({backward, M, K, N, r, dtype, adapter_dtype});
+    if (by_torch(dtype, adapter_dtype, false)) continue;
+    const bool inside = multiplies_plain(dtype);
+    if (backward) {
+      found.add("backward", delta(Pass::backward, dy, !inside))
+          .add("backward", GradProblem{dtype, adapter_dtype, x, dy, r, true, true, {}, gpu_cores});
+      if (inside) found.add("backward", gemm(Pass::backward, dy, A));
+    } else if (decodes(M, r, true, false)) {
+      found.add("forward", DecodeProblem{dtype, adapter_dtype, x, {weight}, A, B, 0, false, true, gpu_cores});
+    } else {
+      found.add("forward", delta(Pass::forward, x, !inside));
+      if (inside) found.add("forward", gemm(Pass::forward, x, B));
+    }
   }
-  return found.add("backward", delta(Pass::backward, dy))
-      .add("backward", GradProblem{dtype, adapter_dtype, x, dy, r, true, true, {}, gpu_cores})
-      .text();
+  return found.text();
 }
 
 std::string describe_rms_norm(uint64_t M, uint64_t H, Scalar dtype, uint32_t gpu_cores) {

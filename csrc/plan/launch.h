@@ -8,7 +8,7 @@
 
 namespace torch_fused_lora {
 
-/// An element's type. METAL_DTYPES in torch_fused_lora/ops/rows.py has the same order.
+/// An element's type. DTYPES in torch_fused_lora/mps.py has the same order.
 enum class Scalar : int32_t { float32, float16, bfloat16 };
 
 /// What a Metal source calls a Scalar, and its size.

@@ -18,6 +18,11 @@ struct Dropout {
   const double* p;
 };
 
+/// Whether a layer is left to torch's own products, where they keep PEFT's numerics: by override alone.
+inline bool by_torch(Scalar dtype, Scalar adapter_dtype, bool drops) {
+  return overrides().lora_linear.way == 2 && dtype == adapter_dtype && !drops;
+}
+
 /// lora_decode: y = x W^T + b + s (x A^T) B^T in one pass, for at most DECODE_MAX_ROWS rows of x.
 struct DecodeProblem {
   Scalar dtype, adapter_dtype;

@@ -14,7 +14,9 @@ from tests.kernels.test_metal_kernels import check_all, layer, run_all
 from tests.kernels.test_row_kernels import check_rms_norm, check_softmax, randn
 from tests.kernels.traffic import Case, operands_meta
 
-KERNELS = "lora_decode, lora_delta, lora_gemm, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
+KERNELS = (
+    "lora_linear, lora_decode, lora_delta, lora_gemm, lora_grad, rms_norm, rms_norm_backward, softmax, softmax_backward"
+)
 DELTA_FIELDS = "row_blocks, k_splits, splits"
 ROW_FIELDS = "row_simdgroups, rows, groups"
 REFUSED = {

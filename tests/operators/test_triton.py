@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -147,6 +148,111 @@ for dtypes, (K, N), dropouts, reached in (
 """)
 
 
+def test_a_tuned_layer():
+    """Its tiles and its way, in the direction, rows, widths, rank and dtypes that are tuned, and nowhere else; ragged
+    blocks. A torch that is to be deterministic takes none of it."""
+    interpret("""
+from tests.operators.test_lora_linear import laid_out
+from tests.reference import Layer
+from torch_fused_lora import tuned
+from torch_fused_lora.ops.lora_linear.ways import tuned_layers, choose, BY_TRITON
+import torch_fused_lora as tfl
+seen = {}
+for name in ("product", "expand", "gradients", "few_rows"):
+    launcher = getattr(kernels, f"_launch_{name}")
+    def preparing(*arguments, name=name, prepare=launcher._prepare):
+        grid, found, how = prepare(*arguments)
+        seen[name] = (grid[0], *how.values())
+        return grid, found, how
+    launcher._prepare = preparing
+
+def run(M, K, N, r, dtype, adapter_dtype):
+    operands = [laid_out(s, t, "strided").requires_grad_() for s, t in (
+        ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), adapter_dtype), ((N, r), adapter_dtype)
+    )]
+    seen.clear()
+    layer, y = Layer(*operands, 0.5), tfl.lora_linear(*operands, 0.5)
+    layer.output().check(y.detach())
+    forward = dict(seen)
+    seen.clear()
+    grad = torch.randn(M, N).to(dtype)
+    exact = layer.gradients(grad)
+    for name, found in zip(("x", "weight", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, operands, grad)):
+        exact[name].check(found, name)
+    return forward, dict(seen)
+
+torch.use_deterministic_algorithms(False)
+half, wide = torch.float16, torch.float32
+many, few = (70, 136, 200, 5, half, wide), (9, 136, 200, 5, half, half)
+default = {shape: run(*shape) for shape in (many, few)}
+def text(kernel, tile):
+    return ",".join(f"{kernel}.{field}={number}" for field, number in tile._asdict().items())
+def tune(shape, backward, overrides):
+    M, K, N, r, *dtypes = shape
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return tuned_layers(-1).tune(tuned.Layer(backward, M, K, N, r, *names), overrides)
+tiles = [(16, 64, 4, 3), (64, 256, 8, 1), (64, 64, 4, 2), (16, 128, 2, 3)]
+product, expand, gradients, few_rows = (kernels.Tile(*tile) for tile in tiles)
+assert tune(many, False, text("product", product) + "," + text("expand", expand)) is None
+assert tune(many, True, text("gradients", gradients)) is None
+assert tune(few, False, text("few_rows", few_rows)) is None
+assert tune(few, True, "lora_linear.way=2") is None
+forward, backward = run(*many)
+assert forward == {"product": (5, 4, 3), "expand": (2, 8, 1)} != default[many][0], forward
+assert backward["gradients"] == (3 + 4, 4, 2) != default[many][1]["gradients"], backward
+assert backward["product"] == default[many][1]["product"]
+assert run(*few) == ({"few_rows": (13, 2, 3)}, {}) != default[few]
+for other in ((130, *many[1:]), (70, 128, *many[2:]), (*many[:2], 192, *many[3:]), (*many[:3], 6, half, wide)):
+    forward, backward = run(*other)
+    assert forward["expand"][1:] == default[many][0]["expand"][1:], other
+    assert (5, 4, 3) not in (forward["product"], backward["product"])
+with_half = run(*many[:4], half, half)
+assert with_half[0]["expand"] == default[many][0]["expand"]
+torch.use_deterministic_algorithms(True)
+assert {shape: run(*shape) for shape in (many, few)} == default
+torch.use_deterministic_algorithms(False)
+
+for wrong in (
+    "product.rows=64", text("product", kernels.Tile(48, 128)), text("grid", product), "lora_linear.way=4", "way=1",
+    "product.rows=064 ", text("gradients", product), "product.rows=-16", "lora_linear.way=1;product.rows=16",
+):
+    assert tune(many, False, wrong), wrong
+    tune(many, False, "")
+assert "half rows" in tuned_layers(-1).tune(tuned.Layer(False, 8, 8, 8, 8, "float64", "float64"), "lora_linear.way=2")
+assert "half rows" in tuned_layers(-1).tune(tuned.Layer(False, 8, 8, 8, 8, "float16", "Tensor"), "lora_linear.way=2")
+""")
+
+
+@pytest.mark.parametrize("kernel", kernels.CANDIDATES)
+def test_every_candidate_fits_the_smaller_cards(kernel, monkeypatch):
+    """What may be read from a file: compiled, at the widest rank and operands, within what a block of an RTX 30 has."""
+    default = kernels.tile
+    for one in kernels.CANDIDATES[kernel]:
+        monkeypatch.setattr(kernels, "tile", lambda name, *a, **k: one if name == kernel else default(name, *a, **k))  # noqa: B023
+        kernels._plan.cache_clear(), kernels._parts.cache_clear()
+        few = kernel == "few_rows"  # reads A itself where it is of the rows' dtype
+        found = launches(16 if few else 4096, 64, torch.bfloat16 if few else torch.float32, 0.0, None)
+        family = getattr(kernels, f"_{kernel}_kernel")
+        launched, arguments, how = next(launch for launch in found if launch[0] is family)
+        assert compiled_for(86, launched, arguments, how).metadata.shared <= 99 * 1024, one
+    kernels._plan.cache_clear(), kernels._parts.cache_clear()
+
+
+def test_what_can_be_tuned_is_what_is_launched():
+    for M, r in ((1, 16), (16, 64), (16, 65), (17, 16), (4096, 16)):
+        for backward in (False, True):
+            ways, *tiles = kernels.candidates(backward, M, r)
+            assert ways == [{"lora_linear.way": 1}, {"lora_linear.way": 3}]
+            found = {name.partition(".")[0] for candidate in tiles for one in candidate for name in one}
+            launched = launches(M, r, torch.float32, 0.0, None)
+            names = [launch[0].__name__ for launch in launched]
+            split = names.index("_product_kernel", 1)  # the backward's first
+            names = names[split:] if backward else names[:split]
+            assert found == {name[1:].removesuffix("_kernel") for name in names} - ({"expand"} if backward else set())
+            for one in itertools.chain.from_iterable(tiles):
+                assert kernels.tiles_of(one) == ((next(iter(one)).partition(".")[0], kernels.Tile(*one.values())),)
+
+
 def take_launches(patch):
     """From now on launches are not made but listed: kernel, arguments and how it is compiled."""
     found = []
@@ -176,7 +282,7 @@ def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
 
     with pytest.MonkeyPatch.context() as patch:
         found = take_launches(patch)
-        patch.setattr(kernels, "carrying_rank", lambda rows, weight, columns: gluon if carried else None)
+        patch.setattr(kernels, "carrying_rank", lambda *_: gluon if carried else None)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
         dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
         _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)

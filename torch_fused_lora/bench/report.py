@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..doctor import device_name, devices
+from ..doctor import device_name, devices, tuned_on
 from ..mps import extension
 from . import measure
 from .measure import HostCost, Result, RowResult
@@ -171,6 +171,7 @@ def environment_of(device: torch.device) -> dict[str, str]:
         | with_triton
         | {
             "device": f"{device} ({device_name(device)})",
+            "tuned": tuned_on(device),
             "threads": str(torch.get_num_threads()),
             "torch": torch.__version__,
             "peft": peft.__version__,

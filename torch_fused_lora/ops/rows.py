@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from .. import mps
 from ..torch_private import unsafe_view
 from .dispatch import Saved
 
 HALF = frozenset((torch.float16, torch.bfloat16))
 DTYPES = HALF | {torch.float32, torch.float64}
 DTYPES_TEXT = "float16, bfloat16, float32 or float64"
-METAL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of Scalar in csrc/plan/launch.h
+METAL_DTYPES = tuple(getattr(torch, name) for name in mps.DTYPES)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -139,7 +139,7 @@ def low_rank_backward(
     grad_x: Saved = None
     grad_A: Saved = None
     grad_h: Saved = None
-    way, A, B = choose(grad, lora_A, lora_B, seed is not None)
+    way, A, B = choose(grad, lora_A, lora_B, seed is not None, backward=True)
     scale = _number(scaling)
     if way is WHOLE:
         wide = grad if grad.dtype is A.dtype else grad.float()

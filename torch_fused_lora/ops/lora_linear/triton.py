@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..dropout.triton import keep_tile, words
 from ..launcher import Launcher
-from .ways import carrying_rank
+from .ways import carrying_rank, tuned_layers
 
 FEW = 16  # rows, the least that the matrix units take
 WIDE = 64  # ranks, the most that one tile has
@@ -44,8 +44,48 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def tile(kernel: str, M: int, r: int, drops: bool = False, carried: bool = False) -> Tile:
+# What is tuned beside `tile`: all of it fits the 99 KiB of shared memory that the smaller cards' blocks have.
+CANDIDATES = {
+    "few_rows": (Tile(16, 128, 2), Tile(32, 128, 2), Tile(32, 128), Tile(32, 256, 2, 2), Tile(64, 128)),
+    "product": (Tile(16, 64), Tile(16, 128), Tile(32, 64), Tile(32, 128), Tile(64, 64), Tile(128, 64)),
+    "expand": (*(Tile(rows, 128, stages=1) for rows in (16, 32, 64)), Tile(64, 256, 8, 1), Tile(128, 128, 8, 1)),
+    "gradients": (
+        *(Tile(rows, 128, stages=2) for rows in (16, 32, 64)),
+        Tile(32, 64, stages=2),
+        Tile(64, 64, stages=2),
+    ),
+}
+Tiles: TypeAlias = "tuple[tuple[str, Tile], ...] | None"  # by kernel, instead of `tile`
+
+
+def candidates(backward: bool, M: int, r: int) -> list[list[dict[str, int]]]:
+    """What can be tuned of a layer, in the words of its overrides: its way, and the tile of each kernel."""
+    few = M <= FEW and r <= WIDE
+    kernels = "product", "gradients" if backward else "few_rows" if few else "expand"
+    tiles = [
+        [{f"{kernel}.{field}": number for field, number in one._asdict().items()} for one in CANDIDATES[kernel]]
+        for kernel in kernels
+    ]
+    return [[{"lora_linear.way": 1}, {"lora_linear.way": 3}], *tiles]
+
+
+def tiles_of(overrides: dict[str, int]) -> Tiles:
+    """The reverse. Raises ValueError for what is not among the candidates."""
+    found: dict[str, dict[str, int]] = {}
+    for name, number in overrides.items():
+        kernel, _, field = name.partition(".")
+        found.setdefault(kernel, {})[field] = number
+    for kernel, fields in found.items():
+        if fields not in [one._asdict() for one in CANDIDATES.get(kernel, ())]:
+            raise ValueError(f"{kernel}: {fields} is no candidate")
+    return tuple((kernel, Tile(**fields)) for kernel, fields in found.items()) or None
+
+
+def tile(kernel: str, M: int, r: int, drops: bool = False, carried: bool = False, tiles: Tiles = None) -> Tile:
     """The best of a sweep on an H200, at ranks 16 and 64. ``carried``: of what the base product carries, on Hopper."""
+    for name, own in tiles or ():
+        if name == kernel:
+            return own
     if kernel == "few_rows":
         return Tile(32, 256 if r <= 16 else 128, 2, 4)  # rows of the weight
     if kernel == "product":
@@ -92,22 +132,23 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``x Wᵀ + b + scale · h Bᵀ`` for half x (M, K), and h = dropout(x) Aᵀ (M, r) in the adapters' dtype, if asked."""
     (M, K), r = x.shape, A.shape[0]
-    if gluon := carrying_rank(x, weight, B.shape[0]):
-        found, parts, h, saved = _low_rank(x, A, dropouts, save_h, True)
+    way, tiles = (0, None) if dropouts else tuned_layers(x.get_device()).of(False, x, A, B)
+    if gluon := carrying_rank(x, weight, B.shape[0], way):
+        found, parts, h, saved = _low_rank(x, A, dropouts, save_h, True, tiles)
         return gluon.product(x, weight, True, bias, parts, found, B, scale, h), saved
     if M > FEW or r > WIDE or dropouts:
         y = F.linear(x, weight, bias)
-        return y, add_delta_(y, x, A, B, scale, dropouts, save_h)
+        return y, add_delta_(y, x, A, B, scale, dropouts, save_h, tiles)
     y = x.new_empty((M, weight.shape[0]))
     h = x.new_empty((M, r), dtype=A.dtype) if save_h else None
     a, parts = A, 0
     if A.dtype is not x.dtype:  # to split each tile of A in two would take longer than all else
-        parts = _parts(M, K, r)
+        parts = _parts(M, K, r, tiles=tiles)
         a = x.new_empty((parts * M, r), dtype=torch.float32)
-        _product(a, parts, r, x, A, True)
+        _product(a, parts, r, x, A, True, tiles=tiles)
     number, factor = as_factor(scale, x)
     key = *_kind(x), *_kind(weight), *_kind(a), *_kind(B), None if bias is None else bias.stride()
-    _launch_few_rows((y, x, weight, bias, a, B, h, factor), (number,), (parts,), key)
+    _launch_few_rows((y, x, weight, bias, a, B, h, factor), (number,), (parts, tiles), key)
     return y, h
 
 
@@ -119,26 +160,28 @@ def add_delta_(
     scale: float | Tensor,
     dropouts: Sequence[Dropout] = (),
     save_h: bool = True,
+    tiles: Tiles = None,
 ) -> Tensor | None:
     """``y += scale · h Bᵀ`` in place, rounded once, y (M, N) and x (M, K) half. Returns h = dropout(x) Aᵀ (M, r) in the
     adapters' dtype, if it is to be saved."""
-    found, parts, h, saved = _low_rank(x, A, dropouts, save_h)
-    _expand(y, found, parts, A.shape[0], B, True, scale, h)
+    found, parts, h, saved = _low_rank(x, A, dropouts, save_h, tiles=tiles)
+    _expand(y, found, parts, A.shape[0], B, True, scale, h, tiles=tiles)
     return saved
 
 
 def _low_rank(
-    x: Tensor, A: Tensor, dropouts: Sequence[Dropout], save_h: bool, carried: bool = False
+    x: Tensor, A: Tensor, dropouts: Sequence[Dropout], save_h: bool, carried: bool = False, tiles: Tiles = None
 ) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
     """dropout(x) Aᵀ in float32, in so many parts; what is to become h, and what is to be saved."""
     (M, K), r = x.shape, A.shape[0]
-    parts = _parts(M, K, r, carried)
+    parts = _parts(M, K, r, carried, tiles)
     found = x.new_empty((parts * M, r), dtype=torch.float32)
     if len(dropouts) > 1:
         for dropout in dropouts:
             _product(found[:, dropout.rank], parts, r, x, A[dropout.rank], True, dropout=dropout, carried=carried)
     else:
-        _product(found, parts, r, x, A, True, dropout=dropouts[0] if dropouts else NO_DROPOUT, carried=carried)
+        one = dropouts[0] if dropouts else NO_DROPOUT
+        _product(found, parts, r, x, A, True, dropout=one, carried=carried, tiles=tiles)
     if not save_h or (parts == 1 and A.dtype is torch.float32):
         return found, parts, None, found if save_h else None
     h = x.new_empty((M, r), dtype=A.dtype)
@@ -162,7 +205,8 @@ def backward(
     makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of the
     adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given."""
     (M, N), (r, K) = grad.shape, A.shape
-    in_product = carrying_rank(grad, weight, K) if need_x and len(dropouts) < 2 else None
+    way, tiles = (0, None) if dropouts else tuned_layers(grad.get_device()).of(True, grad, A, B)
+    in_product = carrying_rank(grad, weight, K, way) if need_x and len(dropouts) < 2 else None
     grad_x = None
     if need_x and not in_product:
         grad_x = grad.new_empty((M, K)) if base is None else base()
@@ -170,12 +214,12 @@ def backward(
     grad_B = None if h is None else grad.new_empty((N, r), dtype=B.dtype if scale_h else torch.float32)
     scale_B = scale if scale_h else 1.0
     carried = in_product is not None
-    plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried)
+    plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried, tiles)
     work = grad.new_empty(plan.size, dtype=torch.float32)
     if plan.parts:
         dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, base is None
         zeroed = plan.counters, plan.size - plan.counters
-        _product(work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried)
+        _product(work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried, tiles=tiles)
         if in_product:
             z = work if plan.parts > 1 else None
             grad_x = in_product.product(grad, weight, False, None, plan.parts, work, A, 1.0, z, dropout)
@@ -189,7 +233,7 @@ def backward(
             in_one = to_add if own_A.shape[0] <= WIDE else None
             _gradients(plan, work, z, x, own_A, own_grad_A, in_one, fresh, dropout)
             if to_add is not None and in_one is None:
-                _expand(to_add, z, plan.parts, r, own_A, False, fresh=fresh, dropout=dropout)
+                _expand(to_add, z, plan.parts, r, own_A, False, fresh=fresh, dropout=dropout, tiles=tiles)
             fresh = False
     _gradients(plan, work, grad=grad, h=h, grad_B=grad_B, scale_B=scale_B)
     return grad_x, grad_A, grad_B
@@ -206,13 +250,14 @@ def _product(
     dropout: Dropout = NO_DROPOUT,
     zeroed: tuple[int, int] = (0, 0),
     carried: bool = False,
+    tiles: Tiles = None,
 ) -> None:
     """``scale · dropout(rows) small`` in so many parts, which lie in out as (parts, M, width) one after the other: rows
     half (M, K), small (K, C), or ``turned`` (C, K), with C about the rank. ``zeroed``: from where on, and how many
     elements of out become 0."""
     number, factor = as_factor(scale, rows)
     numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(rows), *_kind(small))
-    options = dropout.drops, parts, width, turned, zeroed, carried
+    options = dropout.drops, parts, width, turned, zeroed, carried, tiles
     _launch_product((out, rows, small, factor, dropout.seed), numbers, options, key)
 
 
@@ -227,12 +272,13 @@ def _expand(
     h: Tensor | None = None,
     fresh: bool = False,
     dropout: Dropout = NO_DROPOUT,
+    tiles: Tiles = None,
 ) -> None:
     """``out += dropout(scale · a b)`` rounded once, out half (M, C), a the sum of its parts (parts, M, width), b (r, C)
     or ``turned`` (C, r); a ``fresh`` out is only written. h (M, r) of b's dtype, if given, becomes a."""
     number, factor = as_factor(scale, out)
     numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(out), *_kind(b))
-    options = dropout.drops, fresh, parts, width, turned
+    options = dropout.drops, fresh, parts, width, turned, tiles
     _launch_expand((out, a, b, h, factor, dropout.seed), numbers, options, key)
 
 
@@ -248,6 +294,7 @@ class _Plan(NamedTuple):
     sums: int
     counters: int
     size: int
+    tiles: Tiles = None
 
 
 def _gradients(
@@ -281,11 +328,11 @@ def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(4096)
-def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: bool) -> _Plan:
+def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: bool, tiles: Tiles) -> _Plan:
     if not has_z:  # nothing zeroes counters
         return _Plan(M, r, 0, False, 1, 0, 0, 0)
-    parts, splits = _parts(M, N, r, carried), 1
-    rows, columns, *_ = tile("gradients", M, r, drops, carried)
+    parts, splits = _parts(M, N, r, carried, tiles), 1
+    rows, columns, *_ = tile("gradients", M, r, drops, carried, tiles)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
     # Those that draw a mask take longer than those of dY's columns, which make room for others.
     programs = 2 * PROGRAMS if drops and carried and r <= 32 else PROGRAMS
@@ -293,14 +340,15 @@ def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: boo
         splits *= 2
     sums = ceil_div(parts * M * r, 16) * 16  # aligned
     counters = sums + (splits * r * (K + N) if splits > 1 else 0)
-    return _Plan(M, r, parts, carried, splits, sums, counters, counters + (blocks if splits > 1 else 0))
+    return _Plan(M, r, parts, carried, splits, sums, counters, counters + (blocks if splits > 1 else 0), tiles)
 
 
 @functools.lru_cache(4096)
-def _parts(M: int, K: int, r: int, carried: bool = False) -> int:
+def _parts(M: int, K: int, r: int, carried: bool = False, tiles: Tiles = None) -> int:
     """In how many parts rows of K elements meet an adapter. Whoever reads the product adds them up, so that they must
     stay small beside rows of the full width, unless that is done once."""
-    parts, blocks = 1, ceil_div(M, tile("product", M, r, carried=carried).rows) * ceil_div(r, _rank_block(r))
+    own = tile("product", M, r, carried=carried, tiles=tiles)
+    parts, blocks = 1, ceil_div(M, own.rows) * ceil_div(r, _rank_block(r))
     most = 256 if M <= FEW or carried else 128 if M <= 1024 else 32
     while 2 * parts * blocks <= PROGRAMS and 512 * parts <= K and 2 * parts * r <= most:
         parts *= 2
@@ -385,10 +433,10 @@ def _product_kernel(  # type: ignore[no-untyped-def]
 
 
 def _prepare_product(  # type: ignore[no-untyped-def]
-    out, rows, small, factor, seed, drops, parts, width, turned, zeroed, carried
+    out, rows, small, factor, seed, drops, parts, width, turned, zeroed, carried, tiles
 ):  # fmt: skip
     (M, K), C = rows.shape, small.shape[0 if turned else 1]
-    own, block_C = tile("product", M, width, carried=carried), _rank_block(C)
+    own, block_C = tile("product", M, width, carried=carried, tiles=tiles), _rank_block(C)
     part = ceil_div(ceil_div(K, parts), own.columns) * own.columns
     strides = M * width, width, *rows.stride(), *small.stride()[:: -1 if turned else 1]
     arguments = M, K, C, part, *zeroed, *strides, drops, own.rows, own.columns, block_C
@@ -423,9 +471,9 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     tl.store(where, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _prepare_expand(out, a, b, h, factor, seed, drops, fresh, parts, width, turned):  # type: ignore[no-untyped-def]
+def _prepare_expand(out, a, b, h, factor, seed, drops, fresh, parts, width, turned, tiles):  # type: ignore[no-untyped-def]
     (M, C), R = out.shape, b.shape[1 if turned else 0]
-    own = tile("expand", M, width)
+    own = tile("expand", M, width, tiles=tiles)
     strides = *out.stride(), M * width, width, *b.stride()[:: -1 if turned else 1]
     arguments = M, C, R, *strides, drops, fresh, parts, own.rows, own.columns, 16
     return (ceil_div(M, own.rows), ceil_div(C, own.columns), 1), arguments, own.how
@@ -511,7 +559,7 @@ def _prepare_gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     R, K = (grad_B.shape[1], 0) if A is None else A.shape
     M, N = plan.M, 0 if grad_B is None else grad_B.shape[0]
-    own, block_R = tile("gradients", M, plan.r, drops, plan.carried), _rank_block(R)
+    own, block_R = tile("gradients", M, plan.r, drops, plan.carried, plan.tiles), _rank_block(R)
     part, blocks = ceil_div(ceil_div(M, plan.splits), own.rows) * own.rows, ceil_div(K, own.columns)
     strides = [stride for t in (x, A, grad_x, grad, h) for stride in ((0, 0) if t is None else t.stride())]
     arguments = (
@@ -554,11 +602,11 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(y + m * y_m + n, total.to(y.dtype.element_ty), mask=(m < M) & (n < N))
 
 
-def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts):  # type: ignore[no-untyped-def]
+def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts, tiles):  # type: ignore[no-untyped-def]
     (M, K), (N, R) = x.shape, B.shape
     bias_n = 0 if bias is None else bias.stride(0)
     strides = y.stride(0), *x.stride(), *weight.stride(), bias_n, *a.stride(), *B.stride()
-    own = tile("few_rows", M, R)
+    own = tile("few_rows", M, R, tiles=tiles)
     arguments = M, N, K, R, *strides, parts, FEW, own.rows, own.columns, _rank_block(R)
     return (ceil_div(N, own.rows), 1, 1), arguments, own.how
 

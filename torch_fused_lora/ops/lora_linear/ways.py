@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...tuned import Layer, Table, bucket, numbers_of
 from ..rows import HALF
 
 FEW = 16  # rows that are never split into blocks
@@ -64,16 +65,71 @@ def block_rows(A: Tensor, B: Tensor) -> int:
     return max(limits.block // max(A.shape[1], B.shape[0], 1), FEW)
 
 
-def choose(rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool) -> tuple[Way, Tensor, Tensor]:
+class Tuned(NamedTuple):
+    """Of a layer: by Triton's kernels beside torch's product (1), by torch's own calls (2), or with a base product that
+    carries the rank (3), and the tiles of Triton's kernels; 0 and None: as chosen."""
+
+    way: int = 0
+    tiles: Any = None
+
+
+class TunedLayers:
+    """What is tuned for a card, in force as long as torch is not to be deterministic."""
+
+    def __init__(self, device: int):
+        self._found: dict[tuple[Any, ...], Tuned] = {}
+        name, cores = "cpu", 0
+        if device >= 0:
+            properties = torch.cuda.get_device_properties(device)
+            name, cores = properties.name, properties.multi_processor_count
+        self.table = Table.load(name, cores, self.tune)
+
+    def tune(self, layer: Layer, overrides: str) -> str | None:
+        """Take a layer so from now on, as chosen for an empty text; or what is wrong with it."""
+        dtypes = [getattr(torch, name, None) for name in layer[5:]]
+        if dtypes[0] not in HALF or dtypes[1] not in (dtypes[0], torch.float32):
+            return "expected half rows, and adapters of their dtype or float32"
+        self._found.pop(key := (*layer.bucket[:5], *dtypes), None)
+        if not overrides:
+            return None
+        try:
+            numbers = numbers_of(overrides)
+            way = numbers.pop("lora_linear.way", 0)
+            tiles = triton_kernels().tiles_of(numbers)
+        except ValueError as error:
+            return str(error)
+        if not 0 <= way <= 3:
+            return f"lora_linear.way={way}: expected one of 1, 2, 3"
+        self._found[key] = Tuned(way, tiles)
+        return None
+
+    def of(self, backward: bool, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tuned:
+        if not self._found or torch.are_deterministic_algorithms_enabled():
+            return _UNTUNED
+        (r, K), N = lora_A.shape, lora_B.shape[0]
+        key = backward, bucket(rows.shape[0]), K, N, r, rows.dtype, lora_A.dtype
+        return self._found.get(key, _UNTUNED)
+
+
+_UNTUNED = Tuned()
+tuned_layers = functools.cache(TunedLayers)
+
+
+def choose(
+    rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool, backward: bool = False
+) -> tuple[Way, Tensor, Tensor]:
     """The way for these rows, and the adapters in the dtype in which rows meet them: their own, but float32 for half
     adapters where aten calls drop, and on a CPU, which is faster there where the processor multiplies no halves."""
     dtype = lora_A.dtype
     if rows.dtype in HALF:
         limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
-        if limits.triton and M * K * N > 0 and _has_kernels(rows.get_device()):  # no grid is empty
+        if limits.triton and M * K * N > 0 and _has_kernels(index := rows.get_device()):  # no grid is empty
+            tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
             if drops:
                 fits = K % 8 == 0  # tiles begin at whole counters of 8 elements
+            elif tuned:
+                fits = tuned != 2
             elif dtype is rows.dtype and M > FEW:  # torch's own calls take less of the host's time
                 fits = M * K * N >= LARGE and _carries(rows)
             else:
@@ -109,18 +165,19 @@ def triton_kernels() -> Any:
     return triton
 
 
-def carrying_rank(rows: Tensor, weight: Tensor | None, columns: int) -> Any:
+def carrying_rank(rows: Tensor, weight: Tensor | None, columns: int, tuned: int = 0) -> Any:
     """The module of Gluon kernels where ``rows``' product with a weight, of so many columns, is to carry the rank; else
-    None: torch's own product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes."""
-    if weight is None or not _carries(rows) or any(count % 8 for count in weight.shape):
+    None: torch's own product comes first. The tensor copy engine wants addresses and rows at multiples of 16 bytes.
+    ``tuned``: the way that is, 0 for none."""
+    if weight is None or tuned == 1 or not _carries(rows, tuned == 3) or any(count % 8 for count in weight.shape):
         return None
     kernels = _gluon_kernels(rows.get_device())
-    fits = _is_tileable(rows) and _is_tileable(weight) and kernels.fills(rows.shape[0], columns, rows.get_device())
-    return kernels if fits else None
+    fits = tuned == 3 or kernels.fills(rows.shape[0], columns, rows.get_device())
+    return kernels if fits and _is_tileable(rows) and _is_tileable(weight) else None
 
 
-def _carries(rows: Tensor) -> bool:
-    if not rows.is_cuda or rows.shape[0] < TABLE["cuda"].carrying or rows.dtype is not torch.bfloat16:
+def _carries(rows: Tensor, few: bool = False) -> bool:
+    if not rows.is_cuda or (rows.shape[0] < TABLE["cuda"].carrying and not few) or rows.dtype is not torch.bfloat16:
         return False
     return _gluon_kernels(rows.get_device()) is not None
 

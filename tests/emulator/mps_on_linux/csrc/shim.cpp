@@ -1,12 +1,15 @@
 // The C functions of PyTorch's MPS shim. An exception becomes an error status; its text is where PyTorch's own shim
 // puts it.
+#include <ATen/ops/addmm.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim_mps.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_mps.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 
 #include <algorithm>
 #include <cstring>
 #include <functional>
 
+#include "counters.h"
 #include "encoder.h"
 #include "metal.h"
 #include "queue.h"
@@ -116,6 +119,20 @@ AOTITorchError aoti_torch_mps_dispatch_array_with_group_size(
     size_t group_size_size) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
       { encoder_of(func).dispatch({length, length_size}, {group_size, group_size_size}); });
+}
+
+AOTITorchError aoti_torch_mps_addmm_out(
+    AtenTensorHandle out,
+    AtenTensorHandle self,
+    AtenTensorHandle mat1,
+    AtenTensorHandle mat2,
+    double beta,
+    double alpha) {
+  const auto& tensor = torch::aot_inductor::tensor_handle_to_tensor_pointer;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    count_stable_call("aten::addmm");
+    at::addmm_out(*tensor(out), *tensor(self), *tensor(mat1), *tensor(mat2), beta, alpha);
+  });
 }
 
 AOTITorchError aoti_torch_mps_malloc(void** buffer, size_t num_bytes) {
