@@ -22,12 +22,12 @@ lint:  ## ruff, mypy and clang-format, as pre-commit runs them
 	mypy
 	git ls-files '*.cpp' '*.h' '*.metal' '*.mm' | xargs clang-format --dry-run --Werror
 
-examples:  ## the examples, one of them on the emulated Apple GPU
+examples:  ## the examples, two of them on the emulated Apple GPU
 	python examples/finetune_encoder.py
 	python examples/without_peft.py
 	python examples/memory_of_training.py
-	python examples/finetune_4bit.py --tiny --steps 20 --out out/finetune_4bit_tiny
 	python -m tests.emulator.mps_on_linux examples/finetune_mps.py --steps 2 --batch-size 4 --held-out 4
+	python -m tests.emulator.mps_on_linux examples/finetune_4bit.py --tiny --steps 1 --batch-size 1 --length 16 --held-out 1
 
 conformance:  ## PEFT's own tests over patched layers, on the CPU and the emulated mps (needs the extra of that name)
 	python -m tests.conformance -n $(JOBS)
