@@ -374,10 +374,10 @@ EQUIVALENT = {
     "stride; the padding serves the memory banks alone",
     Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)", 1): "EQUIVALENT: a wide row of y has a multiple "
     "of four elements (launch plan) and a run starts at a multiple of eight: the count is four, or eight and more",
-    Edit(DELTA, "if (first + i < OWN)", "if (true)"): "EQUIVALENT: in all numbers, for the blocks past OWN go where none is "
-    "read (rank < OWN * BLOCK); that `sums` is read past its end, matrices in registers, the executor does not see",
-    Edit(GRAD, "if (row + DEPTH < big.rows)", "if (true)"): "EQUIVALENT: both operands end at the split's last row, and a "
-    "loader reads nothing past the end; what it fetches then is never stored",
+    Edit(DELTA, "if (first + i < OWN)", "if (true)"): "EQUIVALENT: in all numbers, as nothing past OWN is read of what "
+    "is stored; `sums` is read past its end, of which the executor sees nothing where matrices are in registers",
+    Edit(GRAD, "if (row + DEPTH < big.rows)", "if (true)"): "EQUIVALENT: both operands end at the split's last row, a "
+    "loader reads nothing past the end, and what it fetches then is never stored",
 }
 
 
