@@ -206,8 +206,10 @@ for other in ((130, *many[1:]), (70, 128, *many[2:]), (*many[:2], 192, *many[3:]
     forward, backward = run(*other)
     assert forward["expand"][1:] == default[many][0]["expand"][1:], other
     assert (5, 4, 3) not in (forward["product"], backward["product"])
-with_half = run(*many[:4], half, half)
-assert with_half[0]["expand"] == default[many][0]["expand"]
+halves = (*many[:4], half, half)
+assert run(*halves) == ({}, {})  # torch's own calls
+assert tune(halves, False, "lora_linear.way=1") is None
+assert run(*halves)[0]["expand"] == default[many][0]["expand"]
 torch.use_deterministic_algorithms(True)
 assert {shape: run(*shape) for shape in (many, few)} == default
 torch.use_deterministic_algorithms(False)
