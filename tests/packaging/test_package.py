@@ -109,13 +109,13 @@ def test_bench_on_mps_records_how_kernels_were_launched(mps, monkeypatch, tmp_pa
     }
     assert launched == {
         (None, "forward", "lora_decode"),
-        (None, "forward+backward", "lora_decode", "lora_delta", "lora_grad"),
+        (None, "forward+backward", "lora_decode", "lora_delta", "lora_delta", "lora_grad"),
         ("rms_norm", "forward", "rms_norm"),
         ("rms_norm", "forward+backward", "rms_norm", "rms_norm_backward"),
         ("softmax", "forward", "softmax"),
         ("softmax", "forward+backward", "softmax", "softmax_backward"),
     }
-    assert document["results"][0]["plan"][0]["configuration"]["w_rows"] == 1
+    assert document["results"][0]["plan"][0]["configuration"]["dispatches"] in (1, 2)
 
 
 TINY = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16) | {
