@@ -7,11 +7,12 @@
 //   In two dispatches: the first computes h, W_ROWS ranks a threadgroup, the second y. Or, where h and A are so small
 //   that computing all of h in each threadgroup takes less than a launch, in one.
 // Tile. None: of x, W and A nothing is staged. Threadgroup memory holds sums: 32 floats a simdgroup, and h, as many.
-// Threads. 256, 8 simdgroups; a lane reads 16 bytes of each of four rows at a time, 512 contiguous bytes a simdgroup.
+// Threads. 256, 8 simdgroups; a lane reads a run of eight elements of each of four rows at a time: of half ones 16
+//   bytes, 512 contiguous bytes a simdgroup; of packed ones a word, or two, with their scale and bias.
 //   A threadgroup owns 4 rows of W (all its simdgroups share the columns) to 32 (each has its own).
 // Bytes. W, A, B and y are touched once: the least possible. x and h are read once every four rows of W, for x M / 4 of
-//   W's requests, from the cache, as is b for every row of x. In one dispatch A once a threadgroup (all counted by the
-//   executor).
+//   a half W's requests, from the cache, as is b for every row of x. In one dispatch A once a threadgroup (all counted
+//   by the executor).
 // Rounding. Once: base, bias and low-rank term are summed in float32.
 #include "lora_decode.h"
 #include "weights.h"
@@ -164,7 +165,7 @@ void lora_decode(
     for (uint rank = first; rank < last; rank += DECODE_W_ROWS) {
       Sums<M> own = {};
       const Rows<TA, DECODE_W_ROWS> A_rows(A_matrix, rank);
-      const ushort2 slice = ushort2(simdgroup_index, DECODE_SIMDGROUPS);
+      const ushort2 slice = ushort2(simdgroup_index, ushort(DECODE_SIMDGROUPS));
       own.add(A_rows, x_rows, K, (flags & DECODE_WIDE_A) != 0, slice, lane);
       own.store(sums[simdgroup_index] + (rank - first) * M, lane);
     }
@@ -196,7 +197,7 @@ void lora_decode(
       Sums<M> own = {};
       const Rows<typename FORMAT::Element, DECODE_W_ROWS> W_rows(
           FORMAT::of(weight, scales, biases, N, K, W_layout, false), first);
-      own.add(W_rows, x_rows, K, (flags & DECODE_WIDE_W) != 0, ushort2(slice, slices), lane);
+      own.add(W_rows, x_rows, K, (flags & DECODE_WIDE_W) != 0, ushort2(slice, ushort(slices)), lane);
       const Rows<TA, DECODE_W_ROWS> B_rows(matrix_of(lora_B, N, r, B_strides, false), first);
       uint rank = slice * LANES + lane;
       ulong place = B_rows.template across<false>(rank);
@@ -205,7 +206,11 @@ void lora_decode(
         float h_rank[M];
         TFL_UNROLL
         for (short m = 0; m < M; ++m) {
-          h_rank[m] = down ? h_own[rank * M + m] : h_sums[rank * M + m];
+          if (down) {
+            h_rank[m] = h_own[rank * M + m];
+          } else {
+            h_rank[m] = h_sums[rank * M + m];
+          }
         }
         TFL_UNROLL
         for (short j = 0; j < DECODE_W_ROWS; ++j) {

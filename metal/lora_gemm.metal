@@ -3,11 +3,10 @@
 // BACKWARD is its mirror over the same W: dx = dY W + mask * s z A, with z = dY B.
 //
 // Algorithm. A threadgroup owns ROWS x 64 of the result, and each of its four simdgroups a quarter, in float32
-// simdgroup
-//   matrices. First these sum up the low-rank term, over tiles of the ranks; then, once, they are scaled, dropped and
-//   given the bias through threadgroup memory; then the base product is summed up on top, over tiles of K (of N
-//   backward). A tile of W is decoded on its way from registers into threadgroup memory; W exists nowhere else. While
-//   one tile is multiplied, the next is on its way from device memory, as raw elements and words.
+//   simdgroup matrices. First these sum up the low-rank term, over tiles of the ranks; then, once, they are scaled,
+//   dropped and given the bias through threadgroup memory; then the base product is summed up on top, over tiles of K
+//   (of N backward). A tile of W is decoded on its way from registers into threadgroup memory; W exists nowhere else.
+//   While one tile is multiplied, the next is on its way from device memory, as raw elements and words.
 // Tile. x: ROWS x 16, W: 64 x 16 (16 x 64 backward), as float: 10 KiB where ROWS is 64. ROWS is 32 where the rows are
 //   few. A run of eight elements of x and of W a thread and tile, so one scale and bias as well.
 // Threads. 128.
@@ -39,7 +38,7 @@ struct Quarter {
   simdgroup_float8x8 sums[ROW_BLOCKS][COL_BLOCKS];
 
   METAL_FUNC Quarter(threadgroup float* floats, short simdgroup_index, short lane)
-      : left({floats}), right({floats + Left::size}), strip({floats + simdgroup_index * Strip::size}),
+      : left{floats}, right{floats + Left::size}, strip{floats + simdgroup_index * Strip::size},
         row(simdgroup_index / 2 * (ROWS / 2)), col(simdgroup_index % 2 * (GEMM_COLUMNS / 2)),
         strip_row(lane / (LANES / RUN)), strip_col(lane % (LANES / RUN) * RUN) {
     TFL_UNROLL

@@ -216,7 +216,7 @@ EDITS = [
     Edit(DECODE, "if (first < N)", "if (true)"),
     Edit(DECODE, "rank = slice * LANES + lane", "rank = lane"),
     Edit(DECODE, "rank += slices * LANES", "rank += LANES"),
-    Edit(DECODE, "down ? h_own[rank * M + m] :", "false ? h_own[rank * M + m] :"),
+    Edit(DECODE, "if (down) {\n            h_rank", "if (false) {\n            h_rank"),
     Edit(DECODE, "h_sums[rank * M + m];", "h_sums[rank];"),
     Edit(DECODE, "scaling * float(B_rows", "float(B_rows"),
     Edit(DECODE, "across<false>(slices * LANES)", "across<false>(LANES)"),

@@ -16,7 +16,7 @@ namespace {
 /// Null, or what the call refuses with.
 template <typename Call>
 const char* refusal_of(const Call& call) {
-  static std::string error;
+  thread_local std::string error;
   try {
     call();
   } catch (const std::invalid_argument& refusal) {

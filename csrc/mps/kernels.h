@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../plan/launch.h"
@@ -40,7 +41,8 @@ struct Binding {
   }
 };
 
-/// Dispatches in order, in one command block.
+/// Dispatches in order, in one command block. One may read what an earlier one wrote: torch's encoder is a serial one,
+/// as its source has it, in which Metal lets dispatches wait for each other.
 class Dispatches {
  public:
   /// Compiles what is not compiled yet. Throws where a kernel does not compile or the bindings are not the launch's
@@ -84,6 +86,14 @@ class Dispatches {
   const char* call_ = nullptr;
   std::string reason_;
 };
+
+/// What a plan says, alone.
+template <typename Configuration>
+void launch(const Plan<Configuration>& plan, std::initializer_list<Binding> bindings) {
+  Dispatches dispatches;
+  dispatches.add(plan, bindings);
+  dispatches.encode();
+}
 
 /// The plan of a problem. Throws what it refuses with.
 template <typename Problem>

@@ -54,9 +54,9 @@ Base packed(
       group == 32 || group == 64 || group == 128, expect.op, ": group_size: expected 32, 64 or 128, got ", group);
   const int64_t in_word = 32 / bits;
   expect(
-      !weight.is_cpu() && weight.scalar_type() == ScalarType::UInt32 && weight.dim() == 2 &&
+      !weight.is_cpu() && weight.scalar_type() == ScalarType::UInt32 && weight.dim() == 2 && weight.is_contiguous() &&
           weight.size(1) * in_word % group == 0,
-      "weight", weight, "shape (N, K / ", in_word, "), torch.uint32, on mps, K a multiple of ", group);
+      "weight", weight, "shape (N, K / ", in_word, "), torch.uint32, contiguous, on mps, K a multiple of ", group);
   const int64_t N = weight.size(0), K = weight.size(1) * in_word, groups = K / group;
   const auto fits = [&](const Tensor& t) { return !t.is_cpu() && has_shape(t, {N, groups}); };
   const ScalarType dtype = scales.scalar_type();
@@ -64,7 +64,7 @@ Base packed(
   expect(fits(biases) && biases.scalar_type() == dtype, "biases", biases, "scales's shape, dtype and device");
   const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
   return {
-      as_contiguous(weight),
+      weight,
       as_contiguous(scales),
       as_contiguous(biases),
       {{u(N), u(K), u(N), 0, u(K), 1}, static_cast<uint32_t>(bits), static_cast<uint32_t>(group), scalar(dtype)}};
@@ -101,8 +101,7 @@ Tensor decode(
       scalar(x.tensor.scalar_type()), A.dtype, x.operand, base.weight, A.operand, B.operand, stride_of(bias),
       bias.has_value(), h.has_value(), gpu_cores()});
   const OptionalTensor h_sums = scratch(plan.sums, y);
-  Dispatches dispatches;
-  dispatches.add(
+  launch(
       plan,
       {{DECODE_X, x.tensor},
        {DECODE_WEIGHT, base.data},
@@ -115,7 +114,6 @@ Tensor decode(
        {DECODE_H, h},
        {DECODE_H_SUMS, h_sums},
        Binding::constant(DECODE_SCALING, scale)});
-  dispatches.encode();
   return y;
 }
 
@@ -136,8 +134,7 @@ Tensor multiply(
   const auto plan = plan_or_throw(GemmProblem{
       pass, scalar(in.tensor.scalar_type()), factor.dtype, in.operand, base.weight, factor.operand, stride_of(bias),
       bias.has_value(), !is_forward && seed ? adapters->dropout_p[0] : 0.0, gpu_cores()});
-  Dispatches dispatches;
-  dispatches.add(
+  launch(
       plan,
       {{GEMM_X, in.tensor},
        {GEMM_WEIGHT, base.data},
@@ -149,8 +146,14 @@ Tensor multiply(
        {GEMM_Y, y},
        Binding::constant(GEMM_SCALING, scale),
        Binding::constant(GEMM_SEED, seed)});
-  dispatches.encode();
   return y;
+}
+
+/// Whether a layer is left to torch's own products.
+bool is_left_to_torch(const Rows& rows, const MaybeAdapters& adapters, bool is_packed) {
+  if (!adapters.has_value() || is_packed) return false;
+  const ScalarType dtype = rows.tensor.scalar_type(), adapter_dtype = adapters->lora_A.scalar_type();
+  return by_torch(scalar(dtype), scalar(adapter_dtype), adapters->seed.has_value());
 }
 
 // ------------------------------------------------------------------------------------------------------------- forward
@@ -180,12 +183,11 @@ std::tuple<Tensor, Tensor> forward(
 
   const Tuned tuned = tuned_for(false, rows, base.is_packed() ? std::nullopt : adapters);
   const bool weight_in_rows = base.weight.operand.col_stride == 1, drops = r > 0 && adapters->seed.has_value();
-  const bool is_left =
-      r > 0 && !base.is_packed() && by_torch(scalar(x.scalar_type()), scalar(adapters->lora_A.scalar_type()), drops);
+  const bool is_left = is_left_to_torch(rows, adapters, base.is_packed());
   if (!is_left && decodes(rows.operand.rows, static_cast<uint64_t>(r), weight_in_rows, drops)) {
     return results(decode(rows, base, bias, adapters, h));
   }
-  if (base.multiplied_by_us()) {
+  if (!is_left && base.multiplied_by_us()) {
     OptionalTensor low_rank = h;
     if (r > 0 && !h.has_value()) low_rank = empty({M, r}, adapters->lora_A);
     if (r > 0) add_delta(std::nullopt, rows, *adapters, low_rank);
@@ -193,7 +195,7 @@ std::tuple<Tensor, Tensor> forward(
   }
   const Rows matrix = as_matrix(rows);
   const Tensor product = linear(matrix.tensor, base.data, bias);
-  add_delta(product, matrix, *adapters, h);
+  add_delta(product, matrix, *adapters, h, is_left);
   return results(x.dim() == 2 ? product : with_shape(product, with_last(x, N)));
 }
 
@@ -267,8 +269,10 @@ std::vector<Tensor> backward(
   }
 
   Rows dy = rows_of(grad);
-  const Tuned tuned = tuned_for(true, dy, base && base->is_packed() ? std::nullopt : adapters);
-  const bool by_us = need.x && base->multiplied_by_us();
+  const bool is_packed = base.has_value() && base->is_packed();
+  const Tuned tuned = tuned_for(true, dy, is_packed ? std::nullopt : adapters);
+  const bool is_left = !need.scaling && is_left_to_torch(dy, adapters, is_packed);
+  const bool by_us = need.x && !is_left && base->multiplied_by_us();
   if ((need.x && !by_us) || need.weight || need.bias) dy = as_matrix(dy);
   std::optional<Rows> x_rows;
   if (need.A || need.weight) x_rows = need.weight ? as_matrix(rows_of(*x)) : rows_of(*x);
@@ -279,7 +283,7 @@ std::vector<Tensor> backward(
   if (by_us && !inside) dx = multiply(Pass::backward, dy, *base, std::nullopt, std::nullopt, std::nullopt);
   LowRankGradients low_rank;
   if (adapters.has_value()) {
-    low_rank = low_rank_backward(dy, dx, x_rows, h, *adapters, {need.A, need.B, need.scaling, inside});
+    low_rank = low_rank_backward(dy, dx, x_rows, h, *adapters, {need.A, need.B, need.scaling, inside, is_left});
   }
   if (inside) dx = multiply(Pass::backward, dy, *base, std::nullopt, adapters, low_rank.z);
 

@@ -44,8 +44,10 @@ Tuned tuned_for(bool backward, const Rows& rows, const std::optional<Adapters>& 
 /// What a plan's steps hand on to each other, if they do.
 OptionalTensor scratch(const PartialSums& sums, const Tensor& like);
 
-/// y += s h B^T in place, where y is given, with h = dropout(x) A^T, which is written where it is given.
-void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h);
+/// y += s h B^T in place, where y is given, with h = dropout(x) A^T, which is written where it is given. `by_torch`: by
+/// torch's own products, of matrices y and x and without dropout.
+void add_delta(
+    const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h, bool by_torch = false);
 
 /// The gradients asked for, and z where it was needed.
 struct LowRankGradients {
@@ -53,10 +55,11 @@ struct LowRankGradients {
 };
 
 struct LowRankNeeds {
-  bool A, B, scaling, z = false;
+  bool A, B, scaling, z = false, by_torch = false;
 };
 
-/// dx += mask * s z A in place, where dx is given, with z = dy B; and the gradients asked for.
+/// dx += mask * s z A in place, where dx is given, with z = dy B; and the gradients asked for. By torch's own products
+/// if need.by_torch, without dropout and neither scaling's gradient nor z.
 LowRankGradients low_rank_backward(
     const Rows& dy,
     const OptionalTensor& dx,

@@ -48,22 +48,6 @@ Gradients plan_gradients(
   return found;
 }
 
-/// As low_rank_backward, by torch's own products.
-LowRankGradients backward_by_torch(
-    const Rows& dy,
-    const OptionalTensor& dx,
-    const std::optional<Rows>& x,
-    const OptionalTensor& h,
-    const Adapters& adapters,
-    const LowRankNeeds& need) {
-  const Tensor rows = as_matrix(dy).tensor, z = multiply(product(rows, adapters.lora_B), adapters.scaling);
-  if (dx) add_product(*dx, z, adapters.lora_A);
-  LowRankGradients found;
-  if (need.A) found.A = product(transposed(z), as_matrix(*x).tensor);
-  if (need.B) found.B = multiply(product(transposed(rows), *h), adapters.scaling);
-  return found;
-}
-
 }  // namespace
 
 OptionalTensor scratch(const PartialSums& sums, const Tensor& like) {
@@ -150,9 +134,9 @@ Tuned tuned_for(bool backward, const Rows& rows, const std::optional<Adapters>& 
   return Tuned(layer, adapters->seed.has_value() || is_deterministic());
 }
 
-void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h) {
-  if (y.has_value() &&
-      by_torch(scalar(x.tensor.scalar_type()), scalar(adapters.lora_A.scalar_type()), adapters.seed.has_value())) {
+void add_delta(
+    const OptionalTensor& y, const Rows& x, const Adapters& adapters, const OptionalTensor& h, bool by_torch) {
+  if (by_torch) {
     const Tensor found = product(x.tensor, transposed(adapters.lora_A));
     add_product(*y, multiply(found, adapters.scaling), transposed(adapters.lora_B));
     if (Tensor kept = h.value_or(found); h.has_value()) torch::stable::copy_(kept, found);
@@ -167,8 +151,7 @@ void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters,
       B.operand, y.has_value(), h.has_value(), y ? static_cast<uint64_t>(y->storage_offset()) : 0, dropout,
       gpu_cores()});
   const OptionalTensor partial = scratch(plan.sums, x.tensor);
-  Dispatches dispatches;
-  dispatches.add(
+  launch(
       plan,
       {{DELTA_X, x.tensor},
        {DELTA_LORA_A, A.tensor},
@@ -178,7 +161,6 @@ void add_delta(const OptionalTensor& y, const Rows& x, const Adapters& adapters,
        {DELTA_PARTIAL, partial},
        Binding::constant(DELTA_SCALING, scale),
        Binding::constant(DELTA_SEED, seed)});
-  dispatches.encode();
 }
 
 LowRankGradients low_rank_backward(
@@ -192,8 +174,14 @@ LowRankGradients low_rank_backward(
   const int64_t K = lora_A.size(1), N = lora_B.size(0), r = lora_A.size(0);
   const int64_t M = static_cast<int64_t>(dy.operand.rows);
   const Scalar dtype = scalar(dy.tensor.scalar_type()), adapter_dtype = scalar(lora_A.scalar_type());
-  const bool is_left = !need.scaling && !need.z && by_torch(dtype, adapter_dtype, seed.has_value());
-  if (is_left && M > 0) return backward_by_torch(dy, dx, x, h, adapters, need);
+  if (need.by_torch && M > 0) {
+    const Tensor rows = as_matrix(dy).tensor, scaled = multiply(product(rows, lora_B), scaling);
+    if (dx) add_product(*dx, scaled, lora_A);
+    LowRankGradients found;
+    if (need.A) found.A = product(transposed(scaled), as_matrix(*x).tensor);
+    if (need.B) found.B = multiply(product(transposed(rows), *h), scaling);
+    return found;
+  }
 
   // Allocate.
   const auto fresh = [&](const std::vector<int64_t>& shape, const Tensor& like) {

@@ -40,9 +40,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   const Rows rows = rows_of(x);
   const Scalar dtype = scalar(x.scalar_type());
   const auto plan = plan_or_throw(RmsNormProblem{dtype, rows.operand, weight_of(weight, dtype), eps, gpu_cores()});
-  Dispatches dispatches;
-  dispatches.add(plan, {{NORM_X, rows.tensor}, {NORM_WEIGHT, weight}, {NORM_Y, y}, {NORM_RSTD, rstd}});
-  dispatches.encode();
+  launch(plan, {{NORM_X, rows.tensor}, {NORM_WEIGHT, weight}, {NORM_Y, y}, {NORM_RSTD, rstd}});
   return {y, rstd};
 }
 

@@ -28,9 +28,7 @@ Tensor forward(const Tensor& x, int64_t dim) {
   if (x.numel() == 0) return y;
   const Rows rows = rows_of(x);
   const auto plan = plan_or_throw(SoftmaxProblem{scalar(x.scalar_type()), rows.operand, gpu_cores()});
-  Dispatches dispatches;
-  dispatches.add(plan, {{SOFTMAX_X, rows.tensor}, {SOFTMAX_Y, y}});
-  dispatches.encode();
+  launch(plan, {{SOFTMAX_X, rows.tensor}, {SOFTMAX_Y, y}});
   return y;
 }
 
@@ -47,10 +45,8 @@ Tensor backward(const Tensor& grad, const Tensor& y, int64_t dim) {
   const Rows rows = rows_of(y), grad_rows = rows_of(grad);
   const auto plan =
       plan_or_throw(SoftmaxBackwardProblem{scalar(y.scalar_type()), grad_rows.operand, rows.operand, gpu_cores()});
-  Dispatches dispatches;
-  dispatches.add(
+  launch(
       plan, {{SOFTMAX_BACKWARD_GRAD, grad_rows.tensor}, {SOFTMAX_BACKWARD_Y, rows.tensor}, {SOFTMAX_BACKWARD_DX, dx}});
-  dispatches.encode();
   return dx;
 }
 

@@ -1,9 +1,11 @@
 #include "configuration.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <type_traits>
 
@@ -11,7 +13,9 @@ namespace torch_fused_lora {
 namespace {
 
 Overrides everywhere = {};
+std::mutex mutex;
 std::map<Layer, Overrides> tuned;
+std::atomic<bool> any_tuned = false;  // read without the mutex
 thread_local const Overrides* of_layer = nullptr;
 
 void expect(bool holds, const std::string& what, const std::string& expected) {
@@ -106,17 +110,22 @@ std::string candidates() {
 
 void tune(const Layer& layer, const std::string& text) {
   const Overrides found = parse(text, true);
+  std::lock_guard<std::mutex> lock(mutex);
   tuned.erase(key(layer));
   if (!text.empty()) tuned.emplace(key(layer), found);
+  any_tuned = !tuned.empty();
 }
 
-Tuned::Tuned(const Layer& layer, bool ignored) {
-  if (tuned.empty() || ignored) return;
+Tuned::Tuned(const Layer& layer, bool ignored) : outer_(of_layer) {
+  if (ignored || !any_tuned) return;
+  std::lock_guard<std::mutex> lock(mutex);
   const auto found = tuned.find(key(layer));
-  if (found != tuned.end()) of_layer = &found->second;
+  if (found == tuned.end()) return;
+  own_ = found->second;
+  of_layer = &*own_;
 }
 
-Tuned::~Tuned() { of_layer = nullptr; }
+Tuned::~Tuned() { of_layer = outer_; }
 
 const Overrides& overrides() { return of_layer != nullptr ? *of_layer : everywhere; }
 

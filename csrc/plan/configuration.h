@@ -4,6 +4,7 @@
 
 #include <compare>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "launch.h"
@@ -109,7 +110,7 @@ struct Overrides {
   }
 };
 
-/// Reads "lora_delta.splits=4,lora_decode.w_rows=2", an empty text for none. A number is taken as far as a problem has
+/// Reads "lora_delta.splits=4,lora_decode.slices=2", an empty text for none. A number is taken as far as a problem has
 /// room for it. Throws std::invalid_argument, naming what is wrong and what is allowed. To be called before the first
 /// plan is made.
 void set_overrides(const std::string& text);
@@ -128,7 +129,7 @@ struct Layer {
 };
 
 /// Overrides for one layer, written as for `set_overrides`; an empty text for none. Throws std::invalid_argument for
-/// what is not among the candidates. To be called while nothing is planned.
+/// what is not among the candidates.
 void tune(const Layer& layer, const std::string& text);
 
 /// While it lives, `overrides()` in this thread are those tuned for the layer, if there are any.
@@ -137,6 +138,10 @@ class Tuned {
   explicit Tuned(const Layer& layer, bool ignored = false);
   ~Tuned();
   Tuned(const Tuned&) = delete;
+
+ private:
+  const Overrides* outer_;
+  std::optional<Overrides> own_;
 };
 
 const Overrides& overrides();

@@ -71,14 +71,18 @@ void assemble(const DecodeProblem& p, const DecodeConfiguration& c, uint32_t sta
 }  // namespace
 
 bool decodes(uint64_t M, uint64_t r, bool weight_in_rows, bool drops) {
-  // Dropout stays with lora_delta. A weight with unit stride along N (a transposed Conv1D) would be read a line a
-  // element here, and is left to torch's matmul. The rank: h of all rows has to fit threadgroup memory.
+  // Dropout stays with lora_delta. A weight with unit stride along N (a transposed Conv1D) would be read a line an
+  // element here, and is left to torch's matmul. The rank is as far as the tests go.
   return M <= DECODE_MAX_ROWS && r <= MAX_RANKS && weight_in_rows && !drops;
 }
 
 Plan<DecodeConfiguration> plan(const DecodeProblem& p) {
-  Plan<DecodeConfiguration> plan = {
-      too_large({{"x", p.x}, {"weight", p.weight.operand}, {"lora_A", p.lora_A}, {"lora_B", p.lora_B}})};
+  Plan<DecodeConfiguration> plan = {too_large(
+      {{"x", p.x},
+       {"weight", p.weight.operand},
+       {"lora_A", p.lora_A},
+       {"lora_B", p.lora_B},
+       {"bias", bias_of(p.bias_stride)}})};
   if (!plan.error.empty()) return plan;
   const DecodeConfiguration c = choose(p);
   const auto add = [&](uint32_t stages) {

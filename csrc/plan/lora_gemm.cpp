@@ -28,7 +28,11 @@ bool multiplies_plain(Scalar dtype) { return overrides().lora_gemm.plain > 0 && 
 Plan<GemmConfiguration> plan(const GemmProblem& p) {
   const bool is_forward = p.pass == Pass::forward;
   const Operand& W = p.weight.operand;
-  Plan<GemmConfiguration> plan = {too_large({{is_forward ? "x" : "dy", p.in}, {"weight", W}, {"factor", p.factor}})};
+  Plan<GemmConfiguration> plan = {too_large(
+      {{is_forward ? "x" : "dy", p.in},
+       {"weight", W},
+       {is_forward ? "lora_B" : "lora_A", p.factor},
+       {"bias", bias_of(p.bias_stride)}})};
   if (!plan.error.empty()) return plan;
   const uint64_t terms = is_forward ? W.cols : W.rows, columns = is_forward ? W.rows : W.cols;
   auto& [launch, c] = plan.steps.emplace_back();

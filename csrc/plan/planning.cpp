@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 
 #include "../../metal/sum_splits.h"
 
@@ -67,6 +68,7 @@ Pair layout(const Weight& weight) {
 }
 
 void set_grid(Launch& launch, uint32_t group, uint64_t x, uint64_t y, uint64_t z) {
+  if (x * group > UINT32_MAX) throw std::runtime_error(std::string(launch.kernel) + ": 2**32 threads or more");
   const uint32_t threads[3] = {static_cast<uint32_t>(x * group), static_cast<uint32_t>(y), static_cast<uint32_t>(z)};
   const uint32_t groups[3] = {group, 1, 1};
   std::memcpy(launch.threads, threads, sizeof threads);

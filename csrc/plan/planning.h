@@ -39,11 +39,14 @@ struct Named {
   const Operand& operand;
 };
 
+/// One of which the stride alone counts.
+inline Operand bias_of(uint64_t stride) { return {1, 1, 1, 0, 0, stride}; }
+
 /// Empty if all extents and strides fit the kernels' 32-bit arguments, else a text that names the first that does not.
 std::string too_large(std::initializer_list<Named> operands);
 
 /// One instantiation of a kernel family: its template arguments as they stand in the source, and a name made of them,
-/// such as lora_delta_half_float_2_4_8_plain.
+/// such as lora_delta_half_float_down_2_4_plain.
 class Variant {
  public:
   explicit Variant(const char* family) : family_(family), name_(family) {

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import torch_fused_lora as tfl
 from tests.emulator import mps_on_linux
-from tests.models.test_mps_peft import CONFIG, LAYERS, TOKENS, train
+from tests.models.test_mps_peft import CONFIG, LAYERS, TOKENS, counted, train
 from torch_fused_lora.mps import extension
 
 
@@ -50,6 +50,7 @@ def test_losses_of_twenty_steps(mps, bits):
     torch.testing.assert_close(ours, on_cpu, rtol=0, atol=4 * rounding)
 
 
+@counted
 def test_a_step_takes_nothing_of_the_weight_s_size(mps):
     """No projection is a product of torch's: two forward passes, and a backward that the first q, k and v end."""
     model = patched(quantised(4), mps)
@@ -62,6 +63,7 @@ def test_a_step_takes_nothing_of_the_weight_s_size(mps):
     assert seen.fallbacks.get("aten::linear", 0) == 2
 
 
+@counted
 def test_generating(mps):
     """A token is as many dispatches as there are projections, by kernels that the first one compiled."""
     model = patched(quantised(4), mps).eval()

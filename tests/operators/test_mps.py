@@ -21,6 +21,7 @@ import torch
 
 import torch_fused_lora as tfl
 from tests import ROOT
+from tests.operators import families
 from tests.operators import test_lora_delta as delta
 from tests.reference import Delta, Layer
 from torch_fused_lora.mps import extension
@@ -40,18 +41,6 @@ def operands(M=3, K=24, N=20, r=4, dtype=torch.float32, adapter_dtype=torch.floa
     shapes = ((M, K), dtype), ((N, K), dtype), ((N,), dtype), ((r, K), adapter_dtype), ((N, r), adapter_dtype)
     x, weight, bias, lora_A, lora_B = (torch.randn(shape).to("mps", t) for shape, t in shapes)
     return x.requires_grad_(needs), weight, bias, lora_A.requires_grad_(needs), lora_B.requires_grad_(needs)
-
-
-FAMILY_WORDS = ("lora", "decode", "delta", "gemm", "grad", "sum", "splits")
-
-
-def families(dispatches: dict[str, int]) -> dict[str, int]:
-    """Dispatches by kernel family: lora_decode_float_float_4 is a lora_decode."""
-    found: dict[str, int] = {}
-    for name, count in dispatches.items():
-        family = "_".join(word for word in name.split("_") if word in FAMILY_WORDS)
-        found[family] = found.get(family, 0) + count
-    return found
 
 
 @pytest.fixture

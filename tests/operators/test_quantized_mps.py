@@ -10,19 +10,16 @@ import pytest
 import torch
 
 import torch_fused_lora as tfl
+from tests.emulator.mps_on_linux import counters, reset_counters
+from tests.operators import families
 from tests.operators.test_lora_linear import laid_out, seeded_masks
 from tests.reference import MIXED, Exact, Layer
 from torch_fused_lora.affine import GROUP_SIZES, SCALE_DTYPES, Packed, quantize
 from torch_fused_lora.mps import extension
 from torch_fused_lora.ops.lora_linear_quantized.operator import lora_linear_quantized_stacked
 
-if sys.platform != "linux":
-    pytest.skip("what is counted here only the emulator counts", allow_module_level=True)
-
-from tests.emulator.mps_on_linux import counters, reset_counters
-from tests.operators.test_mps import families
-
 pytestmark = pytest.mark.usefixtures("mps")
+on_the_emulator = pytest.mark.skipif(sys.platform != "linux", reason="only the emulator counts dispatches")
 NAMES = ("x", "bias", "lora_A", "lora_B", "scaling")
 
 
@@ -125,6 +122,7 @@ def counted(run):
     return found
 
 
+@on_the_emulator
 @pytest.mark.parametrize(("M", "K", "expected"), [(1, 64, 1), (2, 512, 1), (8, 1024, 2)])
 def test_few_rows_are_one_dispatch_or_two(M, K, expected):
     """In two, h is in one of its own, where all threadgroups reading A again would take longer."""
@@ -140,6 +138,7 @@ def test_few_rows_are_one_dispatch_or_two(M, K, expected):
     assert (seen.fallbacks, seen.allocations) == ({}, 1)
 
 
+@on_the_emulator
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_many_rows_and_backward(dropout_p):
     """Nothing of torch's but the bias's gradient, and nothing of W's size is allocated."""
@@ -162,6 +161,7 @@ def test_many_rows_and_backward(dropout_p):
     assert seen.peak_bytes - before < packed.scales.numel() * 64 * 4  # W as float32
 
 
+@on_the_emulator
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_plain_half_base_goes_the_same_way_by_override(dtype):
     x, _, bias, A, B = operands((40,), 128, 70, 8, dtypes=(dtype, torch.float32))
@@ -194,7 +194,7 @@ def test_nothing_to_compute(rows):
 REFUSED = {
     "bits: expected 4 or 8, got 3": {"bits": 3},
     "group_size: expected 32, 64 or 128, got 16": {"group_size": 16},
-    "weight: expected shape .* torch.uint32, on mps": {"weight": torch.zeros(5, 8, dtype=torch.int32)},
+    "weight: expected shape .* torch.uint32, contiguous, on mps": {"weight": torch.zeros(5, 8, dtype=torch.int32)},
     "scales: expected shape .5, 1., float16": {"scales": torch.zeros(5, 2)},
     "biases: expected scales's shape, dtype and device": {"biases": torch.zeros(5, 1)},
     "x: expected shape .*64., since weight is .5, 64.": {"x": torch.zeros(3, 65)},

@@ -142,3 +142,18 @@ def test_torchs_own_products(mps, lead, dtype):
     expected = exact.gradients(torch.ones(*lead, 72, dtype=dtype))
     for gradient, name in zip(gradients, ("x", "lora_A", "lora_B"), strict=True):
         expected[name].check(gradient, name)
+
+
+def test_torchs_own_products_are_a_layers_alone(mps):
+    """lora_delta, whose rows need not be a matrix, is its kernels under the same override."""
+    y, x = (torch.randn(2, 3, n).to("mps", torch.float16) for n in (30, 40))
+    _, _, _, lora_A, lora_B = operands(6, 40, 30, 4, torch.float16, torch.float16)
+    leaves = [t.detach().requires_grad_() for t in (y, x, lora_A, lora_B)]
+
+    def found():
+        out = tfl.lora_delta(*leaves, 0.5)
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    default = found()
+    with overridden("lora_linear.way=2"):
+        assert all(map(torch.equal, found(), default))
