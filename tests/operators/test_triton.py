@@ -260,7 +260,7 @@ def take_launches(patch):
     found = []
 
     def take(self, tensors, numbers, options, key):
-        _, arguments, how = self._prepare(*tensors, *options)
+        _, arguments, how = self.prepare(tensors, options)
         given = self._describe(*tensors, *options) if self._describe else tensors
         found.append((self._kernel, (*given, *numbers, *arguments), how))
 
@@ -268,7 +268,7 @@ def take_launches(patch):
     return found
 
 
-def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
+def launches(M, r, adapter_dtype, dropout_p, seed, carried=False, early=False):
     """What a forward and a backward of bfloat16 rows launch: kernel, arguments and how it is compiled."""
     x, W, bias, A, B, grad = (
         torch.empty(shape, dtype=dtype, device="meta")
@@ -285,6 +285,7 @@ def launches(M, r, adapter_dtype, dropout_p, seed, carried=False):
     with pytest.MonkeyPatch.context() as patch:
         found = take_launches(patch)
         patch.setattr(kernels, "carrying_rank", lambda *_: gluon if carried else None)
+        patch.setattr(launcher, "begins_early", lambda _: early)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
         dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
         _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)
@@ -328,9 +329,12 @@ def test_triton_kernels_compile_for_an_nvidia_gpu(capability):
     """To machine code, without a GPU: within the shared memory that a card's blocks have, and reading 16 bytes at a
     time. A T4 (75) takes the composition: its matrix units multiply no bfloat16."""
     seed = torch.empty((), dtype=torch.int64, device="meta") if capability == 90 else 2**40 + 5
-    few, *_ = launches(8, 16, torch.bfloat16, 0.0, None)
-    for kernel, arguments, how in (few, *launches(4096, 64, torch.float32, 0.1, seed)):
+    early = capability >= 90
+    few, *_ = launches(8, 16, torch.bfloat16, 0.0, None, early=early)
+    _, fewer, *_ = launches(8, 16, torch.float32, 0.0, None, early=early)
+    for kernel, arguments, how in (few, fewer, *launches(4096, 64, torch.float32, 0.1, seed, early=early)):
         ptx = check_compiled(capability, kernel, arguments, how)
+        assert ("griddepcontrol.wait" in ptx) == early, kernel.__name__
         if kernel is not kernels._expand_kernel:  # it reads little
             assert "cp.async.cg.shared.global" in ptx, kernel.__name__
 
@@ -341,11 +345,12 @@ def test_triton_kernels_compile_for_an_nvidia_gpu(capability):
 def test_what_the_base_product_carries_compiles_for_hopper(rows, r, adapter_dtype, dropout_p):
     """With wide tiles and narrow ones: on its matrix units, which read what the copy engine has brought."""
     product, augment, carrying = kernels._product_kernel, gluon._augment_kernel, gluon._carrying_kernel
-    found = launches(rows, r, adapter_dtype, dropout_p, 5, carried=True)
+    found = launches(rows, r, adapter_dtype, dropout_p, 5, carried=True, early=True)
     kinds = [kernel for kernel, *_ in found]
     assert kinds == [product, augment, carrying, product, augment, carrying, kernels._gradients_kernel]
     for kernel, arguments, how in found:
         ptx = check_compiled(90, kernel, arguments, how)
+        assert "griddepcontrol.wait" in ptx, kernel.__name__
         if kernel is carrying:
             columns = arguments[4].block_shape[1]
             assert columns == (256 if rows == 4096 else 128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
@@ -23,6 +24,12 @@ def _hooked() -> bool:
 
 def is_tested() -> bool:
     return triton.__version__.rpartition(".")[0] in TESTED
+
+
+@functools.cache
+def begins_early(device: int) -> bool:
+    """Whether a launch on a card may begin before the one before it is done: from Hopper on."""
+    return device >= 0 and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def start_of(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
@@ -49,6 +56,12 @@ class Launcher:
     Its first arguments are the tensors, then come numbers that differ from call to call, for which it specialises no
     code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it. Where the kernel
     takes descriptors of tensors, ``describe``, called alike, makes them, and ``bind`` a launch that does.
+
+    ``dependent``: its last argument says whether it is launched dependent on the launch before (CUDA's programmatic
+    dependent launch): it begins as soon as that one's programs have all said that it may, or ended, which hides a
+    launch's few microseconds. All of its programs wait for the end of that one (`gdc_wait`) before they end, and before
+    they use what that one writes. None lets the next one begin before it has waited, or is one that need not wait: so
+    all that came before the launch before is done when a program begins.
     """
 
     def __init__(
@@ -57,9 +70,10 @@ class Launcher:
         prepare: Callable[..., tuple[Grid, tuple[Any, ...], Any]],
         describe: Callable[..., tuple[Any, ...]] | None = None,
         bind: Callable[[Any, Grid, tuple[Any, ...], tuple[Any, ...]], Launch] = _bind,
+        dependent: bool = False,
     ):
         self._kernel, self._prepare, self._describe, self._bind = kernel, prepare, describe, bind
-        self._prepared: dict[Any, Launch] = {}
+        self._dependent, self._prepared = dependent, dict[Any, Launch]()
 
     def __call__(
         self,
@@ -89,10 +103,20 @@ class Launcher:
             self._prepared.clear()
         self._prepared[full_key] = self._bind(*made)
 
+    def prepare(
+        self, tensors: tuple[Any, ...], options: tuple[Hashable, ...]
+    ) -> tuple[Grid, tuple[Any, ...], dict[str, Any]]:
+        """The grid, the arguments after the numbers, and how to compile it."""
+        grid, arguments, how = self._prepare(*tensors, *options)
+        if self._dependent:
+            early = begins_early(tensors[0].get_device())
+            arguments, how = (*arguments, early), how | ({"launch_pdl": True} if early else {})
+        return grid, arguments, how
+
     def _compile(
         self, tensors: tuple[Any, ...], numbers: tuple[int | float, ...], options: tuple[Hashable, ...]
     ) -> tuple[Any, Grid, tuple[Any, ...], tuple[Any, ...]]:
         """And launch. What was compiled, the grid, the other arguments, and what stands for the tensors."""
-        grid, arguments, how = self._prepare(*tensors, *options)
+        grid, arguments, how = self.prepare(tensors, options)
         given = tensors if self._describe is None else self._describe(*tensors, *options)
         return self._kernel[grid](*given, *numbers, *arguments, **how), grid, arguments, given

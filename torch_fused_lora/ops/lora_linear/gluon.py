@@ -37,7 +37,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..dropout.triton import philox
 from ..launcher import Grid, Launch, Launcher, start_of
 from .triton import NO_DROPOUT, Dropout, as_factor, ceil_div, sum_of_parts, times
 
@@ -47,7 +49,7 @@ ROWS, STEP = 128, 64  # of a tile; columns of K in a stage
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-_philox = gluon.jit(tl.philox_impl.fn)
+_philox = gluon.jit(philox.fn)
 
 
 def product(
@@ -88,6 +90,7 @@ def product(
 def _augment_kernel(  # type: ignore[no-untyped-def]
     u, v, found, adapter, bias, h, factor, number, M, N, R, row_blocks, v_n, v_r, adapter_n, adapter_r, bias_n,
     PARTS: tl.constexpr, TERMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     # A row of U is a's high part, its low one, the high one again, 1 for the bias and zeros; one of V the adapter's
     # high part twice, its low one, the bias and zeros.
@@ -95,6 +98,9 @@ def _augment_kernel(  # type: ignore[no-untyped-def]
     i = ((block - tl.where(block < row_blocks, 0, row_blocks)) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     r, rest = tl.arange(0, BLOCK_R)[None, :], WIDTH - 8 + tl.arange(0, 8)[None, :]
     if block < row_blocks:
+        if EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
         inside = (i < M) & (r < R)
         value = sum_of_parts(found + i * R + r, M.to(tl.int64) * R, inside, PARTS)
         if h is not None:
@@ -107,6 +113,8 @@ def _augment_kernel(  # type: ignore[no-untyped-def]
             tl.store(where + R + r, (value - high.to(tl.float32)).to(tl.bfloat16), mask=inside)
             tl.store(where + 2 * R + r, high, mask=inside)
     else:
+        if EARLY:  # what is read here is older than the launch before
+            gdc_launch_dependents()
         inside, where = (i < N) & (r < R), v + i * v_n
         given = tl.load(adapter + i * adapter_n + r * adapter_r, mask=inside, other=0.0)
         high = given.to(tl.bfloat16)
@@ -165,15 +173,22 @@ def _fill(a, b, ring, row, column, steps, stage, phase, TURNED: gl.constexpr):  
 
 @gluon.jit
 def _copies(  # type: ignore[no-untyped-def]
-    a, b, u, v, ring, shape, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, TURNED: gl.constexpr
+    a, b, u, v, ring, shape, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, TURNED: gl.constexpr,
+    DROPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     across_m, across_n, narrow, wide = shape
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
     for tile in range(gl.program_id(0), across_m * across_n, gl.num_programs(0)):
         m, n = _place(tile, across_m, across_n, GROUP)
         row, column = m * ROWS, n * COLUMNS
+        if not DROPS:
+            stage, phase = _fill(a, b, ring, row, column, wide, stage, phase, TURNED)
+        if EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
         stage, phase = _fill(u, v, ring, row, column, narrow, stage, phase, TURNED)
-        stage, phase = _fill(a, b, ring, row, column, wide, stage, phase, TURNED)
+        if DROPS:
+            stage, phase = _fill(a, b, ring, row, column, wide, stage, phase, TURNED)
 
 
 @gluon.jit
@@ -213,9 +228,8 @@ def _drop(total, drop, row, column, columns):  # type: ignore[no-untyped-def]
     if seed is not None:
         key = gl.load(seed)
         low, high = key & 0xFFFFFFFF, key >> 32
-    zero, least = index_low * 0, threshold.to(gl.uint32)
-    words = _philox(index_low, index_high, zero + stream.to(gl.uint32), zero, low.to(gl.uint32), high.to(gl.uint32))
-    bits = zero
+    bits, least = index_low * 0, threshold.to(gl.uint32)
+    words = _philox(index_low, index_high, stream, low.to(gl.uint32), high.to(gl.uint32))
     for i in gl.static_range(4):
         word = words[i]
         bits |= (word >= least).to(gl.uint32) << (2 * i)
@@ -262,7 +276,7 @@ def _products(  # type: ignore[no-untyped-def]
 @gluon.jit(do_not_specialize=["low", "high", "stream", "threshold", "across_m", "across_n", "narrow", "wide"])
 def _carrying_kernel(  # type: ignore[no-untyped-def]
     a, b, u, v, c, seed, low, high, stream, threshold, across_m, across_n, narrow, wide, columns,
-    TURNED: gl.constexpr, DROPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    TURNED: gl.constexpr, DROPS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES, a.block_type.shape[0], a.block_type.shape[1]], a.layout)
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, b.block_type.shape[0], b.block_type.shape[1]], b.layout)
@@ -281,7 +295,7 @@ def _carrying_kernel(  # type: ignore[no-untyped-def]
         [
             (_products, (c, ring, c_tiles, shape, columns, drop, 0, GROUP, TURNED, DROPS)),
             (_products, (c, ring, c_tiles, shape, columns, drop, 1, GROUP, TURNED, DROPS)),
-            (_copies, (a, b, u, v, ring, shape, ROWS, COLUMNS, GROUP, TURNED)),
+            (_copies, (a, b, u, v, ring, shape, ROWS, COLUMNS, GROUP, TURNED, DROPS, EARLY)),
         ],
         [4, 1],
         [232, 40],
@@ -357,5 +371,5 @@ def _bind(compiled: Any, grid: Grid, arguments: tuple[Any, ...], described: tupl
     return launch
 
 
-_launch_augment = Launcher(_augment_kernel, _prepare_augment)
-_launch_carrying = Launcher(_carrying_kernel, _prepare_carrying, _describe, _bind)
+_launch_augment = Launcher(_augment_kernel, _prepare_augment, dependent=True)
+_launch_carrying = Launcher(_carrying_kernel, _prepare_carrying, _describe, _bind, dependent=True)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..dropout.triton import keep_tile, words
 from ..launcher import Launcher
@@ -409,8 +410,11 @@ _NUMBERS = ["low", "high", "stream", "threshold", "M", "counters", "zeros", "blo
 def _product_kernel(  # type: ignore[no-untyped-def]
     out, rows, small, factor, seed, number, low, high, stream, threshold,
     M, K, C, part, counters, zeros, out_part, out_m, rows_m, rows_k, small_k, small_c,
-    DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    DROPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = row.to(tl.int64)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -447,8 +451,10 @@ def _prepare_product(  # type: ignore[no-untyped-def]
 def _expand_kernel(  # type: ignore[no-untyped-def]
     out, a, b, h, factor, seed, number, low, high, stream, threshold,
     M, C, R, out_m, out_c, a_part, a_m, b_r, b_c, DROPS: tl.constexpr, FRESH: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
     row, first = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_C
     m, c = row.to(tl.int64)[:, None], first + tl.arange(0, BLOCK_C)[None, :]
     inside, where = (m < M) & (c < C), out + m * out_m + c.to(tl.int64) * out_c
@@ -505,8 +511,10 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
     work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, seed, inverse_keep, number, low, high, stream, threshold,
     M, K, N, R, part, blocks, sums, counters, z_part, z_m, x_m, x_k, A_r, A_k, grad_x_m, grad_x_k,
     grad_m, grad_n, h_m, h_r, DROPS: tl.constexpr, FRESH: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CARRIED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY and not CARRIED:
+        gdc_wait()
     # The first programs have blocks of x's columns, the others of dY's; each of them some rows, one tile at a time.
     block, end = tl.program_id(0), (tl.program_id(2) + 1) * part
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -552,6 +560,8 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
             total = _dot(tl.trans(h_tile), tile, total)
         total = times(number, factor) * total
         _store_sum(grad_B, total, work + sums + SPLITS * R * K, counter, r[:, None], c, R, N, 1, R, SPLITS)
+    if EARLY and CARRIED:  # the product before it makes dx, which nothing here reads: its last tiles leave room for this
+        gdc_wait()
 
 
 def _prepare_gradients(  # type: ignore[no-untyped-def]
@@ -565,6 +575,7 @@ def _prepare_gradients(  # type: ignore[no-untyped-def]
     arguments = (
         M, K, N, R, part, blocks, plan.sums, plan.counters, M * plan.r, plan.r, *strides,
         drops, fresh, 1 if plan.carried else plan.parts, plan.splits, own.rows, block_R, own.columns,
+        plan.carried,
     )  # fmt: skip
     return (blocks + ceil_div(N, own.columns), ceil_div(R, block_R), plan.splits), arguments, own.how
 
@@ -573,9 +584,12 @@ def _prepare_gradients(  # type: ignore[no-untyped-def]
 def _few_rows_kernel(  # type: ignore[no-untyped-def]
     y, x, weight, bias, a, B, h, factor, number,
     M, N, K, R, y_m, x_m, x_k, weight_n, weight_k, bias_n, a_r, a_k, B_n, B_r, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    # Transposed, since the rows are few. `a` is A, and each program makes all of h, of what L2 has; or h's parts.
+    # Transposed, since the rows are few. `a` is A, and each program makes all of h, of what L2 has; or h's parts, which
+    # the launch before makes while this one multiplies.
+    if EARLY and PARTS == 0:
+        gdc_wait()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m, r = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_R)
     base = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -592,6 +606,8 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
             A_tile = tl.load(a + r[:, None] * a_r + k[None, :] * a_k, mask=(r[:, None] < R) & across, other=0.0)
             low_rank = _dot(A_tile, x_tile, low_rank)
     if PARTS > 0:
+        if EARLY:
+            gdc_wait()
         low_rank = sum_of_parts(a + m * R + r[:, None], M * R, inside, PARTS)
     if h is not None and tl.program_id(0) == 0:
         tl.store(h + m * R + r[:, None], low_rank.to(h.dtype.element_ty), mask=inside)
@@ -611,7 +627,7 @@ def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts, tiles):  # typ
     return (ceil_div(N, own.rows), 1, 1), arguments, own.how
 
 
-_launch_product = Launcher(_product_kernel, _prepare_product)
-_launch_expand = Launcher(_expand_kernel, _prepare_expand)
-_launch_gradients = Launcher(_gradients_kernel, _prepare_gradients)
-_launch_few_rows = Launcher(_few_rows_kernel, _prepare_few_rows)
+_launch_product = Launcher(_product_kernel, _prepare_product, dependent=True)
+_launch_expand = Launcher(_expand_kernel, _prepare_expand, dependent=True)
+_launch_gradients = Launcher(_gradients_kernel, _prepare_gradients, dependent=True)
+_launch_few_rows = Launcher(_few_rows_kernel, _prepare_few_rows, dependent=True)
