@@ -139,6 +139,18 @@ def test_a_product_that_carries_the_rank(carried, shape, ranks, dropouts, adapte
     assert len(carried) == products
 
 
+def test_bench_of_a_layer():
+    pytest.importorskip("peft")
+    from torch_fused_lora.bench import measure
+
+    case = measure.Case(1024, 2048, 2048, 8, "bfloat16", "float32", 0.1)
+    for direction in ("forward", "forward+backward"):
+        found = measure.run(case, direction, CUDA, 0.0)
+        assert found.rounds == 5
+        assert 0 < found.linear_ms
+        assert 0 < found.peak_bytes["linear"] <= found.peak_bytes["patched"] < found.peak_bytes["peft"]
+
+
 @pytest.mark.parametrize("columns", [4096, 3584, 2048])  # in wide tiles, narrow ones, and few of these
 def test_what_is_carried_by_default(columns):
     if ways._gluon_kernels(0) is None:

@@ -85,6 +85,19 @@ with torch.no_grad():
     assert none == [None, None]
     Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
 
+# On Hopper up to 64 rows are one pass over the weight, too.
+kernels.begins_early = lambda device: True
+M, K, N, r = 40, 130, 2052, 5
+operands = [laid_out(s, t, "strided").requires_grad_() for s, t in (
+    ((M, K), torch.float16), ((N, K), torch.float16), ((N,), torch.float16), ((r, K), torch.float32),
+    ((N, r), torch.float32),
+)]
+layer, y = Layer(*operands, 0.5), tfl.lora_linear(*operands, 0.5)
+layer.output().check(y.detach())
+grad = torch.randn(M, N).to(torch.float16)
+layer.gradients(grad)["lora_B"].check(torch.autograd.grad(y, operands[4], grad)[0], "lora_B")
+kernels.begins_early = lambda device: False
+
 # Dropout in registers: of one adapter, of several, some of which drop nothing.
 for M, K, N, ranks, dropouts, dtype, adapter_dtype in (
     (70, 136, 200, (5,), (0.3,), torch.float16, torch.float32),
@@ -191,7 +204,7 @@ def tune(shape, backward, overrides):
     M, K, N, r, *dtypes = shape
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return tuned_layers(-1).tune(tuned.Layer(backward, M, K, N, r, *names), overrides)
-tiles = [(16, 64, 4, 3), (64, 256, 8, 1), (64, 64, 4, 2), (16, 128, 2, 3)]
+tiles = [(16, 64, 4, 3), (64, 256, 8, 1), (32, 128, 4, 2), (16, 128, 2, 3)]
 product, expand, gradients, few_rows = (kernels.Tile(*tile) for tile in tiles)
 assert tune(many, False, text("product", product) + "," + text("expand", expand)) is None
 assert tune(many, True, text("gradients", gradients)) is None
@@ -199,7 +212,7 @@ assert tune(few, False, text("few_rows", few_rows)) is None
 assert tune(few, True, "lora_linear.way=2") is None
 forward, backward = run(*many)
 assert forward == {"product": (5, 4, 3), "expand": (2, 8, 1)} != default[many][0], forward
-assert backward["gradients"] == (3 + 4, 4, 2) != default[many][1]["gradients"], backward
+assert backward["gradients"] == (2 + 2, 4, 2) != default[many][1]["gradients"], backward
 assert backward["product"] == default[many][1]["product"]
 assert run(*few) == ({"few_rows": (13, 2, 3)}, {}) != default[few]
 for other in ((130, *many[1:]), (70, 128, *many[2:]), (*many[:2], 192, *many[3:]), (*many[:3], 6, half, wide)):
@@ -241,12 +254,17 @@ def test_every_candidate_fits_the_smaller_cards(kernel, monkeypatch):
 
 
 def test_what_can_be_tuned_is_what_is_launched():
-    for M, r in ((1, 16), (16, 64), (16, 65), (17, 16), (4096, 16)):
+    for M, r, early in (
+        *((1, 16, False), (16, 64, False), (16, 65, False), (17, 16, False), (4096, 16, False)),
+        *((17, 16, True), (65, 16, True)),
+    ):
         for backward in (False, True):
-            ways, *tiles = kernels.candidates(backward, M, r)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernels, "begins_early", lambda _: early)  # noqa: B023
+                ways, *tiles = kernels.candidates(backward, M, 4096, r, 0)
             assert ways == [{"lora_linear.way": 1}, {"lora_linear.way": 3}]
             found = {name.partition(".")[0] for candidate in tiles for one in candidate for name in one}
-            launched = launches(M, r, torch.float32, 0.0, None)
+            launched = launches(M, r, torch.float32, 0.0, None, early=early)
             names = [launch[0].__name__ for launch in launched]
             split = names.index("_product_kernel", 1)  # the backward's first
             names = names[split:] if backward else names[:split]
@@ -285,7 +303,8 @@ def launches(M, r, adapter_dtype, dropout_p, seed, carried=False, early=False):
     with pytest.MonkeyPatch.context() as patch:
         found = take_launches(patch)
         patch.setattr(kernels, "carrying_rank", lambda *_: gluon if carried else None)
-        patch.setattr(launcher, "begins_early", lambda _: early)
+        for module in (launcher, kernels):
+            patch.setattr(module, "begins_early", lambda _: early)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
         dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
         _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)
@@ -331,8 +350,8 @@ def test_triton_kernels_compile_for_an_nvidia_gpu(capability):
     seed = torch.empty((), dtype=torch.int64, device="meta") if capability == 90 else 2**40 + 5
     early = capability >= 90
     few, *_ = launches(8, 16, torch.bfloat16, 0.0, None, early=early)
-    _, fewer, *_ = launches(8, 16, torch.float32, 0.0, None, early=early)
-    for kernel, arguments, how in (few, fewer, *launches(4096, 64, torch.float32, 0.1, seed, early=early)):
+    beside = [launches(M, 16, torch.float32, 0.0, None, early=early)[1] for M in (8, 64)]  # h's launch
+    for kernel, arguments, how in (few, *beside, *launches(4096, 64, torch.float32, 0.1, seed, early=early)):
         ptx = check_compiled(capability, kernel, arguments, how)
         assert ("griddepcontrol.wait" in ptx) == early, kernel.__name__
         if kernel is not kernels._expand_kernel:  # it reads little
@@ -340,7 +359,8 @@ def test_triton_kernels_compile_for_an_nvidia_gpu(capability):
 
 
 @pytest.mark.parametrize(
-    ("rows", "r", "adapter_dtype", "dropout_p"), [(4096, 64, torch.float32, 0.1), (512, 16, torch.bfloat16, 0.0)]
+    ("rows", "r", "adapter_dtype", "dropout_p"),
+    [(4096, 64, torch.float32, 0.1), (4096, 16, torch.float32, 0.1), (512, 16, torch.bfloat16, 0.0)],
 )
 def test_what_the_base_product_carries_compiles_for_hopper(rows, r, adapter_dtype, dropout_p):
     """With wide tiles and narrow ones: on its matrix units, which read what the copy engine has brought."""
@@ -361,12 +381,20 @@ def test_what_the_base_product_carries_compiles_for_hopper(rows, r, adapter_dtyp
 def test_what_is_launched():
     """Forward and backward: products of the rank's order, and one launch for all that is made of z."""
     product, expand, gradients = kernels._product_kernel, kernels._expand_kernel, kernels._gradients_kernel
-    for operands, expected in (
-        ((512, 16, torch.float32, 0.1, 5), [product, expand, product, gradients]),
-        ((16, 16, torch.bfloat16, 0.0, 5), [kernels._few_rows_kernel, product, gradients]),
-        ((16, 16, torch.float32, 0.0, 5), [product, kernels._few_rows_kernel, product, gradients]),
+    few_rows, wide, half = kernels._few_rows_kernel, torch.float32, torch.bfloat16
+    for operands, early, expected in (
+        ((512, 16, wide, 0.1, 5), False, [product, expand, product, gradients]),
+        ((16, 16, half, 0.0, 5), False, [few_rows, product, gradients]),
+        ((16, 16, wide, 0.0, 5), False, [product, few_rows, product, gradients]),
+        ((64, 16, wide, 0.0, 5), False, [product, expand, product, gradients]),
+        ((64, 16, wide, 0.0, 5), True, [product, few_rows, product, gradients]),
+        ((64, 16, half, 0.0, 5), True, [product, few_rows, product, gradients]),
+        ((64, 16, wide, 0.1, 5), True, [product, expand, product, gradients]),
+        ((65, 16, wide, 0.0, 5), True, [product, expand, product, gradients]),
     ):
-        assert [kernel for kernel, _, _ in launches(*operands)] == expected
+        found = launches(*operands, early=early)
+        assert [kernel for kernel, _, _ in found] == expected, operands
+        assert all(how.get("launch_pdl", False) == early for *_, how in found)
 
 
 def test_narrow_operands():

@@ -102,7 +102,7 @@ class Ratio:
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One case in one direction: "forward" (no_grad) or "forward+backward" (gradients of x, A and B). ``plan``: how the
-    patched layer's kernels were launched, on mps."""
+    patched layer's kernels were launched, on mps. ``peak_bytes``: on CUDA, as of `peak_bytes`."""
 
     case: Case
     direction: str
@@ -112,6 +112,7 @@ class Result:
     patched_tax: Ratio
     patched_over_peft: Ratio
     saved_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
     plan: list[Dispatch]
 
 
@@ -147,7 +148,9 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
         for name, layer in layers(case, device).items():
             steps.setdefault(name, []).append(_step(layer, x, direction))
     saved = {name: saved_bytes(first) for name, (first, *_) in steps.items()} if direction != "forward" else {}
-    in_turn = {name: _captured(own) if device.type == "cuda" else own[0] for name, own in steps.items()}
+    on_card = device.type == "cuda"
+    peaks = {name: peak_bytes(first, device) for name, (first, *_) in steps.items()} if on_card else {}
+    in_turn = {name: _captured(own) if on_card else own[0] for name, own in steps.items()}
     times = interleaved(in_turn, device, seconds, min_rounds)
     return Result(
         case,
@@ -158,6 +161,7 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
         ratio(times, "patched", "linear"),
         ratio(times, "patched", "peft"),
         saved,
+        peaks,
         _planned(direction, device, "lora_linear", (case.M, case.K, case.N, case.r), case.base, case.adapters),
     )
 
@@ -327,6 +331,15 @@ def saved_bytes(step: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(storages.values())
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most that a call has allocated on a card at a time, beside what was there before."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 @dataclasses.dataclass(frozen=True)

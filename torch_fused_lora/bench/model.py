@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..norms import patch_norms
 from ..peft import patch_peft
-from .measure import SHORT, Ratio, interleaved, ratio, with_adapters
+from .measure import SHORT, Ratio, interleaved, peak_bytes, ratio, with_adapters
 from .report import environment_of, one_line, start, write
 
 SIZES = {
@@ -210,12 +210,8 @@ def _step(model: torch.nn.Module, embeddings: Tensor, labels: Tensor) -> Callabl
 
 def _on_cuda(step: Callable[[], object], device: torch.device) -> tuple[float, int]:
     """Microseconds that kernels took in a step, and the most bytes it had allocated beside what was there before."""
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # it warns without
-        step()
-        torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+        peak = peak_bytes(step, device)
     on_device = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
     return sum(event.self_device_time_total for event in on_device), peak
 

@@ -81,14 +81,15 @@ class _Cuda:
     def __init__(self, device: torch.device):
         if triton_kernels() is None:
             raise RuntimeError("there is no Triton for NVIDIA")
-        self.layers = tuned_layers(torch.cuda.current_device() if device.index is None else device.index)
+        self.device = torch.cuda.current_device() if device.index is None else device.index
+        self.layers = tuned_layers(self.device)
         self.table = self.layers.table
 
     def put(self, layer: Layer, text: str) -> None:
         self.layers.tune(layer, text)
 
     def fields(self, layer: Layer) -> list[list[Numbers]]:
-        return triton_kernels().candidates(layer.backward, layer.M, layer.r)
+        return triton_kernels().candidates(layer.backward, layer.M, layer.N, layer.r, self.device)
 
     def planned(self, layer: Layer, numbers: Numbers) -> str:
         return text_of(numbers)

@@ -57,11 +57,11 @@ class Launcher:
     code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it. Where the kernel
     takes descriptors of tensors, ``describe``, called alike, makes them, and ``bind`` a launch that does.
 
-    ``dependent``: its last argument says whether it is launched dependent on the launch before (CUDA's programmatic
-    dependent launch): it begins as soon as that one's programs have all said that it may, or ended, which hides a
-    launch's few microseconds. All of its programs wait for the end of that one (`gdc_wait`) before they end, and before
-    they use what that one writes. None lets the next one begin before it has waited, or is one that need not wait: so
-    all that came before the launch before is done when a program begins.
+    ``dependent``: where a launch `begins_early` (CUDA's programmatic dependent launch), which the kernel's last argument
+    says, its programs begin once all of the launch before have called `gdc_launch_dependents`, or ended, which hides
+    some microseconds. What that launch writes is there after `gdc_wait`. A kernel's programs call it before they read
+    such a thing, some in any case, so that the launch does not end before the other; and it is those that have waited
+    whose call lets the next launch begin. So all that is older than the launch before may be read, and written, at once.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ def keep_tile(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """(rows, WIDTH) of the mask: the given rows, columns ``first`` onwards. ``columns`` in all, and
     ``first``, are multiples of 8, so that no counter serves two rows."""
-    counter = (rows[:, None].to(tl.int64) * columns + first) // 8 + tl.arange(0, WIDTH // 8)[None, :]
+    counter = rows[:, None].to(tl.int64) * (columns // 8) + (first // 8 + tl.arange(0, WIDTH // 8)[None, :])
     index_low, index_high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     key_low, key_high = _key(seed, low, high)
     a, b, c, d = philox(index_low, index_high, stream, key_low, key_high)

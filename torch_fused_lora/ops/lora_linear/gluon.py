@@ -223,7 +223,8 @@ def _drop(total, drop, row, column, columns):  # type: ignore[no-untyped-def]
     COUNTERS: gl.constexpr = total.type.shape[1] // 8
     LANES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LANES))[:, None]
-    counter = (rows.to(gl.int64) * columns + column) // 8 + gl.arange(0, COUNTERS, gl.SliceLayout(0, LANES))[None, :]
+    across = column // 8 + gl.arange(0, COUNTERS, gl.SliceLayout(0, LANES))[None, :]
+    counter = rows.to(gl.int64) * (columns // 8) + across
     index_low, index_high = (counter & 0xFFFFFFFF).to(gl.uint32), (counter >> 32).to(gl.uint32)
     if seed is not None:
         key = gl.load(seed)

@@ -1,8 +1,8 @@
 """The low-rank term as Triton kernels: half rows that meet adapters, with or without dropout, on an NVIDIA GPU.
 
 Beside torch's product for the base a forward is two launches: h, in parts (`_product_kernel`), and what it adds to y
-(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows a
-forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's. The base comes
+(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows, on
+Hopper 64, a forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's. The base comes
 first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more. On Hopper
 it carries the rank, where there are rows enough (`gluon.py`), and only h, z and the adapters' gradients are made here.
 
@@ -24,10 +24,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..dropout.triton import keep_tile, words
-from ..launcher import Launcher
+from ..launcher import Launcher, begins_early
 from .ways import carrying_rank, tuned_layers
 
 FEW = 16  # rows, the least that the matrix units take
+ONE_PASS = 64  # rows, the most of a forward in one pass over the weight, where it `streams`
 WIDE = 64  # ranks, the most that one tile has
 PROGRAMS = 264  # that a launch should have: two for each multiprocessor of an H100
 
@@ -59,10 +60,9 @@ CANDIDATES = {
 Tiles: TypeAlias = "tuple[tuple[str, Tile], ...] | None"  # by kernel, instead of `tile`
 
 
-def candidates(backward: bool, M: int, r: int) -> list[list[dict[str, int]]]:
+def candidates(backward: bool, M: int, N: int, r: int, device: int) -> list[list[dict[str, int]]]:
     """What can be tuned of a layer, in the words of its overrides: its way, and the tile of each kernel."""
-    few = M <= FEW and r <= WIDE
-    kernels = "product", "gradients" if backward else "few_rows" if few else "expand"
+    kernels = "product", "gradients" if backward else "few_rows" if is_one_pass(M, N, r, device) else "expand"
     tiles = [
         [{f"{kernel}.{field}": number for field, number in one._asdict().items()} for one in CANDIDATES[kernel]]
         for kernel in kernels
@@ -82,22 +82,45 @@ def tiles_of(overrides: dict[str, int]) -> Tiles:
     return tuple((kernel, Tile(**fields)) for kernel, fields in found.items()) or None
 
 
-def tile(kernel: str, M: int, r: int, drops: bool = False, carried: bool = False, tiles: Tiles = None) -> Tile:
-    """The best of a sweep on an H200, at ranks 16 and 64. ``carried``: of what the base product carries, on Hopper."""
+def streams(N: int, device: int) -> bool:
+    """Whether a weight of N rows is read fastest by 64 of them at a time, as Hopper's matrix units take them."""
+    return N >= 2048 and begins_early(device)
+
+
+def is_one_pass(M: int, N: int, r: int, device: int) -> bool:
+    """Whether a forward without dropout is one pass over the weight."""
+    return r <= WIDE and (M <= FEW or (M <= ONE_PASS and streams(N, device)))
+
+
+def tile(
+    kernel: str,
+    M: int,
+    r: int,
+    drops: bool = False,
+    carried: bool = False,
+    tiles: Tiles = None,
+    beside: bool = False,
+) -> Tile:
+    """The best of a sweep on an H200, at ranks 16 and 64. ``carried``: of what the base product carries, on Hopper;
+    ``beside``: of a weight that `streams`, while another launch makes h."""
     for name, own in tiles or ():
         if name == kernel:
             return own
-    if kernel == "few_rows":
-        return Tile(32, 256 if r <= 16 else 128, 2, 4)  # rows of the weight
+    if kernel == "few_rows":  # rows of the weight
+        if beside:
+            return Tile(64, 256, stages=4) if M <= FEW else Tile(64, 128, stages=5)
+        return Tile(32, 256 if r <= 16 else 128, 2, 4)
     if kernel == "product":
         if r <= 32:
             return Tile(FEW, 128) if M <= FEW else Tile(64, 128, stages=4 if carried else 3)
         return Tile(FEW, 128) if M <= FEW else Tile(128 if carried else 32, 64)
     if kernel == "expand":
-        return Tile(FEW if M <= FEW else 64, 128, stages=1) if M <= 1024 else Tile(128, 128, 8, stages=1)
+        if M <= 1024:
+            return Tile(FEW if M <= FEW else 64, 64 if FEW < M <= 128 else 128, stages=1)
+        return Tile(128, 128, 8, stages=1)
     if carried:
-        return Tile(64, 128, stages=3 if drops and r <= 32 else 4)
-    return Tile(FEW if M <= FEW else 32 if drops else 64, 128, stages=2)
+        return Tile(64, 128, 8 if drops and r <= 32 else 4, stages=4)
+    return Tile(FEW if M <= FEW else 32 if drops else 64, 64 if FEW < M <= 128 else 128, stages=2)
 
 
 class Dropout(NamedTuple):
@@ -137,13 +160,13 @@ def forward(
     if gluon := carrying_rank(x, weight, B.shape[0], way):
         found, parts, h, saved = _low_rank(x, A, dropouts, save_h, True, tiles)
         return gluon.product(x, weight, True, bias, parts, found, B, scale, h), saved
-    if M > FEW or r > WIDE or dropouts:
+    if dropouts or not is_one_pass(M, weight.shape[0], r, x.get_device()):
         y = F.linear(x, weight, bias)
         return y, add_delta_(y, x, A, B, scale, dropouts, save_h, tiles)
     y = x.new_empty((M, weight.shape[0]))
     h = x.new_empty((M, r), dtype=A.dtype) if save_h else None
     a, parts = A, 0
-    if A.dtype is not x.dtype:  # to split each tile of A in two would take longer than all else
+    if M > FEW or A.dtype is not x.dtype:  # to split each tile of A in two would take longer than all else
         parts = _parts(M, K, r, tiles=tiles)
         a = x.new_empty((parts * M, r), dtype=torch.float32)
         _product(a, parts, r, x, A, True, tiles=tiles)
@@ -336,7 +359,7 @@ def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: boo
     rows, columns, *_ = tile("gradients", M, r, drops, carried, tiles)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
     # Those that draw a mask take longer than those of dY's columns, which make room for others.
-    programs = 2 * PROGRAMS if drops and carried and r <= 32 else PROGRAMS
+    programs = 2 * PROGRAMS if drops and carried and r <= 32 and M > 1024 else PROGRAMS
     while 3 * splits * blocks <= 2 * programs and 2 * splits * rows <= M:
         splits *= 2
     sums = ceil_div(parts * M * r, 16) * 16  # aligned
@@ -455,6 +478,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     row, first = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_C
     m, c = row.to(tl.int64)[:, None], first + tl.arange(0, BLOCK_C)[None, :]
     inside, where = (m < M) & (c < C), out + m * out_m + c.to(tl.int64) * out_c
@@ -515,6 +539,7 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if EARLY and not CARRIED:
         gdc_wait()
+        gdc_launch_dependents()
     # The first programs have blocks of x's columns, the others of dY's; each of them some rows, one tile at a time.
     block, end = tl.program_id(0), (tl.program_id(2) + 1) * part
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -590,6 +615,7 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     # the launch before makes while this one multiplies.
     if EARLY and PARTS == 0:
         gdc_wait()
+        gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m, r = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_R)
     base = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -608,6 +634,7 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     if PARTS > 0:
         if EARLY:
             gdc_wait()
+            gdc_launch_dependents()
         low_rank = sum_of_parts(a + m * R + r[:, None], M * R, inside, PARTS)
     if h is not None and tl.program_id(0) == 0:
         tl.store(h + m * R + r[:, None], low_rank.to(h.dtype.element_ty), mask=inside)
@@ -622,8 +649,9 @@ def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts, tiles):  # typ
     (M, K), (N, R) = x.shape, B.shape
     bias_n = 0 if bias is None else bias.stride(0)
     strides = y.stride(0), *x.stride(), *weight.stride(), bias_n, *a.stride(), *B.stride()
-    own = tile("few_rows", M, R, tiles=tiles)
-    arguments = M, N, K, R, *strides, parts, FEW, own.rows, own.columns, _rank_block(R)
+    own = tile("few_rows", M, R, tiles=tiles, beside=parts > 0 and streams(N, x.get_device()))
+    block = max(triton.next_power_of_2(M), FEW)
+    arguments = M, N, K, R, *strides, parts, block, own.rows, own.columns, _rank_block(R)
     return (ceil_div(N, own.rows), 1, 1), arguments, own.how
 
 
