@@ -82,6 +82,8 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows, columns):
     [
         ((9, 1104, 600), (5,), (), "strided", True),
         ((9, 1104, 600), (33,), (), "transposed", False),
+        ((9, 1104, 2056), (5,), (), "contiguous", False),  # on Hopper one pass over the weight, as it streams
+        ((50, 520, 2056), (33,), (), "strided", False),
         ((600, 1104, 200), (70,), (), "transposed", False),
         ((1300, 520, 200), (66, 4, 3), (0.3, 0.0, 0.6), "strided", True),
         ((2100, 1104, 264), (16,), (0.1,), "offset", False),
@@ -147,7 +149,7 @@ def test_bench_of_a_layer():
     for direction in ("forward", "forward+backward"):
         found = measure.run(case, direction, CUDA, 0.0)
         assert found.rounds == 5
-        assert 0 < found.linear_ms
+        assert found.linear_ms > 0
         assert 0 < found.peak_bytes["linear"] <= found.peak_bytes["patched"] < found.peak_bytes["peft"]
 
 

@@ -57,11 +57,11 @@ class Launcher:
     code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it. Where the kernel
     takes descriptors of tensors, ``describe``, called alike, makes them, and ``bind`` a launch that does.
 
-    ``dependent``: where a launch `begins_early` (CUDA's programmatic dependent launch), which the kernel's last argument
-    says, its programs begin once all of the launch before have called `gdc_launch_dependents`, or ended, which hides
-    some microseconds. What that launch writes is there after `gdc_wait`. A kernel's programs call it before they read
-    such a thing, some in any case, so that the launch does not end before the other; and it is those that have waited
-    whose call lets the next launch begin. So all that is older than the launch before may be read, and written, at once.
+    ``dependent``: where a launch `begins_early` (CUDA's programmatic dependent launch), which the kernel's last
+    argument says, its programs begin once all of the launch before have called `gdc_launch_dependents`, or ended. That
+    hides some microseconds. What the launch before writes is there after `gdc_wait`. Programs call it before they read
+    such a thing, some of them in any case, so that no launch ends before an older one. And those that wait call
+    `gdc_launch_dependents` after it, so that whatever is older than the launch before may be read at once.
     """
 
     def __init__(

@@ -1,14 +1,15 @@
 """A base product that carries the rank in its K loop: bfloat16 rows, on Hopper, through Gluon.
 
-``C = [U | a] [V | b]``: before a's and b's columns of K come those of U (M, R) and V, narrow bfloat16 operands that
-`_augment_kernel` makes of a product with an adapter, the scaling, the other adapter and the bias. A float32 adapter is
-there in two bfloat16 parts, as in `triton._dot`: R is three times the rank. So the adapters' term is rounded with the
-base product, once, and the full width is written once and not read again.
+``C = [a | U] [b | V]``: after a's and b's columns of K come those of U (M, R) and V, narrow bfloat16 operands that
+`_augment_kernel` makes of a product with an adapter, the scaling, the other adapter and the bias, which may still be at
+it when the product begins (`Launcher`). A float32 adapter is there in two bfloat16 parts, as in `triton._dot`: R is
+three times the rank. So the adapters' term is rounded with the base product, once, and the full width is written once
+and not read again.
 
 A program a multiprocessor goes through 128 x 256 (or 128) tiles of C. One of its warps has the tensor copy engine fill
 three (or four) stages of 64 columns of K; two groups of four warps multiply 64 rows each, and hand a stage back when
-they are done with it. Bytes moved are cuBLAS's, whose time it has, and those of U and V. With dropout the mask is drawn
-on what U's columns have made, before a's.
+they are done with it. Bytes moved are cuBLAS's, whose time it has, and those of U and V. With dropout U's columns come
+first, and the mask is drawn on what they have made.
 
 Whether a Gluon kernel is right depends on the compiler too, and one that is wrong waits for ever: this one is taken
 where Triton's release is one that it has run with (`launcher.TESTED`).

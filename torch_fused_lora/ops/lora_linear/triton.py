@@ -1,10 +1,12 @@
 """The low-rank term as Triton kernels: half rows that meet adapters, with or without dropout, on an NVIDIA GPU.
 
 Beside torch's product for the base a forward is two launches: h, in parts (`_product_kernel`), and what it adds to y
-(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows, on
-Hopper 64, a forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's. The base comes
-first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once more. On Hopper
-it carries the rank, where there are rows enough (`gluon.py`), and only h, z and the adapters' gradients are made here.
+(`_expand_kernel`). So is a backward: z in parts, and all that is made of it (`_gradients_kernel`). Up to 16 rows, 64
+on Hopper, a forward without dropout is one pass over the weight (`_few_rows_kernel`), in one launch, or after h's.
+
+The base comes first: cuBLAS rounds what it adds to an output before it adds it, so that the other order rounds once
+more. On Hopper it carries the rank, where there are rows enough (`gluon.py`), and only h, z and the adapters' gradients
+are made here. There a launch begins before the one before it is done (`Launcher`): h is made while the weight streams.
 
 Operands of the full width are read as they are, masks drawn in registers. Sums are in float32, in a fixed order;
 products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfloat16 rounding.
@@ -585,7 +587,7 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
             total = _dot(tl.trans(h_tile), tile, total)
         total = times(number, factor) * total
         _store_sum(grad_B, total, work + sums + SPLITS * R * K, counter, r[:, None], c, R, N, 1, R, SPLITS)
-    if EARLY and CARRIED:  # the product before it makes dx, which nothing here reads: its last tiles leave room for this
+    if EARLY and CARRIED:  # nothing here reads dx, which the launch before makes: this fills what that leaves idle
         gdc_wait()
 
 
