@@ -128,17 +128,7 @@ class _LoRADelta(dispatch.Operator):
     instead = "leave the model unpatched (torch_fused_lora.unpatch_peft)"
 
     @staticmethod
-    def check(
-        y: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float | Tensor,
-        seed: Maybe,
-        dropout_p: Floats,
-        ranks: Ints,
-        save_h: bool,
-    ) -> None:
+    def check(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> None:
         """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
         refuse = functools.partial(dispatch.refuse, "lora_delta")
         if x.dtype not in DTYPES:
@@ -158,23 +148,16 @@ class _LoRADelta(dispatch.Operator):
             refuse("y", y, f"x's dtype {x.dtype}" + (" or torch.float32" if x.dtype in HALF else ""))
         check_devices(refuse, "x", x, y=y, lora_A=lora_A, lora_B=lora_B)
         check_adapters(refuse, "x", x, lora_A, lora_B)
-        check_options(refuse, "x", x, scaling, seed, dropout_p, ranks, r)
+        *options, _ = rest
+        check_options(refuse, "x", x, *options, r)
 
     @staticmethod
     def check_backward(
-        grad: Tensor,
-        x: Saved,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: Tensor,
-        h: Saved,
-        seed: Maybe,
-        dropout_p: Floats,
-        ranks: Ints,
-        needs: Flags,
+        grad: Tensor, x: Saved, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, h: Saved, *rest: Any
     ) -> None:
         """As `check`, for the operands of the gradients asked for."""
         refuse = functools.partial(dispatch.refuse, "lora_delta_backward")
+        *dropout, needs = rest
         if len(needs) != 4:
             refuse("needs", list(needs), "4 flags")
         _, need_A, need_B, need_scaling = needs
@@ -200,7 +183,7 @@ class _LoRADelta(dispatch.Operator):
             refuse("h", h, f"shape {h_shape}, lora_A's dtype {lora_A.dtype}")
         given = {"x": x if need_A else None, "h": h if need_B or need_scaling else None}
         check_devices(refuse, "grad", grad, lora_A=lora_A, lora_B=lora_B, **given)
-        check_options(refuse, "grad", grad, scaling, seed, dropout_p, ranks, r)
+        check_options(refuse, "grad", grad, scaling, *dropout, r)
 
     @staticmethod
     def forward(y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Maybe]:
@@ -235,12 +218,7 @@ class _LoRADelta(dispatch.Operator):
         grad: Tensor, x: Saved, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, *options: Any
     ) -> list[Maybe]:
         *_, needs = options
-        grads = (
-            (grad, (*grad.shape[:-1], lora_A.shape[1])),
-            (lora_A, lora_A.shape),
-            (lora_B, lora_B.shape),
-            (scaling, ()),
-        )
+        grads = (grad, (*grad.shape[:-1], lora_A.shape[1])), *((like, like.shape) for like in (lora_A, lora_B, scaling))
         return [like.new_empty(shape) if need else None for (like, shape), need in zip(grads, needs, strict=True)]
 
     @staticmethod
@@ -252,29 +230,16 @@ class _LoRADelta(dispatch.Operator):
 
     @staticmethod
     def record(
-        kernel: Callable[..., Any],
-        needs: Flags,
-        y: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float | Tensor,
-        seed: Maybe,
-        dropout_p: Floats,
-        ranks: Ints,
-        _: bool,
+        kernel: Callable[..., Any], needs: Flags, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any
     ) -> tuple[Any, tuple[Maybe, ...], Any]:
+        scaling, *dropout, _ = rest
         _, _, need_A, need_B, need_scaling = needs
         need_h = need_B or need_scaling
-        results = kernel(y, x, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
-        saved = (
-            savable(x) if need_A else None,
-            lora_A,
-            lora_B,
-            results[1] if need_h else None,
-            scaling if isinstance(scaling, Tensor) else None,
-        )
-        return results, saved, (scaling if saved[4] is None else None, seed, dropout_p, ranks)
+        results = kernel(y, x, lora_A, lora_B, scaling, *dropout, need_h)
+        x_saved, h = savable(x) if need_A else None, results[1] if need_h else None
+        if isinstance(scaling, Tensor):
+            return results, (x_saved, lora_A, lora_B, h, scaling), (None, *dropout)
+        return results, (x_saved, lora_A, lora_B, h, None), (scaling, *dropout)
 
     @staticmethod
     def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
@@ -300,19 +265,10 @@ define(
 _ops = getattr(torch.ops, NAMESPACE)
 
 
-def _public(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    dropout_p: float = 0.0,
-    seed: Maybe = None,
-) -> Tensor:
-    if dropout_p > 0 and seed is None:
-        raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-dim int64 CPU tensor, got None")
-    dropout = (dropout_p,) if seed is not None else ()
-    return _ops.lora_delta_forward(y, x, lora_A, lora_B, scaling, seed, dropout, (), False)[0]
+def _public(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, p: float = 0.0, seed: Maybe = None) -> Tensor:
+    if p > 0 and seed is None:
+        raise ValueError(f"seed: dropout_p={p} needs a 0-dim int64 CPU tensor, got None")
+    return _ops.lora_delta_forward(y, x, A, B, scaling, seed, () if seed is None else (p,), (), False)[0]
 
 
 implement("lora_delta", _public, "CompositeImplicitAutograd", "FuncTorchBatched")
