@@ -15,27 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._mode_utils import no_dispatch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_fused_lora as tfl
 from tests.budget import examples
-from tests.operators.test_autograd import (
-    CPU,
-    check_batched_gradients,
-    check_forward_mode,
-    check_gradients,
-    check_second_order_on,
-    seeded,
-)
 from tests.operators.test_compile import BACKENDS, OPCHECKS
 from tests.operators.test_lora_linear import DTYPES as ADAPTERS
 from tests.operators.test_lora_linear import LAYOUTS, AllocationsOf, laid_out, seeded_masks
 from tests.reference import HALF, UNIT, Delta
 from torch_fused_lora.ops.lora_delta.operator import _LoRADelta, lora_delta_stacked
-from torch_fused_lora.ops.lora_linear.ways import block_rows
 
 ops = torch.ops.torch_fused_lora
 NAMES = ("y", "x", "lora_A", "lora_B", "scaling")
@@ -126,15 +116,13 @@ def test_output_and_gradients(device):
 
 @pytest.mark.parametrize("dtypes", DTYPES[1:])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_many_row_blocks(device, dtypes, dropout_p):
-    """More rows than a block (of the portable kernels) or a tile (of Metal's) holds, and not a multiple of it:
-    nothing is lost or doubled at a seam."""
-    K, N, r = (1200, 200, 5) if device.type == "cpu" else (130, 70, 5)
-    rows = 2 * block_rows(torch.empty(r, K), torch.empty(N, r)) + 17 if device.type == "cpu" else 1041
-    tensors = operands(dtypes, (rows,), (K, N, r), device)
-    exact = Delta(*tensors, 0.5, seeded_masks(3, tensors[1], [r], [dropout_p]))
+def test_many_row_blocks(device, dtypes, dropout_p, small_blocks):
+    """Nothing is lost or doubled at a seam."""
+    rows, *sizes = small_blocks
+    tensors = operands(dtypes, (rows,), sizes, device)
+    exact = Delta(*tensors, 0.5, seeded_masks(3, tensors[1], sizes[2:], [dropout_p]))
     found = tfl.lora_delta(*tensors, 0.5, dropout_p, training=True)
-    check_call(exact, dict(zip(NAMES, tensors, strict=False)), found, torch.randn(rows, N).to(found))
+    check_call(exact, dict(zip(NAMES, tensors, strict=False)), found, torch.randn(found.shape).to(found))
 
 
 @pytest.mark.parametrize("dropout_p", [(), (0.3, 0.0, 0.6)])
@@ -290,15 +278,6 @@ def test_operands_made_in_inference_mode_train(device, mode):
     torch.testing.assert_close(gradients(y, x), gradients(*(t.detach() for t in normal[:2])))
 
 
-def test_after_inference_mode(device):
-    """What inference_mode leaves in caches must still serve training."""
-    leaves = operands(device=device)
-    with torch.inference_mode():
-        assert tfl.lora_delta(*leaves, 0.123).is_inference()
-    tfl.lora_delta(*leaves, 0.123).sum().backward()
-    assert all(leaf.grad is not None for leaf in leaves)
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_draws_the_same_mask_again(device, use_reentrant):
     leaves = operands(device=device)
@@ -321,44 +300,6 @@ def test_checkpointing_draws_the_same_mask_again(device, use_reentrant):
 # --------------------------------------------------------------------------------------------------------- derivatives
 
 
-def exact_operands(lead=(4,), needs=(True,) * 5, device=CPU):
-    """As exact as the device can: all five that have gradients."""
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    tensors = [*operands((dtype,) * 3, lead, (3, 5, 2), device), torch.randn((), dtype=dtype, device=device)]
-    return [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("lead", [(), (4,), (2, 2)])
-def test_gradcheck_and_gradgradcheck(device, lead, dropout_p):
-    for check in (gradcheck, gradgradcheck):
-        check_gradients(check, seeded(dropout_p, tfl.lora_delta), exact_operands(lead, device=device))
-
-
-@pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=5) if any(n)])
-def test_every_subset_of_gradients(device, needs):
-    """Right to second order for each of the 31 ways to ask; in particular where x is not kept (lora_A frozen)."""
-    check_gradients(gradcheck, tfl.lora_delta, exact_operands(needs=needs, device=device), fast_mode=True)
-    if device.type == "cpu":  # the double backward is the same aten calls everywhere
-        check_gradients(gradgradcheck, tfl.lora_delta, exact_operands(needs=needs), fast_mode=True)
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_second_order_on_mps_is_the_cpus(mps, dropout_p, monkeypatch):
-    """The CPU's gradients test_gradcheck_and_gradgradcheck establishes."""
-    check_second_order_on(mps, seeded(dropout_p, tfl.lora_delta), exact_operands(), monkeypatch)
-
-
-def test_the_backward_operator_alone_is_differentiable():
-    (grad, x, A, B, s), h = exact_operands(), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    for seed, dropout_p in ((None, []), (torch.tensor(3), [0.4])):
-
-        def backward(*arguments, seed=seed, dropout_p=dropout_p):
-            return tuple(ops.lora_delta_backward(*arguments, seed, dropout_p, [], [True] * 4))
-
-        assert gradcheck(backward, (grad, x, A, B, s, h))
-
-
 @pytest.mark.parametrize("dtypes", [dtypes for dtypes in DTYPES if dtypes[1] in HALF])
 def test_half_dtypes_to_second_order(dtypes):
     """A double backward equals the one through the same values in float64, but for a few roundings."""
@@ -376,84 +317,18 @@ def test_half_dtypes_to_second_order(dtypes):
         torch.testing.assert_close(a, e, rtol=0.05, atol=0.05 * float(e.abs().max()))
 
 
-def loss_by_function(y, x, A, B):
-    return tfl.lora_delta(y, x, A, B, 0.7).sin().sum()
-
-
-def loss_by_operator(y, x, A, B):
-    return ops.lora_delta(y, x, A, B, torch.tensor(0.7, dtype=x.dtype)).sin().sum()
-
-
-LOSSES = pytest.mark.parametrize("loss", [loss_by_function, loss_by_operator])
-
-
-@LOSSES
-def test_func_grad_vmap_and_jvp(device, loss):
-    tensors = [t.detach() for t in exact_operands(device=device)[:4]]
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    y, x, A, B = tensors
-
-    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*tensors)
-    torch.testing.assert_close(found, expected)
-    by_rows = (0, 0, None, None)
-    per_sample = torch.vmap(torch.func.grad(loss, argnums=2), in_dims=by_rows)(*tensors)
-    torch.testing.assert_close(per_sample.sum(0), expected[2])
-    torch.testing.assert_close(torch.vmap(loss, in_dims=by_rows)(*tensors).sum(), loss(*tensors))
-    stacked = torch.vmap(loss, in_dims=(None, None, 0, 1))(y, x, torch.stack([A, 2 * A]), torch.stack([B, B], 1))
-    torch.testing.assert_close(stacked[1], loss(y, x, 2 * A, B))
-    only_y = torch.vmap(loss, in_dims=(2, None, None, None))(torch.stack([y, 2 * y], 2), x, A, B)
-    torch.testing.assert_close(only_y[1], loss(2 * y, x, A, B))
-
-    tangents = tuple(torch.randn_like(t) for t in tensors)
-    directional = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
-    _, jvp = torch.func.jvp(loss, tuple(tensors), tangents)
-    torch.testing.assert_close(jvp, directional)
-    for i in range(4):
-        reverse, forward = (jac(loss, argnums=i)(*tensors) for jac in (torch.func.jacrev, torch.func.jacfwd))
-        torch.testing.assert_close(reverse, forward)
-
-
-@LOSSES
-def test_forward_mode_is_right(loss):
-    check_forward_mode(loss, [t.detach() for t in exact_operands()[:4]])
-
-
 def test_the_result_is_contiguous_under_transforms():
-    y, x, A, B = (t.detach() for t in exact_operands()[:4])
+    y, x, A, B = operands(needs=False)
     transposed = y.mT.contiguous().mT
     found, tangent = torch.func.jvp(lambda y: tfl.lora_delta(y, x, A, B), (transposed,), (transposed,))
     assert found.is_contiguous()
     assert torch.equal(tangent, transposed)
 
 
-def test_vmap_over_dropout_follows_its_randomness():
-    y, x, A, B, s = (t.detach() for t in exact_operands((6, 4)))
-    same = y[:1].expand(6, 4, 5), x[:1].expand(6, 4, 3)
-
-    def call(y, x):
-        return tfl.lora_delta(y, x, A, B, 1.0, 0.5, training=True)
-
-    with pytest.raises(RuntimeError, match="randomness"):
-        torch.vmap(call)(y, x)
-    found = torch.vmap(call, randomness="same")(*same)
-    assert all(torch.equal(found[0], row) for row in found)
-    found = torch.vmap(call, randomness="different")(*same)
-    assert not torch.equal(found[0], found[1])
-    seeds = torch.arange(6)
-    by_seed = torch.vmap(lambda y, x, seed: ops.lora_delta(y, x, A, B, s, 0.5, seed))(y, x, seeds)
-    one_by_one = [ops.lora_delta(y[i], x[i], A, B, s, 0.5, seeds[i]) for i in range(6)]
-    torch.testing.assert_close(by_seed, torch.stack(one_by_one))
-
-
-def test_batched_gradients(device):
-    leaves = exact_operands(device=device)
-    check_batched_gradients(tfl.lora_delta(*leaves), leaves)
-
-
 def test_only_what_is_asked_for_is_computed(device):
     """The backward operator returns the gradients asked for and no others; h is not needed without dB."""
-    grad, x, A, B, s = (t.detach() for t in exact_operands(device=device))
+    grad, x, A, B = operands(lead=(4,), device=device, needs=False)
+    s = torch.tensor(0.5)
     for needs, h in (
         ((True, True, False, False), None),
         ((False, False, True, False), torch.randn(4, 2).to(A)),
