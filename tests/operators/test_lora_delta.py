@@ -54,8 +54,11 @@ def skip_float64_on_mps(device, dtypes):
 
 def check_call(exact: Delta, leaves: dict[str, torch.Tensor], found: torch.Tensor, grad: torch.Tensor) -> None:
     """A call's output and its gradients in ``leaves``, by their names, against float64."""
+    check_results(exact, leaves, found, grad, torch.autograd.grad(found, list(leaves.values()), grad))
+
+
+def check_results(exact, leaves, found, grad, gradients) -> None:
     exact.output().check(found.detach())
-    gradients = torch.autograd.grad(found, list(leaves.values()), grad)
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         assert (gradient.dtype, gradient.device) == (leaf.dtype, leaf.device)
         if name == "y":
@@ -439,36 +442,43 @@ KEEP = pytest.mark.parametrize("keep", [True, False], ids=["keep_operators", "by
 
 @BACKENDS
 @KEEP
-@pytest.mark.parametrize("dtypes", [DTYPES[1], (torch.bfloat16, torch.bfloat16, torch.float32), WIDER[1]])
-def test_compile_without_a_graph_break(device, backend, keep, dtypes):
-    y, *rest = operands(dtypes, (2, 3), (3, 5, 2), device)
-    y = y.detach().mT.contiguous().mT.requires_grad_()  # in memory as a result must not be
-    call = compiled(lambda *tensors: tfl.lora_delta(*tensors, 0.5), backend, keep)
-    found = call(y, *rest)
-    assert found.is_contiguous()
-    check_call(Delta(y, *rest, 0.5), dict(zip(NAMES, (y, *rest), strict=False)), found, torch.randn(2, 3, 5).to(found))
+def test_compile_without_a_graph_break(device, backend, keep):
+    """Calls of several dtypes, in one graph."""
+    calls = []
+    for dtypes in (DTYPES[1], (torch.bfloat16, torch.bfloat16, torch.float32), WIDER[1]):
+        y, *rest = operands(dtypes, (2, 3), (3, 5, 2), device)
+        calls.append([y.detach().mT.contiguous().mT.requires_grad_(), *rest])  # in memory as a result must not be
+    call = compiled(lambda calls: [tfl.lora_delta(*tensors, 0.5) for tensors in calls], backend, keep)
+    results = call(calls)
+    grads = [torch.randn(2, 3, 5).to(found) for found in results]
+    gradients = torch.autograd.grad(results, [*itertools.chain(*calls)], grads)
+    for i, (tensors, found, grad) in enumerate(zip(calls, results, grads, strict=True)):
+        assert found.is_contiguous()
+        leaves = dict(zip(NAMES, tensors, strict=False))
+        check_results(Delta(*tensors, 0.5), leaves, found, grad, gradients[4 * i : 4 * i + 4])
     with torch.no_grad():
-        Delta(y, *rest, 0.5).output().check(call(y, *rest))
+        for tensors, found in zip(calls, call(calls), strict=True):
+            Delta(*tensors, 0.5).output().check(found)
 
 
 @BACKENDS
 @KEEP
-@pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_compiled_autocast(device, backend, keep, y_dtype):
+def test_compiled_autocast(device, backend, keep):
     """What a base makes of a float32 x is half there."""
-    y, *rest = operands((y_dtype, torch.float32, torch.float32), device=device)
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    calls = [operands((y_dtype, torch.float32, torch.float32), device=device) for y_dtype in dtypes]
 
-    def run(*tensors):
+    def run(calls):
         with torch.autocast(device.type, torch.bfloat16):
-            return tfl.lora_delta(*tensors, 0.5)
+            return [tfl.lora_delta(*tensors, 0.5) for tensors in calls]
 
-    found = compiled(run, backend, keep)(y, *rest)
-    dtype = torch.float32 if y_dtype == torch.float32 else torch.bfloat16
-    assert found.dtype == run(y, *rest).dtype == dtype
-    exact = Delta(y.detach().to(dtype), *(t.detach().bfloat16() for t in rest), 0.5).output()
-    if not keep:  # torch's own calls round h and the term
-        exact.magnitude = exact.magnitude + 2 * UNIT[torch.bfloat16] / UNIT[torch.float32] * exact.magnitude
-    exact.check(found.detach())
+    for (y, *rest), found, eager in zip(calls, compiled(run, backend, keep)(calls), run(calls), strict=True):
+        dtype = torch.float32 if y.dtype == torch.float32 else torch.bfloat16
+        assert found.dtype == eager.dtype == dtype
+        exact = Delta(y.detach().to(dtype), *(t.detach().bfloat16() for t in rest), 0.5).output()
+        if not keep:  # torch's own calls round h and the term
+            exact.magnitude = exact.magnitude + 2 * UNIT[torch.bfloat16] / UNIT[torch.float32] * exact.magnitude
+        exact.check(found.detach())
 
 
 @BACKENDS
