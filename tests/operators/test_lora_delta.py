@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import torch_fused_lora as tfl
 from tests.budget import examples
 from tests.operators.test_compile import BACKENDS, OPCHECKS
+from tests.operators.test_errors import RAISES, arguments_of_backward
 from tests.operators.test_lora_linear import DTYPES as ADAPTERS
 from tests.operators.test_lora_linear import LAYOUTS, AllocationsOf, laid_out, seeded_masks
 from tests.reference import HALF, UNIT, Delta
@@ -621,51 +622,6 @@ def test_a_profile_names_the_operator(device):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def good(**changes):
-    tensors = dict(zip(NAMES, operands(lead=(2,), sizes=(4, 3, 2), needs=False), strict=False))
-    assert not changes.keys() - {*NAMES}
-    return tensors | {"scaling": torch.tensor(1.0)} | changes
-
-
-BAD_TENSORS = {
-    "y too narrow": ("y", torch.randn(2, 2), r"shape \(2, 3\)"),
-    "y broadcasts": ("y", torch.randn(3), r"shape \(2, 3\)"),
-    "y of one row": ("y", torch.randn(1, 3), r"shape \(2, 3\)"),
-    "y in another shape": ("y", torch.randn(1, 2, 3), r"shape \(2, 3\)"),
-    "y 0-dim": ("y", torch.tensor(1.0), r"shape \(2, 3\)"),
-    "y half": ("y", torch.randn(2, 3).half(), "x's dtype torch.float32"),
-    "y double": ("y", torch.randn(2, 3).double(), "x's dtype torch.float32"),
-    "y integer": ("y", torch.ones(2, 3, dtype=torch.int64), "x's dtype torch.float32"),
-    "y on another device": ("y", torch.randn(2, 3, device="meta"), "device"),
-    "x 0-dim": ("x", torch.tensor(1.0), r"shape \(\.\.\., K\)"),
-    "x integer": ("x", torch.ones(2, 4, dtype=torch.int64), "float16, bfloat16"),
-    "x complex": ("x", torch.randn(2, 4, dtype=torch.complex64), "float16, bfloat16"),
-    "lora_A columns": ("lora_A", torch.randn(2, 3), r"shape \(r, 4\)"),
-    "lora_A rank 0": ("lora_A", torch.randn(0, 4), "r >= 1"),
-    "lora_A 1-D": ("lora_A", torch.randn(4), r"shape \(r, 4\)"),
-    "lora_A half over float": ("lora_A", torch.randn(2, 4).half(), "x's dtype torch.float32"),
-    "lora_A double": ("lora_A", torch.randn(2, 4).double(), "x's dtype torch.float32"),
-    "lora_A device": ("lora_A", torch.randn(2, 4, device="meta"), "device"),
-    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \(N, 2\)"),
-    "lora_B 1-D": ("lora_B", torch.randn(3), r"shape \(N, 2\)"),
-    "lora_B dtype": ("lora_B", torch.randn(3, 2).bfloat16(), "lora_A's dtype"),
-    "scaling 1-D": ("scaling", torch.ones(1), "0-dim"),
-    "scaling integer": ("scaling", torch.tensor(1), "floating"),
-}
-
-
-@CALLS
-@pytest.mark.parametrize("case", BAD_TENSORS)
-def test_bad_tensors(device, call, case):
-    name, value, expected = BAD_TENSORS[case]
-    skip_float64_on_mps(device, (value.dtype,))
-    arguments = {n: t.to(device) for n, t in good().items()}
-    arguments[name] = value if value.is_meta else value.to(device)
-    with pytest.raises(ValueError, match=f"lora_delta: {name}: expected .*{expected}") as caught:
-        call(*arguments.values())
-    assert f"shape {tuple(value.shape)}, {value.dtype}, on {arguments[name].device}" in str(caught.value)
-
-
 @CALLS
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
 def test_bad_dtypes_over_a_half_x(device, call, dtypes):
@@ -680,144 +636,18 @@ def test_bad_dtypes_over_a_half_x(device, call, dtypes):
 
 
 def test_narrow_rows_name_what_they_do_not_fit(device):
-    arguments = good(x=torch.randn(2, 3))
+    y, _, *rest = operands(lead=(2,), sizes=(4, 3, 2), device=device, needs=False)
     with pytest.raises(ValueError, match=r"lora_A: expected shape \(r, 3\) with r >= 1, since x is \(2, 3\); got"):
-        tfl.lora_delta(*(t.to(device) for t in arguments.values()))
+        tfl.lora_delta(y, torch.randn(2, 3, device=device), *rest)
 
 
-INFERENCE = pytest.mark.parametrize(
-    ("context", "error"), [(contextlib.nullcontext, ValueError), (torch.inference_mode, (ValueError, RuntimeError))]
-)
-
-
-@INFERENCE
-@pytest.mark.parametrize("name", NAMES[:4])
-def test_an_operand_left_on_the_cpu(mps, name, context, error):
-    """In inference mode the operator's kernel alone checks: in C++, whose error is a RuntimeError."""
-    arguments = {n: t if n == name else t.to(mps) for n, t in good().items()}
-    for call in (tfl.lora_delta, ops.lora_delta):
-        with context(), pytest.raises(error, match=rf"lora_delta: (y|{name}): expected .*(mps|device)"):
-            call(*arguments.values())
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
-def test_dropout_outside_its_range(p):
-    with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\)"):
-        tfl.lora_delta(*good().values(), dropout_p=p, training=True)
-    with pytest.raises(ValueError, match=r"dropout_p: expected probabilities in \[0, 1\)"):
-        ops.lora_delta_forward(*good().values(), torch.tensor(1), [p], [], False)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("y", None), ("x", [[1.0]]), ("lora_A", "A"), ("lora_B", 3), ("scaling", "2"), ("scaling", None)],
-)
-def test_wrong_types(name, value):
-    with pytest.raises(TypeError, match=f"{name}: expected a"):
-        tfl.lora_delta(**good(**{name: value}))
-    with pytest.raises(TypeError, match="dropout_p: expected a number"):
-        tfl.lora_delta(**good(), dropout_p="0.1")
-
-
-def test_the_operator_wants_a_seed_for_dropout_and_ranks_that_add_up():
-    with pytest.raises(ValueError, match="seed"):
-        ops.lora_delta(*good().values(), 0.5)
-    for seed in (torch.tensor(1, dtype=torch.int32), torch.tensor([1]), torch.tensor(1, device="meta")):
-        with pytest.raises(ValueError, match="seed: expected a 0-dim int64 tensor on the CPU"):
-            ops.lora_delta(*good().values(), 0.5, seed)
-    for ranks in ([1, 2], [2]):
-        with pytest.raises(ValueError, match="ranks"):
-            ops.lora_delta_forward(*good().values(), torch.tensor(1), [0.5, 0.5], ranks, False)
-
-
-def good_for_backward(device="cpu"):
-    tensors = good()
-    tensors["grad"] = tensors.pop("y")
-    on_device = {name: t.to(device) for name, t in (tensors | {"h": torch.randn(2, 2)}).items()}
-    return on_device | {"seed": None, "dropout_p": [], "ranks": [], "needs": [True] * 4}
-
-
-BAD_BACKWARD = {
-    "grad columns": ("grad", torch.randn(2, 4), r"shape \(\.\.\., 3\)"),
-    "grad 0-dim": ("grad", torch.tensor(1.0), r"shape \(\.\.\., 3\)"),
-    "grad integer": ("grad", torch.ones(2, 3, dtype=torch.int64), "float16, bfloat16"),
-    "x missing": ("x", None, r"shape \(2, 4\), .*; got None"),
-    "x rows": ("x", torch.randn(3, 4), r"shape \(2, 4\)"),
-    "x in another shape": ("x", torch.randn(2, 1, 4), r"shape \(2, 4\)"),
-    "x integer": ("x", torch.ones(2, 4, dtype=torch.int64), "grad's dtype torch.float32"),
-    "lora_A 1-D": ("lora_A", torch.randn(4), r"shape \(r, "),
-    "lora_A rank 0": ("lora_A", torch.randn(0, 4), r"shape \(r, "),
-    "lora_A integer": ("lora_A", torch.ones(2, 4, dtype=torch.int64), "torch.float32"),
-    "lora_B transposed": ("lora_B", torch.randn(2, 3), r"shape \("),
-    "lora_B dtype": ("lora_B", torch.randn(3, 2).half(), "lora_A's dtype torch.float32"),
-    "scaling 1-D": ("scaling", torch.ones(1), "a 0-dim"),
-    "scaling integer": ("scaling", torch.tensor(1), "a 0-dim"),
-    "h missing": ("h", None, r"shape \(2, 2\), .*; got None"),
-    "h rows": ("h", torch.randn(3, 2), r"shape \(2, 2\)"),
-    "h dtype": ("h", torch.randn(2, 2).half(), "lora_A's dtype torch.float32"),
-    "seed integer": ("seed", torch.tensor(1, dtype=torch.int32), "a 0-dim int64 tensor on the CPU"),
-    "needs": ("needs", [True] * 5, "4 flags"),
-}
-
-
-@INFERENCE
-@pytest.mark.parametrize("case", BAD_BACKWARD)
-def test_bad_arguments_of_the_backward_operator(device, case, context, error):
-    name, value, expected = BAD_BACKWARD[case]
-    on_device = isinstance(value, torch.Tensor) and name != "seed"
-    with context(), pytest.raises(error, match=f"lora_delta_backward: {name}: expected .*{expected}"):
-        ops.lora_delta_backward(**good_for_backward(device) | {name: value.to(device) if on_device else value})
-
-
-@INFERENCE
+@RAISES
 def test_a_half_gradient_wants_a_half_x(device, context, error):
     """Over a float32 one both halves fit."""
-    arguments = good_for_backward(device)
+    arguments = arguments_of_backward("lora_delta", device)
     for name in ("x", "lora_A", "lora_B", "h"):
         arguments[name] = arguments[name].bfloat16()
     assert len(ops.lora_delta_backward(**arguments)) == 4
     arguments["grad"] = arguments["grad"].bfloat16()
     with context(), pytest.raises(error, match=r"x: expected .*grad's dtype torch\.bfloat16"):
         ops.lora_delta_backward(**arguments | {"x": arguments["x"].float()})
-
-
-@INFERENCE
-@pytest.mark.parametrize("name", ["grad", "x", "lora_A", "lora_B", "h"])
-def test_an_operand_of_backward_left_on_the_cpu(mps, name, context, error):
-    arguments = good_for_backward(mps)
-    named = "lora_A" if name == "grad" and error is ValueError else name  # whichever differs from grad
-    with context(), pytest.raises(error, match=f"lora_delta_backward: {named}: expected .*(mps|device)"):
-        ops.lora_delta_backward(**arguments | {name: arguments[name].cpu()})
-
-
-def test_operands_of_backward_that_are_not_needed_may_be_anything(device):
-    arguments = good_for_backward(device)
-    expected = ops.lora_delta_backward(**arguments)[0]
-    found = ops.lora_delta_backward(**arguments | {"x": None, "h": None, "needs": [True, False, False, False]})
-    torch.testing.assert_close(found, [expected])
-    with pytest.raises(ValueError, match=r"lora_delta_backward: h: expected shape \(2, 2\)"):
-        ops.lora_delta_backward(**arguments | {"h": None, "needs": [False, False, False, True]})
-
-
-@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "mkldnn"])
-@pytest.mark.parametrize("name", NAMES[:4])
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-def test_sparse_operands(name, layout):
-    tensor = good()[name]
-    sparse = tensor.to_mkldnn() if layout == "mkldnn" else tensor.to_sparse(layout=getattr(torch, layout))
-    for call in (tfl.lora_delta, ops.lora_delta):
-        with pytest.raises(ValueError, match=f"lora_delta: {name}: expected a dense tensor; got .*{layout}"):
-            call(**good(**{name: sparse}))
-    name = "grad" if name == "y" else name
-    with pytest.raises(ValueError, match=f"lora_delta_backward: {name}: expected a dense tensor; got .*{layout}"):
-        ops.lora_delta_backward(**good_for_backward() | {name: sparse})
-
-
-@pytest.mark.parametrize("case", ["y broadcasts", "y half", "lora_A columns", "lora_B transposed"])
-def test_bad_tensors_raise_while_tracing_and_under_transforms(case):
-    name, value, expected = BAD_TENSORS[case]
-    arguments = list(good(**{name: value}).values())
-    with pytest.raises(Exception, match=expected):
-        compiled(tfl.lora_delta, keep=False)(*arguments)
-    with pytest.raises(ValueError, match=expected):
-        torch.func.grad(lambda x: tfl.lora_delta(arguments[0], x, *arguments[2:]).sum())(arguments[1])
