@@ -148,8 +148,8 @@ class _LoRADelta(dispatch.Operator):
             refuse("y", y, f"x's dtype {x.dtype}" + (" or torch.float32" if x.dtype in HALF else ""))
         check_devices(refuse, "x", x, y=y, lora_A=lora_A, lora_B=lora_B)
         check_adapters(refuse, "x", x, lora_A, lora_B)
-        *options, _ = rest
-        check_options(refuse, "x", x, *options, r)
+        scaling, seed, dropout_p, ranks, _ = rest
+        check_options(refuse, "x", x, scaling, seed, dropout_p, ranks, r)
 
     @staticmethod
     def check_backward(
@@ -157,7 +157,7 @@ class _LoRADelta(dispatch.Operator):
     ) -> None:
         """As `check`, for the operands of the gradients asked for."""
         refuse = functools.partial(dispatch.refuse, "lora_delta_backward")
-        *dropout, needs = rest
+        seed, dropout_p, ranks, needs = rest
         if len(needs) != 4:
             refuse("needs", list(needs), "4 flags")
         _, need_A, need_B, need_scaling = needs
@@ -183,7 +183,7 @@ class _LoRADelta(dispatch.Operator):
             refuse("h", h, f"shape {h_shape}, lora_A's dtype {lora_A.dtype}")
         given = {"x": x if need_A else None, "h": h if need_B or need_scaling else None}
         check_devices(refuse, "grad", grad, lora_A=lora_A, lora_B=lora_B, **given)
-        check_options(refuse, "grad", grad, scaling, *dropout, r)
+        check_options(refuse, "grad", grad, scaling, seed, dropout_p, ranks, r)
 
     @staticmethod
     def forward(y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Maybe]:

@@ -78,7 +78,8 @@ def backward(grad: Tensor, grad_h: Maybe, x: Saved, weight: Saved, *rest: Any) -
     """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
     *operands, (need_x, need_weight, need_bias, *needs) = rest
     rows, x_rows, weight = packed(flat(grad), None if x is None else flat(x), weight)
-    grad_x, *others = _low_rank_backward(grad, grad_h, x, *operands, (need_x, *needs))
+    low_rank = *operands, (need_x, *needs)
+    grad_x, *others = _low_rank_backward(grad, grad_h, x, *low_rank)
     return (
         _as_rows(rows @ weight + grad_x, grad) if need_x else None,
         rows.t() @ x_rows if need_weight else None,
