@@ -230,16 +230,29 @@ class _LoRADelta(dispatch.Operator):
 
     @staticmethod
     def record(
-        kernel: Callable[..., Any], needs: Flags, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any
+        kernel: Callable[..., Any],
+        needs: Flags,
+        y: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        seed: Maybe,
+        dropout_p: Floats,
+        ranks: Ints,
+        _: bool,
     ) -> tuple[Any, tuple[Maybe, ...], Any]:
-        scaling, *dropout, _ = rest
         _, _, need_A, need_B, need_scaling = needs
         need_h = need_B or need_scaling
-        results = kernel(y, x, lora_A, lora_B, scaling, *dropout, need_h)
-        x_saved, h = savable(x) if need_A else None, results[1] if need_h else None
-        if isinstance(scaling, Tensor):
-            return results, (x_saved, lora_A, lora_B, h, scaling), (None, *dropout)
-        return results, (x_saved, lora_A, lora_B, h, None), (scaling, *dropout)
+        results = kernel(y, x, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
+        saved = (
+            savable(x) if need_A else None,
+            lora_A,
+            lora_B,
+            results[1] if need_h else None,
+            scaling if isinstance(scaling, Tensor) else None,
+        )
+        return results, saved, (scaling if saved[4] is None else None, seed, dropout_p, ranks)
 
     @staticmethod
     def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
