@@ -76,6 +76,18 @@ class Metal:
     compile_seconds: float
     contiguous_copies: int
 
+    def __str__(self) -> str:
+        family = f"family {self.family}, by its name"
+        if self.virtual:
+            family = "virtual: it may lack what the kernels need, and its times say nothing of a real one"
+        return (
+            f"  GPU          {family}\n"
+            f"  Metal        {self.language}, as torch compiles it\n"
+            f"  extension    {self.extension}; in this process {self.compiled_kernels} kernels compiled in "
+            f"{self.compile_seconds:.1f} s\n"
+            f"  copies       {self.contiguous_copies} operands of a layout that no kernel reads"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -101,7 +113,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"torch-fused-lora {self.version}", f"  python {self.python} on {self.platform}"]
-        lines += [f"  {package} {version}{_tested(package)}" for package, version in self.packages.items()]
+        for package, version in self.packages.items():
+            tested = " (tested with {} to {})".format(*TESTED[package]) if package in TESTED else ""
+            lines.append(f"  {package} {version}{tested}")
         lines += [f"  {variable}: {meaning}" for variable, meaning in self.variables.items()]
         if self.without_metal:
             lines.append(f"  {self.without_metal}")
@@ -114,31 +128,11 @@ class Report:
             lines.append(f"  dropout      {_dropout_backend(device.type)}")
             lines += [f"  {test.dtype:<12} {test}" for test in device.self_tests]
             if device.type == "mps":
-                lines += _metal_lines(self.metal)
+                lines.append(str(self.metal))
         if isinstance(self.metal, str):
             lines += ["", f"mps: {self.metal}"]
         lines += ["", "all is well" if self.healthy else "something is wrong: see FAILED above"]
         return "\n".join(lines)
-
-
-def _tested(package: str) -> str:
-    """With which versions of a package this one was tested."""
-    return " (tested with {} to {})".format(*TESTED[package]) if package in TESTED else ""
-
-
-def _metal_lines(metal: Metal | str) -> list[str]:
-    if isinstance(metal, str):
-        return []
-    family = f"family {metal.family}, by its name"
-    if metal.virtual:
-        family = "virtual: it may lack what the kernels need, and its times say nothing of a real one"
-    return [
-        f"  GPU          {family}",
-        f"  Metal        {metal.language}, as torch compiles it",
-        f"  extension    {metal.extension}; in this process {metal.compiled_kernels} kernels compiled in "
-        f"{metal.compile_seconds:.1f} s",
-        f"  copies       {metal.contiguous_copies} operands of a layout that no kernel reads",
-    ]
 
 
 def doctor(as_json: bool = False) -> int:
@@ -150,8 +144,10 @@ def doctor(as_json: bool = False) -> int:
 
 def examine() -> Report:
     """Ask and test everything. No probe that fails keeps the others from being made."""
-    system = _probe(System.here)
-    found = _probe(devices)
+    system, found = _probe(System.here), _probe(devices)
+    no_mps = "this torch is built without MPS, as it is everywhere but on a Mac"
+    if torch.backends.mps.is_built():
+        no_mps = "torch is built for it, but this system offers no Metal device"
     return Report(
         version=_version("torch-fused-lora"),
         python=platform.python_version(),
@@ -161,7 +157,7 @@ def examine() -> Report:
         without_metal=_probe(system.without_metal) if isinstance(system, System) else None,
         variables=notable_variables(os.environ),
         devices=[_examine_device(device) for device in (found if isinstance(found, list) else [torch.device("cpu")])],
-        metal=_examine_metal() if torch.backends.mps.is_available() else _why_no_mps(),
+        metal=_examine_metal() if torch.backends.mps.is_available() else f"none: {no_mps}",
     )
 
 
@@ -322,12 +318,6 @@ def _worst(found: Iterable[Tensor], exact: Iterable[Tensor], bounds: Iterable[Te
         for f, e, b in zip(found, exact, bounds, strict=True)
     ]
     return float(torch.stack([ratio.max() for ratio in ratios]).max())
-
-
-def _why_no_mps() -> str:
-    if torch.backends.mps.is_built():
-        return "none: torch is built for it, but this system offers no Metal device"
-    return "none: this torch is built without MPS, as it is everywhere but on a Mac"
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,6 @@ from tests.reference import MIXED, Layer
 from torch_fused_lora.ops.dropout import draw_seed
 from torch_fused_lora.ops.lora_linear import differentiable, portable
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
-from torch_fused_lora.ops.lora_linear.ways import block_rows
 from torch_fused_lora.ops.rows import HALF
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
@@ -168,7 +167,7 @@ def test_half_rows_with_gaps_are_packed_for_a_cpu(lead, adapter_dtype, dropouts)
         (differentiable.forward, lambda grad, *rest: differentiable.backward(grad, None, *rest)),
     ):
         with HalfProducts() as products:
-            y, h = forward(x, weight, None, lora_A, lora_B, scaling, *dropout, save_h=True)
+            y, h = forward(x, weight, None, lora_A, lora_B, scaling, *dropout, True)
             found = backward(grad, x, weight, lora_A, lora_B, scaling, h, *dropout, needs)
         assert products.seen >= 6
         assert all(t.isfinite().all() for t in (y, *found[:5]))
@@ -176,12 +175,10 @@ def test_half_rows_with_gaps_are_packed_for_a_cpu(lead, adapter_dtype, dropouts)
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[1:])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_many_row_blocks(device, dtype, adapter_dtype, dropout_p):
-    """More rows than a block (of the portable kernels) or a tile (of Metal's) holds, and not a multiple of it:
-    nothing is lost or doubled at a seam."""
-    K, N, r = (1200, 200, 5) if device.type == "cpu" else (130, 70, 5)
+def test_many_row_blocks(device, dtype, adapter_dtype, dropout_p, small_blocks):
+    """Nothing is lost or doubled at a seam."""
+    rows, K, N, r = small_blocks
     A, B = torch.randn(r, K).to(device, adapter_dtype), torch.randn(N, r).to(device, adapter_dtype)
-    rows = 2 * block_rows(A, B) + 17 if device.type == "cpu" else 1041
     x = torch.randn(rows, K).to(device, dtype).requires_grad_()
     W, b = (torch.randn(N, K) * K**-0.5).to(device, dtype), torch.randn(N).to(device, dtype)
     A.requires_grad_(), B.requires_grad_()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.emulator.metal_on_cpu.toolchain import cache_folder
 from tests.packaging.test_package import run_python
 from torch_fused_lora import doctor, plan, tuned
 from torch_fused_lora.__main__ import main
@@ -36,6 +37,7 @@ def deterministic():
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("TORCH_FUSED_LORA_CACHE", str(cache_folder()))  # the emulator's, which is minutes of compiling
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .rewrite import Rewriter
-from .toolchain import HERE, METAL_LANGUAGE, TARGET, preprocess
+from .toolchain import HERE, METAL_LANGUAGE, TARGET, preprocess, zig
 
 SOURCE = "<metal>"  # what clang calls the source
 SPACES = ["-Ddevice=__global", "-Dthreadgroup=__local", "-Dthread=__private"]
@@ -156,7 +155,7 @@ def preprocessed(source: str) -> str:
 
 def clang(*arguments: str | Path, text: str) -> tuple[str, str]:
     """What clang prints for a text, and its log; that it found errors does not matter."""
-    command = [sys.executable, "-m", "ziglang", "clang", *TARGET, *METAL_LANGUAGE, *map(str, arguments), "-"]
+    command = [zig(), "clang", *TARGET, *METAL_LANGUAGE, *map(str, arguments), "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     return done.stdout, done.stderr
 

@@ -7,6 +7,7 @@ file.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -53,10 +54,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch-fused-lora"
 
 
+@cache
+def zig() -> Path:
+    """The wheel's program, which is called itself: ``python -m ziglang`` starts a Python to do no more."""
+    wheel = importlib.util.find_spec("ziglang")
+    if wheel is None or wheel.origin is None:
+        raise ToolError("the ziglang wheel is missing: pip install ziglang")
+    return Path(wheel.origin).with_name("zig")
+
+
 def run(tool: str, arguments: Sequence[str | Path], stdin: str = "") -> str:
     """Run a tool of the ziglang wheel (clang, c++, ld.lld) and return what it prints."""
-    command = [sys.executable, "-m", "ziglang", tool, *map(str, arguments)]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True)
+    done = subprocess.run([zig(), tool, *map(str, arguments)], input=stdin, capture_output=True, text=True)
     if done.returncode:
         raise ToolError(done.stderr or f"{tool} exited with status {done.returncode}")
     return done.stdout

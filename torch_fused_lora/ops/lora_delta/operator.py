@@ -128,17 +128,7 @@ class _LoRADelta(dispatch.Operator):
     instead = "leave the model unpatched (torch_fused_lora.unpatch_peft)"
 
     @staticmethod
-    def check(
-        y: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float | Tensor,
-        seed: Maybe,
-        dropout_p: Floats,
-        ranks: Ints,
-        save_h: bool,
-    ) -> None:
+    def check(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> None:
         """Raise ValueError, naming the argument, its shape and what was expected, unless the operands fit together."""
         refuse = functools.partial(dispatch.refuse, "lora_delta")
         if x.dtype not in DTYPES:
@@ -158,23 +148,16 @@ class _LoRADelta(dispatch.Operator):
             refuse("y", y, f"x's dtype {x.dtype}" + (" or torch.float32" if x.dtype in HALF else ""))
         check_devices(refuse, "x", x, y=y, lora_A=lora_A, lora_B=lora_B)
         check_adapters(refuse, "x", x, lora_A, lora_B)
+        scaling, seed, dropout_p, ranks, _ = rest
         check_options(refuse, "x", x, scaling, seed, dropout_p, ranks, r)
 
     @staticmethod
     def check_backward(
-        grad: Tensor,
-        x: Saved,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: Tensor,
-        h: Saved,
-        seed: Maybe,
-        dropout_p: Floats,
-        ranks: Ints,
-        needs: Flags,
+        grad: Tensor, x: Saved, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, h: Saved, *rest: Any
     ) -> None:
         """As `check`, for the operands of the gradients asked for."""
         refuse = functools.partial(dispatch.refuse, "lora_delta_backward")
+        seed, dropout_p, ranks, needs = rest
         if len(needs) != 4:
             refuse("needs", list(needs), "4 flags")
         _, need_A, need_B, need_scaling = needs
@@ -235,12 +218,7 @@ class _LoRADelta(dispatch.Operator):
         grad: Tensor, x: Saved, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, *options: Any
     ) -> list[Maybe]:
         *_, needs = options
-        grads = (
-            (grad, (*grad.shape[:-1], lora_A.shape[1])),
-            (lora_A, lora_A.shape),
-            (lora_B, lora_B.shape),
-            (scaling, ()),
-        )
+        grads = (grad, (*grad.shape[:-1], lora_A.shape[1])), *((like, like.shape) for like in (lora_A, lora_B, scaling))
         return [like.new_empty(shape) if need else None for (like, shape), need in zip(grads, needs, strict=True)]
 
     @staticmethod
@@ -300,19 +278,10 @@ define(
 _ops = getattr(torch.ops, NAMESPACE)
 
 
-def _public(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    dropout_p: float = 0.0,
-    seed: Maybe = None,
-) -> Tensor:
-    if dropout_p > 0 and seed is None:
-        raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-dim int64 CPU tensor, got None")
-    dropout = (dropout_p,) if seed is not None else ()
-    return _ops.lora_delta_forward(y, x, lora_A, lora_B, scaling, seed, dropout, (), False)[0]
+def _public(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, p: float = 0.0, seed: Maybe = None) -> Tensor:
+    if p > 0 and seed is None:
+        raise ValueError(f"seed: dropout_p={p} needs a 0-dim int64 CPU tensor, got None")
+    return _ops.lora_delta_forward(y, x, A, B, scaling, seed, () if seed is None else (p,), (), False)[0]
 
 
 implement("lora_delta", _public, "CompositeImplicitAutograd", "FuncTorchBatched")

@@ -49,22 +49,11 @@ def low_rank(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: I
     return torch.cat([dropped(wide, mask) @ lora_A[rank].t() for rank, mask in masks], 1)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Maybe,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float | Tensor,
-    seed: Maybe,
-    dropout_p: Floats,
-    ranks: Ints,
-    save_h: bool,
-) -> Pair:
+def forward(x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Pair:
     """The forward in differentiable aten calls, for functorch transforms (vmap included) and forward-mode AD."""
     x_rows, weight = packed(flat(x), weight)
     base = F.linear(x_rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
-    return delta_forward(base, x, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h)
+    return delta_forward(base, x, *rest)
 
 
 def delta_forward(
@@ -85,40 +74,29 @@ def delta_forward(
     return (delta * scaling + y).to(y.dtype), h if save_h else lora_A.new_empty(0)
 
 
-def backward(
-    grad: Tensor,
-    grad_h: Maybe,
-    x: Saved,
-    weight: Saved,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Any,
-    h: Saved,
-    seed: Maybe,
-    dropout_p: Floats,
-    ranks: Ints,
-    needs: Flags,
-) -> tuple[Maybe, ...]:
+def backward(grad: Tensor, grad_h: Maybe, x: Saved, weight: Saved, *rest: Any) -> tuple[Maybe, ...]:
     """The backward in differentiable aten calls, for double backward; grad_h is the gradient of the saved h."""
-    need_x, need_weight, need_bias, *low_rank_needs = needs
+    *operands, (need_x, need_weight, need_bias, *needs) = rest
     rows, x_rows, weight = packed(flat(grad), None if x is None else flat(x), weight)
-    grad_x, *low_rank_grads = _low_rank_backward(
-        grad, grad_h, x, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, (need_x, *low_rank_needs)
-    )
+    low_rank = *operands, (need_x, *needs)
+    grad_x, *others = _low_rank_backward(grad, grad_h, x, *low_rank)
     return (
-        (rows @ weight + grad_x).to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1]) if need_x else None,
+        _as_rows(rows @ weight + grad_x, grad) if need_x else None,
         rows.t() @ x_rows if need_weight else None,
         rows.sum(0) if need_bias else None,
-        *low_rank_grads,
+        *others,
     )
 
 
-def delta_backward(grad: Tensor, grad_h: Maybe, x: Saved, lora_A: Tensor, *rest: Any) -> tuple[Maybe, ...]:
+def delta_backward(grad: Tensor, grad_h: Maybe, x: Saved, *rest: Any) -> tuple[Maybe, ...]:
     """What of `backward` is not the base's."""
-    grad_x, *others = _low_rank_backward(grad, grad_h, x, lora_A, *rest)
-    if grad_x is not None:
-        grad_x = grad_x.to(grad.dtype).view(*grad.shape[:-1], lora_A.shape[1])
-    return grad_x, *others
+    grad_x, *others = _low_rank_backward(grad, grad_h, x, *rest)
+    return grad_x if grad_x is None else _as_rows(grad_x, grad), *others
+
+
+def _as_rows(grad_x: Tensor, grad: Tensor) -> Tensor:
+    """M x K in the leading shape and the dtype of grad."""
+    return grad_x.to(grad.dtype).view(*grad.shape[:-1], grad_x.shape[1])
 
 
 def _low_rank_backward(
