@@ -15,7 +15,8 @@ differentiable aten calls. `Operator` registers that for every way in which a ca
 `DEVICE`       all else, on mps                           the kernel in C++
 =============  =========================================  ==================================================
 
-The last two are what the dispatcher would call, without its way from Python through C++ to Python and back.
+The last two are what the dispatcher would call, without its way from Python through C++ to Python and back. Where the
+portable kernel is torch's own calls alone, autograd may follow these instead of a node of ours (`Operator.followed`).
 """
 
 from __future__ import annotations
