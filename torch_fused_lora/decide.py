@@ -150,8 +150,8 @@ def adapter_of(layer: Any, name: str, A: nn.Module, B: nn.Module, dropout: nn.Mo
             return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
         p = dropout.p if dropout.training else 0.0
     of_A, of_B = _weight_and_bias(A, hooks_run), _weight_and_bias(B, hooks_run)
-    if type(of_A) is str or type(of_B) is str:
-        return f"adapter {name!r} has {of_A if type(of_A) is str else of_B}"
+    if isinstance(of_A, str) or isinstance(of_B, str):
+        return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
     if _is_hooked(dropout.__dict__, hooks_run):
         return f"adapter {name!r} has {HOOKS}"
     scaling = layer.scaling[name]

@@ -61,7 +61,7 @@ def followed(
     lora_B: Tensor,
     scaling: float | Tensor,
     seed: Maybe,
-    *_: Any,
+    *others: Any,
 ) -> Maybe:
     """`forward`'s output where that is torch's own calls on the operands as they are, and autograd is to follow these;
     else None. They keep what the operator would, x and h; of half operands backward rounds where PEFT's does."""
