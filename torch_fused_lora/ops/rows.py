@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import mps
-from ..torch_private import unsafe_view
 from .dispatch import Saved
 
 HALF = frozenset((torch.float16, torch.bfloat16))
@@ -26,18 +27,16 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def flat(x: Tensor) -> Tensor:
     """x as a matrix (M, last dimension): a view wherever one exists."""
-    dims = x.dim()
-    return x if dims == 2 else x.flatten(0, -2) if dims > 2 else x.unsqueeze(0)
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def unflat(rows: Tensor, like: Tensor) -> Tensor:
-    """The fresh contiguous matrix (M, C) in the leading shape of ``like``, not as a view: autograd forbids in-place use
-    of an operator's output that is one. It is the matrix itself, resized, where autograd does not follow: that takes a
-    quarter of the time."""
+    """The fresh contiguous matrix (M, C) in the leading shape of ``like``: itself, resized, since autograd forbids
+    in-place use of an operator's output that is a view; a view where autograd has followed what made it."""
     if like.dim() == 2:
         return rows
     shape = *like.shape[:-1], rows.shape[1]
-    return unsafe_view(rows, shape) if rows.requires_grad else rows.resize_(*shape)
+    return rows.view(*shape) if rows.requires_grad else rows.resize_(*shape)
 
 
 def packed(*matrices: Saved) -> tuple[Saved, ...]:
