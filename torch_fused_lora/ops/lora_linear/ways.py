@@ -34,8 +34,8 @@ class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
     meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them. ``carrying``: from how
     many bfloat16 rows on the base product carries the rank, on Hopper; of half adapters, without dropout, from `LARGE`
-    on. ``follows``: whether a layer that is torch's own calls as they are is left to autograd, whose nodes of them cost
-    the host less than one of ours."""
+    on. ``follows``: whether a layer that is torch's own calls as they are is left to autograd: in a whole
+    step that takes less of the host's time than a node of ours."""
 
     block: int
     triton: bool = False
