@@ -138,6 +138,8 @@ class Layer(_LowRank):
 
     ``masks``: for each adapter its slice of the rank and what multiplies x on its way into lora_A (None: 1).
     ``launches`` add to y, and to dx, one after the other: all but the last round what the next one adds to.
+    ``followed``: autograd does by itself, of half operands too, which rounds dY B and dYᵀ h before they are scaled, and
+    both terms of dx before they are added.
     """
 
     x: Tensor
@@ -148,6 +150,7 @@ class Layer(_LowRank):
     scaling: float
     masks: list[tuple[slice, Tensor | None]] = dataclasses.field(default_factory=_all_ranks)
     launches: int = 1
+    followed: bool = False
 
     def output(self) -> Exact:
         """y = x Wᵀ + b + s x̃ Aᵀ Bᵀ. A half base product is rounded; so is h where the adapters are half.
@@ -179,6 +182,10 @@ class Layer(_LowRank):
             len(W) + len(self.lora_A),
             self._round(base, base_off) + self._added(base.abs(), delta_a),
         )
+        if self.followed and self.lora_A.dtype in HALF:
+            dx.rounded = dx.rounded + delta_a + delta.abs()
+            others["lora_A"].rounded = 2 * others["lora_A"].rounded
+            others["lora_B"].rounded = others["lora_B"].rounded + others["lora_B"].value.abs()
         return {
             "x": dx.reshape(*self.x.shape),
             "weight": Exact(dW, g.abs().T @ x.abs(), len(x), dW_off),

@@ -150,9 +150,10 @@ def adapter_of(layer: Any, name: str, A: nn.Module, B: nn.Module, dropout: nn.Mo
             return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
         p = dropout.p if dropout.training else 0.0
     of_A, of_B = _weight_and_bias(A, hooks_run), _weight_and_bias(B, hooks_run)
-    of_dropout = _weight_and_bias(dropout, hooks_run)
-    if isinstance(of_A, str) or isinstance(of_B, str) or isinstance(of_dropout, str):
-        return f"adapter {name!r} has {next(found for found in (of_A, of_B, of_dropout) if isinstance(found, str))}"
+    if isinstance(of_A, str) or isinstance(of_B, str):
+        return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
+    if _is_hooked(dropout.__dict__, hooks_run):
+        return f"adapter {name!r} has {HOOKS}"
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor) and scaling.dim():
         return f"adapter {name!r} has a scaling of shape {tuple(scaling.shape)}"
@@ -176,15 +177,18 @@ def _weight_and_bias(module: nn.Module, hooks_run: bool = False) -> tuple[Any, A
         return f"a {name} that is a {type(value).__qualname__}, {SUBCLASS}"
     if weight is not None and weight.layout is not _STRIDED:
         return f"a weight whose layout is {weight.layout}"
-    if (
+    return HOOKS if _is_hooked(fields, hooks_run) else (weight, bias)
+
+
+def _is_hooked(fields: dict[str, Any], hooks_run: bool) -> bool:
+    """Whether somebody wants to see a module called, or replaced its forward."""
+    return bool(
         fields["_forward_hooks"]
         or fields["_forward_pre_hooks"]
         or fields["_backward_hooks"]
         or fields["_backward_pre_hooks"]
         or ("forward" in fields and not hooks_run)
-    ):
-        return HOOKS
-    return weight, bias
+    )
 
 
 # ------------------------------------------------------------------------------------- what is replaced for the process

@@ -156,5 +156,3 @@ def _public_softmax_backward(grad: Tensor, y: Tensor, dim: int, dtype: torch.dty
 
 softmax = _private("_softmax", _public_softmax)
 softmax_backward = _private("_softmax_backward_data", _public_softmax_backward)
-# A view that is none to autograd.
-unsafe_view = _private("ops.aten._unsafe_view.default", lambda tensor, shape: tensor.reshape(shape).clone())

@@ -66,9 +66,11 @@ def test_against_float64(dtype, adapter_dtype, dropout_p, rows, columns):
     found = {"y": y.detach()} | dict(
         zip(("x", "weight", "bias", "lora_A", "lora_B"), torch.autograd.grad(y, leaves, grad.to(CUDA)), strict=True)
     )
+    by_triton = ways.choose(leaves[0], leaves[3], leaves[4], dropout_p > 0)[0] is ways.BY_TRITON
+    layer.followed = adapter_dtype is dtype and not (dropout_p or by_triton)
+    assert (y.grad_fn.name() == "RecordedBackward") != layer.followed
     for name, exact in (layer.gradients(grad) | {"y": layer.output()}).items():
         if name in found:
-            by_triton = ways.choose(leaves[0], leaves[3], leaves[4], dropout_p > 0)[0] is ways.BY_TRITON
             if by_triton:  # `triton._dot`: h or z, then what is made of it
                 exact.terms += (2 + 3) * 2**8  # 2**-16 is 2**8 units of float32
             if dtype in HALF and name == "y":  # of a single row, torch's own product is rounded before the bias

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import mps
-from ..torch_private import unsafe_view
 from .dispatch import Saved
 
 HALF = frozenset((torch.float16, torch.bfloat16))
@@ -32,9 +31,12 @@ def flat(x: Tensor) -> Tensor:
 
 
 def unflat(rows: Tensor, like: Tensor) -> Tensor:
-    """The fresh matrix (M, C) in the leading shape of ``like``, not as a view: autograd forbids in-place use of an
-    operator's output that is one."""
-    return rows if like.dim() == 2 else unsafe_view(rows, (*like.shape[:-1], rows.shape[1]))
+    """The fresh contiguous matrix (M, C) in the leading shape of ``like``: itself, resized, since autograd forbids
+    in-place use of an operator's output that is a view; a view where autograd has followed what made it."""
+    if like.dim() == 2:
+        return rows
+    shape = *like.shape[:-1], rows.shape[1]
+    return rows.view(*shape) if rows.requires_grad else rows.resize_(*shape)
 
 
 def packed(*matrices: Saved) -> tuple[Saved, ...]:

@@ -29,6 +29,7 @@ from ..dispatch import NAMESPACE, define, implement
 _MULTIPLIER = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_CPU = torch.device("cpu")  # read faster than its name
 _BLOCK = 1 << 14  # counters at a time: 0.75 MiB of state, within a core's L2
 
 
@@ -37,7 +38,7 @@ def draw_seed(x: torch.Tensor) -> torch.Tensor:
     CUDA graph is captured, or may be, it is on x's device and of its generator, so that each replay draws another one.
     `torch.manual_seed` reaches both generators, and checkpointing saves and restores both."""
     captured = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device if captured else "cpu")
+    return torch.randint(2**63 - 1, (), device=x.device if captured else _CPU)
 
 
 def keep_mask(

@@ -221,6 +221,7 @@ class _LoRALinear(dispatch.Operator):
                 refuse(name, value, f"shape {tuple(shape)}, {like}'s dtype {its_dtype} and device {device}")
 
     forward = staticmethod(portable.forward)
+    followed = staticmethod(portable.followed)
     backward = staticmethod(portable.backward)
     twin = staticmethod(differentiable.forward)
     twin_backward = staticmethod(differentiable.backward)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..dropout import keep_mask
 from ..rows import HALF, cast, flat, packed, unflat
-from .ways import BY_TRITON, WHOLE, Way, block_rows, choose, triton_kernels
+from .ways import BY_TRITON, WHOLE, Way, autograd_follows, block_rows, choose, triton_kernels
 
 
 def forward(
@@ -40,9 +40,8 @@ def forward(
 
     Returns (y, h), h None unless it is to be saved.
     """
-    is_matrix = x.dim() == 2
-    rows = x if is_matrix else flat(x)
-    if x.dtype in HALF:
+    rows = flat(x)
+    if x.is_cpu and x.dtype in HALF:
         rows, weight = packed(rows, weight)
     chosen = way, A, B = choose(rows, lora_A, lora_B, seed is not None)
     if way is BY_TRITON:
@@ -51,7 +50,32 @@ def forward(
     else:
         y = F.linear(rows, weight, bias)
         h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h, chosen)
-    return y if is_matrix else unflat(y, x), h
+    return unflat(y, x), h
+
+
+def followed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    seed: Maybe,
+    *others: Any,
+) -> Maybe:
+    """`forward`'s output where that is torch's own calls on the operands as they are, and autograd is to follow these;
+    else None. They keep what the operator would, x and h; of half operands backward rounds where PEFT's does."""
+    if seed is not None or lora_A.dtype is not x.dtype or not autograd_follows(x) or x.is_inference():
+        return None
+    if type(scaling) is not float or not math.isfinite(scaling):
+        return None
+    rows = flat(x)
+    way, A, _ = choose(rows, lora_A, lora_B, False)
+    if way is not WHOLE or A is not lora_A:
+        return None
+    y = F.linear(rows, weight, bias)
+    y.addmm_(F.linear(rows, lora_A), lora_B.t(), alpha=scaling)
+    return unflat(y, x)
 
 
 def add_delta_(
@@ -97,10 +121,9 @@ def backward(
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    is_matrix = grad.dim() == 2
-    grad_rows = grad if is_matrix else flat(grad)
-    x_rows: Saved = x if x is None or is_matrix else flat(x)
-    if grad.dtype in HALF:
+    grad_rows = flat(grad)
+    x_rows: Saved = None if x is None else flat(x)
+    if grad.is_cpu and grad.dtype in HALF:
         grad_rows, x_rows, weight = packed(grad_rows, x_rows, weight)
     low_rank_needs = need_x, need_A, need_B, need_scaling
     base = functools.partial(grad_rows.mm, weight) if need_x else None
@@ -108,7 +131,7 @@ def backward(
         grad_rows, x_rows, weight, base, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, low_rank_needs
     )
     return (
-        grad_x if is_matrix or not need_x else unflat(grad_x, grad),
+        unflat(grad_x, grad) if need_x else None,
         grad_rows.t().mm(x_rows) if need_weight else None,
         grad_rows.sum(0) if need_bias else None,
         grad_A,
@@ -261,13 +284,17 @@ def adapters(
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 
 
-def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> list[Any]:
+def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> Sequence[Any]:
     if seed is None:
-        return []
-    groups = adapters(seed, dropout_p, ranks, A.shape[0])
-    own: Any = seed.item() if seed.is_cpu else seed
+        return ()
+    given = tuple(dropout_p), tuple(ranks), A.shape[0]
+    return _dropouts_of(seed.item(), *given) if seed.is_cpu else _dropouts_of.__wrapped__(seed, *given)
+
+
+@functools.lru_cache(1024)  # of a call, for its backward
+def _dropouts_of(seed: Any, dropout_p: Floats, ranks: Ints, r: int) -> Sequence[Any]:
     of = triton_kernels().Dropout.of
-    return [of(rank, p, own, stream) for stream, (rank, p) in enumerate(groups)]
+    return [of(rank, p, seed, stream) for stream, (rank, p) in enumerate(adapters(seed, dropout_p, ranks, r))]
 
 
 def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:

@@ -165,12 +165,12 @@ def forward(
     if dropouts or not is_one_pass(M, weight.shape[0], r, x.get_device()):
         y = F.linear(x, weight, bias)
         return y, add_delta_(y, x, A, B, scale, dropouts, save_h, tiles)
-    y = x.new_empty((M, weight.shape[0]))
-    h = x.new_empty((M, r), dtype=A.dtype) if save_h else None
+    y = x.new_empty(M, weight.shape[0])
+    h = x.new_empty(M, r, dtype=A.dtype) if save_h else None
     a, parts = A, 0
     if M > FEW or A.dtype is not x.dtype:  # to split each tile of A in two would take longer than all else
         parts = _parts(M, K, r, tiles=tiles)
-        a = x.new_empty((parts * M, r), dtype=torch.float32)
+        a = x.new_empty(parts * M, r, dtype=torch.float32)
         _product(a, parts, r, x, A, True, tiles=tiles)
     number, factor = as_factor(scale, x)
     key = *_kind(x), *_kind(weight), *_kind(a), *_kind(B), None if bias is None else bias.stride()
@@ -201,7 +201,7 @@ def _low_rank(
     """dropout(x) Aᵀ in float32, in so many parts; what is to become h, and what is to be saved."""
     (M, K), r = x.shape, A.shape[0]
     parts = _parts(M, K, r, carried, tiles)
-    found = x.new_empty((parts * M, r), dtype=torch.float32)
+    found = x.new_empty(parts * M, r, dtype=torch.float32)
     if len(dropouts) > 1:
         for dropout in dropouts:
             _product(found[:, dropout.rank], parts, r, x, A[dropout.rank], True, dropout=dropout, carried=carried)
@@ -210,7 +210,7 @@ def _low_rank(
         _product(found, parts, r, x, A, True, dropout=one, carried=carried, tiles=tiles)
     if not save_h or (parts == 1 and A.dtype is torch.float32):
         return found, parts, None, found if save_h else None
-    h = x.new_empty((M, r), dtype=A.dtype)
+    h = x.new_empty(M, r, dtype=A.dtype)
     return found, parts, h, h
 
 
@@ -235,9 +235,9 @@ def backward(
     in_product = carrying_rank(grad, weight, K, way) if need_x and len(dropouts) < 2 else None
     grad_x = None
     if need_x and not in_product:
-        grad_x = grad.new_empty((M, K)) if base is None else base()
-    grad_A = None if x is None else grad.new_empty((r, K), dtype=A.dtype)
-    grad_B = None if h is None else grad.new_empty((N, r), dtype=B.dtype if scale_h else torch.float32)
+        grad_x = grad.new_empty(M, K) if base is None else base()
+    grad_A = None if x is None else grad.new_empty(r, K, dtype=A.dtype)
+    grad_B = None if h is None else grad.new_empty(N, r, dtype=B.dtype if scale_h else torch.float32)
     scale_B = scale if scale_h else 1.0
     carried = in_product is not None
     plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried, tiles)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...tuned import Layer, Table, bucket, numbers_of
+from ..dispatch import device_type_of
 from ..rows import HALF
 
 FEW = 16  # rows that are never split into blocks
@@ -33,24 +34,28 @@ class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
     meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them. ``carrying``: from how
     many bfloat16 rows on the base product carries the rank, on Hopper; of half adapters, without dropout, from `LARGE`
-    on."""
+    on. ``follows``: whether a layer that is torch's own calls as they are is left to autograd: in a whole
+    step that takes less of the host's time than a node of ours."""
 
     block: int
     triton: bool = False
     carrying: int = 0
+    follows: bool = False
 
     def __str__(self) -> str:
         text = f"converts {self.block} elements at a time, or {FEW} rows"
         if self.triton:
             text += "; half rows by Triton"
-        return f"{text}, from {self.carrying} on in the base product on Hopper" if self.carrying else text
+        if self.carrying:
+            text += f", from {self.carrying} on in the base product on Hopper"
+        return f"{text}; leaves layers of torch's own calls to autograd" if self.follows else text
 
 
 # 8 MiB of float32 on a CPU: smaller blocks would stay in L2, and are no faster on a quiet CPU; on a busy one each
 # parallel aten call may wait a scheduler's time slice for its threads, so that few large blocks win by far.
 TABLE = {
     "cpu": Limits(block=1 << 21),
-    "cuda": Limits(block=1 << 24, triton=True, carrying=512),
+    "cuda": Limits(block=1 << 24, triton=True, carrying=512, follows=True),
     "xpu": Limits(block=1 << 24),
 }
 
@@ -122,7 +127,7 @@ def choose(
     adapters where aten calls drop, and on a CPU, which is faster there where the processor multiplies no halves."""
     dtype = lora_A.dtype
     if rows.dtype in HALF:
-        limits = limits_of("cpu" if rows.is_cpu else rows.device.type)
+        limits = limits_of(device_type_of(rows))
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
         if limits.triton and M * K * N > 0 and _has_kernels(index := rows.get_device()):  # no grid is empty
             tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
@@ -144,6 +149,11 @@ def choose(
         return BLOCKS, lora_A, lora_B
     few = rows.dtype is dtype or (count := rows.shape[0]) <= FEW
     return WHOLE if few or count <= block_rows(lora_A, lora_B) else BLOCKS, lora_A, lora_B
+
+
+def autograd_follows(x: Tensor) -> bool:
+    """Whether autograd is left to follow a layer on x's device that `choose` makes of torch's own calls, as it is."""
+    return limits_of(device_type_of(x)).follows
 
 
 @functools.cache
