@@ -24,6 +24,7 @@ enum GemmBuffers {
   GEMM_FACTOR_STRIDES,
   GEMM_FLAGS_BIAS_STRIDE,
   GEMM_DROPOUT_WORDS,
+  GEMM_SPLIT_TERMS,
 };
 
 enum GemmFlags {
@@ -36,6 +37,6 @@ enum GemmFlags {
 };
 
 /// Of a threadgroup's tiles, and of its simdgroups: two beside each other in both directions.
-enum GemmSizes { GEMM_COLUMNS = 64, GEMM_DEPTH = 16, GEMM_SIMDGROUPS = 4 };
+enum GemmSizes { GEMM_COLUMNS = 64, GEMM_DEPTH = 32, GEMM_SIMDGROUPS = 4 };
 
 }  // namespace tfl
