@@ -65,9 +65,8 @@ struct Rows<Affine<BITS, S>, COUNT> {
 
   template <bool WIDE>
   METAL_FUNC Run load(short i, ulong column, uint) const thread {
-    // Named: a method of a temporary has no address space.
-    const PackedRuns<BITS, S, 1> run = begin[i].template fetch<1>(uint(column));
-    return run.decode(0);
+    const PackedRun<BITS, S> run = begin[i].fetch(uint(column));  // named: a method of a temporary has no address space
+    return run.decode();
   }
 };
 

@@ -37,6 +37,6 @@ enum GemmFlags {
 };
 
 /// Of a threadgroup's tiles, and of its simdgroups: two beside each other in both directions.
-enum GemmSizes { GEMM_COLUMNS = 64, GEMM_DEPTH = 32, GEMM_SIMDGROUPS = 4 };
+enum GemmSizes { GEMM_COLUMNS = 64, GEMM_DEPTH = 16, GEMM_SIMDGROUPS = 4 };
 
 }  // namespace tfl

@@ -9,11 +9,11 @@
 //   While one tile is multiplied, the next is on its way from device memory, as raw elements and words.
 //   Where that leaves cores idle, threadgroups share the terms of the base product, and the first of them has the
 //   low-rank term and the bias: each writes float32 sums (Y), which sum_splits adds up in order.
-// Tile. x: ROWS x 32, W: 64 x 32 (32 x 64 backward), as float: 18 KiB where ROWS is 64. ROWS is 32 where the rows are
-//   few. Of W a thread has two neighbouring runs of eight elements a tile, so one scale and bias as well.
+// Tile. x: ROWS x 16, W: 64 x 16 (16 x 64 backward), as float: 10 KiB where ROWS is 64. ROWS is 32 where the rows are
+//   few. A run of eight elements of x and of W a thread and tile, so one scale and bias as well.
 // Threads. 128.
 // Bytes. y is written once: the least possible. W is read once a tile of rows, x once a tile of 64 columns, h and B so,
-//   too; four runs of a row at a time, which the GPU's cache has to make whole lines of. Split sums besides: at most a
+//   too; two runs of a row at a time, which the GPU's cache has to make whole lines of. Split sums besides: at most a
 //   tile of them for each threadgroup that the GPU has room for, written and read once.
 // Rounding. Once: base, bias and low-rank term are summed in float32. (h was rounded to its type.)
 #include "lora_gemm.h"

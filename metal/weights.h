@@ -22,21 +22,19 @@ struct Plain {
   }
 };
 
-/// Neighbouring runs of packed elements of one group: w = scale q + bias, q unsigned, of BITS bits, the first in a
-/// word's lowest.
-template <short BITS, typename S, short RUNS>
-struct PackedRuns {
-  static constant constexpr short WORDS = RUNS * BITS * RUN / 32;
+/// A run of packed elements: w = scale q + bias, q unsigned, of BITS bits, the first in a word's lowest.
+template <short BITS, typename S>
+struct PackedRun {
+  static constant constexpr short WORDS = BITS * RUN / 32;
 
   uint words[WORDS];
   S scale, bias;
 
-  METAL_FUNC Run decode(short index) const thread {
+  METAL_FUNC Run decode() const thread {
     Run run;
     TFL_UNROLL
     for (short i = 0; i < RUN; ++i) {
-      const short bit = (index * RUN + i) * BITS;
-      const uint q = words[bit / 32] >> (bit % 32) & ((1u << BITS) - 1);
+      const uint q = words[i * BITS / 32] >> (i * BITS % 32) & ((1u << BITS) - 1);
       run.set(i, fma(float(q), float(scale), float(bias)));
     }
     return run;
@@ -46,8 +44,8 @@ struct PackedRuns {
 template <short BITS, typename S, short ROWS, short COLS, short THREADS>
 struct PackedLoader;
 
-/// Scale and bias are those of a group of neighbouring elements of a row, 2^shift of them, 32 at least, of which a row
-/// has a whole number: a run is whole, and so are up to four that start at a multiple of their length, and of one group.
+/// Scale and bias are those of a group of neighbouring elements of a row, 2^shift of them, of which a row has a whole
+/// number: a run is whole, and of one group.
 template <short BITS, typename S>
 struct Affine {
   using Element = Affine;
@@ -78,46 +76,39 @@ struct Affine {
     return {words + ulong(row) * row_words, scales + groups, biases + groups, left(row, rows), cols, row_words, shift};
   }
 
-  /// The runs of the first row that start at this column.
-  template <short RUNS>
-  METAL_FUNC PackedRuns<BITS, S, RUNS> fetch(uint col) const thread {
-    PackedRuns<BITS, S, RUNS> runs = {{}, scales[col >> shift], biases[col >> shift]};
+  /// The run of the first row that starts at this column.
+  METAL_FUNC PackedRun<BITS, S> fetch(uint col) const thread {
+    PackedRun<BITS, S> run = {{}, scales[col >> shift], biases[col >> shift]};
     TFL_UNROLL
-    for (short i = 0; i < runs.WORDS; ++i) {
-      runs.words[i] = words[col / (RUNS * RUN) * runs.WORDS + i];
+    for (short i = 0; i < run.WORDS; ++i) {
+      run.words[i] = words[col / RUN * run.WORDS + i];
     }
-    return runs;
+    return run;
   }
 };
 
-/// A Loader of packed elements, neighbouring runs a thread, decoded on the way into the tile.
+/// A Loader of packed elements, a run a thread, decoded on the way into the tile.
 template <short BITS, typename S, short ROWS, short COLS, short THREADS>
 struct PackedLoader {
-  static constant constexpr short RUNS = ROWS * COLS / (THREADS * RUN), OWN = RUNS * RUN;
-  static_assert(OWN * THREADS == ROWS * COLS && OWN <= 32 && COLS % OWN == 0, "of one row and group");
+  static_assert(ROWS * COLS == THREADS * RUN, "a run a thread");
 
-  short row;  // of the thread's runs, in the tile
+  short row;  // of the thread's run, in the tile
   uint first_col, col;
-  Affine<BITS, S> place;  // from the runs' row on
-  PackedRuns<BITS, S, RUNS> fetched;
+  Affine<BITS, S> place;  // from the run's row on
+  PackedRun<BITS, S> fetched;
 
   METAL_FUNC PackedLoader(Affine<BITS, S> weight, uint first_row, uint first, short thread_index)
-      : row(thread_index / (COLS / OWN)), first_col(first), col(first + thread_index % (COLS / OWN) * OWN),
+      : row(thread_index / (COLS / RUN)), first_col(first), col(first + thread_index % (COLS / RUN) * RUN),
         place(weight.from_row(first_row + row)) {}
 
   METAL_FUNC void fetch() thread {
     fetched = {};
     if (place.rows > 0 && col < place.cols) {
-      fetched = place.template fetch<RUNS>(col);
+      fetched = place.fetch(col);
     }
   }
 
-  METAL_FUNC void store(Tile<ROWS, COLS> tile) const thread {
-    TFL_UNROLL
-    for (short i = 0; i < RUNS; ++i) {
-      tile.set_run(row, col - first_col + i * RUN, fetched.decode(i));
-    }
-  }
+  METAL_FUNC void store(Tile<ROWS, COLS> tile) const thread { tile.set_run(row, col - first_col, fetched.decode()); }
 
   METAL_FUNC void next_columns() thread {
     col += COLS;

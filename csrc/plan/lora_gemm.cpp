@@ -17,8 +17,8 @@ namespace {
 constexpr uint64_t kMostSplits = 16;
 constexpr uint64_t kLeastTerms = 512;  // of a split: the sums of shorter ones cost more than they save
 
-/// Threadgroups that a core has room for: what the sums take of its registers.
-uint64_t groups_a_core(const GemmConfiguration& c) { return c.rows == 32 ? 4 : 3; }
+/// Threadgroups that a core has room for, by the registers that the sums and loaders take.
+uint64_t groups_a_core(Pass pass, const GemmConfiguration& c) { return pass == Pass::forward && c.rows == 32 ? 4 : 3; }
 
 GemmConfiguration choose(const GemmProblem& p, uint64_t columns, uint64_t terms) {
   const GemmConfiguration& forced = overrides().lora_gemm;
@@ -27,7 +27,7 @@ GemmConfiguration choose(const GemmProblem& p, uint64_t columns, uint64_t terms)
   const auto tiles = [&](uint64_t rows) { return ceil_div(p.in.rows, rows) * ceil_div(columns, GEMM_COLUMNS); };
   c.rows = unless(forced.rows, p.in.rows <= 32 || tiles(64) < 2 * p.gpu_cores ? 32 : 64);
   // As many threadgroups as the GPU has room for at once: what the tiles leave free, the terms fill.
-  const uint64_t room = groups_a_core(c) * p.gpu_cores / std::max<uint64_t>(tiles(c.rows), 1);
+  const uint64_t room = groups_a_core(p.pass, c) * p.gpu_cores / std::max<uint64_t>(tiles(c.rows), 1);
   const uint64_t splits = unless(forced.splits, std::min({room, kMostSplits, terms / kLeastTerms}));
   c.terms = static_cast<uint32_t>(ceil_div(ceil_div(terms, std::max<uint64_t>(splits, 1)), GEMM_DEPTH) * GEMM_DEPTH);
   c.splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(terms, std::max(c.terms, 1u)), 1));
