@@ -1,4 +1,4 @@
-"""What PEFT and Transformers would do to packed words as if they were a float weight is refused, before anything is done,
+"""What PEFT and Transformers would do to packed words as if they were a float weight is refused before anything is done,
 with a name and what to do instead: their methods are wrapped when a process makes its first packed layer."""
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from .ops.lora_delta.operator import lora_delta_stacked
 from .ops.lora_linear.operator import lora_linear_stacked
 from .ops.lora_linear_quantized.operator import lora_linear_quantized_stacked
 from .originals import Patched, class_of, patch, switched_off, unpatch
-from .quantized import PackedWeight
 from .report import Calls, LoRAReport
 
 _NO_DROPOUT: tuple[float, ...] = ()

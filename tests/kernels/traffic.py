@@ -341,7 +341,10 @@ COUNTED = {
     "lora_decode": (count_decode, [Case(1, 4096, 4096, 16), Case(4, 2048, 2048, 16), Case(1, 512, 512, 8)]),
     "lora_delta": (count_delta, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16), Case(16, 1024, 1024, 64)]),
     "lora_decode, packed": (count_decode, [Case(1, 4096, 4096, 16, bits=4), Case(1, 4096, 4096, 16, bits=8)]),
-    "lora_gemm": (lambda case: count_gemm(case, False), [Case(256, 512, 512, 16, bits=4), Case(256, 512, 512, 16), Case(32, 4096, 512, 16, bits=4)]),
+    "lora_gemm": (
+        lambda case: count_gemm(case, False),
+        [Case(256, 512, 512, 16, bits=4), Case(256, 512, 512, 16), Case(32, 4096, 512, 16, bits=4)],
+    ),
     "lora_gemm, backward": (lambda case: count_gemm(case, True), [Case(256, 512, 512, 16, bits=4)]),
     "lora_grad": (count_grad, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16)]),
 }

@@ -118,5 +118,5 @@ def test_lora_over_an_embedding_trains_and_is_not_merged():
     for merge in (model.merge_and_unload, model.get_input_embeddings().merge):
         with pytest.raises(ValueError, match="dequantize_"):
             merge()
-    with pytest.raises(ValueError, match="embed_tokens.*: holds packed words, which cannot be resized"):
+    with pytest.raises(ValueError, match=r"embed_tokens.*: holds packed words, which cannot be resized"):
         model.resize_token_embeddings(8)

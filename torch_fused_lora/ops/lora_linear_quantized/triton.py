@@ -106,7 +106,10 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             if h is not None and tl.program_id(0) == 0:
                 tl.store(h + m * R + r[None, :], a.to(h.dtype.element_ty), mask=inside)
             b = tl.load(lora_B + r[:, None] * B_r + column * B_n, mask=(r[:, None] < R) & (column < N), other=0.0)
-            term += tl.sum(tl.trans(a) * b.to(tl.float32), 0)[None, :] if ONE else low_rank._dot(a, b, tl.zeros_like(term))
+            if ONE:
+                term += tl.sum(tl.trans(a) * b.to(tl.float32), 0)[None, :]
+            else:
+                term = low_rank._dot(a, b, term)
         total += low_rank.times(number, factor) * term
     where = out + m * N + column
     tl.store(where, total.to(out.dtype.element_ty), mask=(m < M) & (column < N))
