@@ -1,5 +1,5 @@
-"""What PEFT and Transformers would do to packed words as if they were a float weight is refused before anything is done,
-with a name and what to do instead: their methods are wrapped when a process makes its first packed layer."""
+"""What PEFT and Transformers would do to packed words as to a float weight is refused before anything is done, with a
+name and what to do instead: their methods are wrapped when a process makes its first packed layer."""
 
 from __future__ import annotations
 

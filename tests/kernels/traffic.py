@@ -155,7 +155,8 @@ def model_decode(case: Case) -> Moved:
     # What is read again where the rows do not fill a block or the kernel.
     W_blocks, A_blocks = -(-case.N // W_ROWS), -(-case.r // W_ROWS)
     a_row = case.K * case.bits // 8 or case.K * size
-    factors = (W_blocks * W_ROWS * case.K // 8 * size if case.bits else 0, 0)  # of a scale and a bias a run
+    runs = 4 if rows <= 2 else 2  # that have a scale and a bias together
+    factors = (W_blocks * W_ROWS * case.K // (8 * runs) * size if case.bits else 0, 0)
     again = launches[0].threads[0] // launches[0].group[0] if h_sums is None else 1
     scratch = 0 if h_sums is None else h_sums.nbytes
     return {
