@@ -19,7 +19,8 @@
 
 namespace tfl {
 
-/// COUNT rows of a matrix, the last one again where it has fewer, of which a lane reads RUNS neighbouring runs at a time.
+/// COUNT rows of a matrix, the last one again where it has fewer, of which a lane reads RUNS neighbouring runs at a
+/// time.
 template <typename T, short COUNT, short RUNS = 1>
 struct Rows {
   static_assert(RUNS == 1, "elements");

@@ -10,7 +10,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -280,12 +280,12 @@ def self_test(device: torch.device, dtype: torch.dtype, M: int, bits: int = 0) -
         y = call(*operands, 0.5)
         return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
-    def ours(x: Tensor, W: Tensor, *others: Any) -> Tensor:
+    def ours(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         if not packed:
-            return lora_linear(x, W, *others)
+            return lora_linear(x, W, b, A, B, scaling)
         words, scales, biases = (t.to(device) for t in (packed.words.view(torch.int32), packed.scales, packed.biases))
-        words = words.view(torch.uint32)  # only now: mps copies no uint32
-        return lora_linear_quantized(x, words, scales, biases, *others, bits=bits, group_size=packed.group_size)
+        weight = Packed(words.view(torch.uint32), scales, biases, bits, packed.group_size)  # mps copies no uint32
+        return lora_linear_quantized(x, *weight[:3], b, A, B, scaling, bits=weight.bits, group_size=weight.group_size)
 
     found = layer([t.to(device, dtype) for t in exact], ours, grad.to(device))
     magnitudes = [t.abs() for t in exact]

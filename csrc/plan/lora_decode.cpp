@@ -30,7 +30,8 @@ DecodeConfiguration choose(const DecodeProblem& p) {
   // The more simdgroups share rows, the more loads are in flight for each, and the more sums there are to add up.
   const uint32_t least = p.x.rows == 1 ? 4 : 2;
   c.slices = 1;
-  while (c.slices < DECODE_SIMDGROUPS && c.slices * LANES * RUN * runs < K && (c.slices < least || groups() < kGroups)) {
+  while (c.slices < DECODE_SIMDGROUPS && c.slices * LANES * RUN * runs < K &&
+         (c.slices < least || groups() < kGroups)) {
     c.slices *= 2;
   }
   c.slices = unless(forced.slices, c.slices);
