@@ -89,6 +89,7 @@ struct Sums {
   METAL_FUNC uint add_runs(thread const R& rows, thread const X& x, uint k, uint end, uint step) thread {
     ulong place = rows.template across<WIDE>(k), x_place = x.template across<WIDE>(k);
     const ulong next = rows.template across<WIDE>(step), x_next = x.template across<WIDE>(step);
+    _Pragma("clang loop unroll(disable)")
     for (; k < end; k += step, place += next, x_place += x_next) {
       typename R::Held held[DECODE_W_ROWS];
       TFL_UNROLL
