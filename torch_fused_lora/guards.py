@@ -81,7 +81,8 @@ def _check_config(tuner: Any, config: Any) -> None:
 def _check_resize(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
 ) -> None:
-    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = [getattr(table, "base_layer", table) for table in tables]  # PEFT's is beneath its layer
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight) and any(module is table for table in tables):
             rows = module.weight.shape[0]
