@@ -44,4 +44,8 @@ enum DecodeSizes {
   DECODE_MOST_H = DECODE_W_ROWS * DECODE_MAX_ROWS,  // elements of h that a threadgroup computes
 };
 
+/// Neighbouring runs of a packed row that a lane reads at once, for so many rows of x: 16 bytes of 4-bit elements in
+/// flight, as of half ones, where few sums take the registers.
+constexpr short decode_packed_runs(short rows) { return rows <= 2 ? 4 : 2; }
+
 }  // namespace tfl

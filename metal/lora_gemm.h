@@ -24,6 +24,7 @@ enum GemmBuffers {
   GEMM_FACTOR_STRIDES,
   GEMM_FLAGS_BIAS_STRIDE,
   GEMM_DROPOUT_WORDS,
+  GEMM_SPLIT_TERMS,
 };
 
 enum GemmFlags {

@@ -7,11 +7,14 @@
 //   dropped and given the bias through threadgroup memory; then the base product is summed up on top, over tiles of K
 //   (of N backward). A tile of W is decoded on its way from registers into threadgroup memory; W exists nowhere else.
 //   While one tile is multiplied, the next is on its way from device memory, as raw elements and words.
+//   Where that leaves cores idle, threadgroups share the terms of the base product, and the first of them has the
+//   low-rank term and the bias: each writes float32 sums (Y), which sum_splits adds up in order.
 // Tile. x: ROWS x 16, W: 64 x 16 (16 x 64 backward), as float: 10 KiB where ROWS is 64. ROWS is 32 where the rows are
 //   few. A run of eight elements of x and of W a thread and tile, so one scale and bias as well.
 // Threads. 128.
 // Bytes. y is written once: the least possible. W is read once a tile of rows, x once a tile of 64 columns, h and B so,
-//   too; two runs of a row at a time, which the GPU's cache has to make whole lines of.
+//   too; two runs of a row at a time, which the GPU's cache has to make whole lines of. Split sums besides: at most a
+//   tile of them for each threadgroup that the GPU has room for, written and read once.
 // Rounding. Once: base, bias and low-rank term are summed in float32. (h was rounded to its type.)
 #include "lora_gemm.h"
 #include "weights.h"
@@ -117,7 +120,7 @@ struct Quarter {
   }
 };
 
-template <typename T, typename TA, typename FORMAT, short ROWS, bool BACKWARD, bool DROPPED>
+template <typename T, typename TA, typename Y, typename FORMAT, short ROWS, bool BACKWARD, bool DROPPED>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * GEMM_SIMDGROUPS)]]
 void lora_gemm(
     device const T* x [[buffer(GEMM_X)]],
@@ -127,7 +130,7 @@ void lora_gemm(
     device const T* bias [[buffer(GEMM_BIAS)]],
     device const TA* h [[buffer(GEMM_H)]],  // z backward; contiguous
     device const TA* factor [[buffer(GEMM_FACTOR)]],  // B, N x r, or A, r x K, backward
-    device T* y [[buffer(GEMM_Y)]],
+    device Y* y [[buffer(GEMM_Y)]],  // by split
     constant float& scaling [[buffer(GEMM_SCALING)]],
     constant uint2& seed [[buffer(GEMM_SEED)]],
     constant Pair& rows_terms [[buffer(GEMM_ROWS_TERMS)]],  // M, and the length of the base product's sums
@@ -138,7 +141,8 @@ void lora_gemm(
     constant Pair& factor_strides [[buffer(GEMM_FACTOR_STRIDES)]],
     constant Pair& flags_bias_stride [[buffer(GEMM_FLAGS_BIAS_STRIDE)]],
     constant Pair& dropout_words [[buffer(GEMM_DROPOUT_WORDS)]],  // threshold, bits of 1 / (1 - p)
-    uint2 group [[threadgroup_position_in_grid]],
+    constant Pair& split_terms [[buffer(GEMM_SPLIT_TERMS)]],  // of the base product, in a split: whole tiles
+    uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -148,45 +152,48 @@ void lora_gemm(
   Sums sums(reinterpret_cast<threadgroup float*>(memory), simdgroup_index, lane);
   const uint M = rows_terms.x, terms = rows_terms.y, columns = columns_ranks.x, ranks = columns_ranks.y;
   const uint row = group.y * ROWS, column = group.x * GEMM_COLUMNS, flags = flags_bias_stride.x;
-  const uint right_row = BACKWARD ? 0 : column, right_col = BACKWARD ? column : 0;
-
-  // The low-rank term, scaled, dropped, and with the bias.
-  const Matrix<TA> h_matrix = matrix_of(h, M, ranks, Pair(ranks, 1), (flags & GEMM_WIDE_H) != 0);
-  const Matrix<TA> factor_matrix = matrix_of(
-      factor, BACKWARD ? ranks : columns, BACKWARD ? columns : ranks, factor_strides, (flags & GEMM_WIDE_FACTOR) != 0);
-  Loader<TA, ROWS, GEMM_DEPTH, THREADS> h_loader(h_matrix, row, 0, thread_index);
-  Loader<TA, Sums::RIGHT_ROWS, Sums::RIGHT_COLS, THREADS> factor_loader(
-      factor_matrix, right_row, right_col, thread_index);
-  sums.add_product(h_loader, factor_loader, ranks);
+  const uint split = group.z, right_row = BACKWARD ? 0 : column, right_col = BACKWARD ? column : 0;
   const uint m = row + sums.row + sums.strip_row, n = column + sums.col + sums.strip_col, count = left(n, columns);
-  Run added = {float4(0), float4(0)};
-  if ((flags & GEMM_HAS_BIAS) != 0) {
-    added = load_run(bias + ulong(n) * flags_bias_stride.y, flags_bias_stride.y, count, false);
-  }
-  const Dropout dropout = {seed, 0, dropout_words.x, as_type<float>(dropout_words.y)};
-  ulong element = ulong(m) * columns + n;
-  device T* target = y + element;
-  TFL_UNROLL
-  for (short i = 0; i < Sums::ROW_BLOCKS; ++i) {
-    Run delta = sums.get(i);
-    if (DROPPED) {
-      delta = dropout.apply(delta, element);
-      element += ulong(BLOCK) * columns;
+
+  if (split == 0) {  // The low-rank term, scaled, dropped, and with the bias.
+    const Matrix<TA> h_matrix = matrix_of(h, M, ranks, Pair(ranks, 1), (flags & GEMM_WIDE_H) != 0);
+    const Matrix<TA> factor_matrix = matrix_of(
+        factor, BACKWARD ? ranks : columns, BACKWARD ? columns : ranks, factor_strides,
+        (flags & GEMM_WIDE_FACTOR) != 0);
+    Loader<TA, ROWS, GEMM_DEPTH, THREADS> h_loader(h_matrix, row, 0, thread_index);
+    Loader<TA, Sums::RIGHT_ROWS, Sums::RIGHT_COLS, THREADS> factor_loader(
+        factor_matrix, right_row, right_col, thread_index);
+    sums.add_product(h_loader, factor_loader, ranks);
+    Run added = {float4(0), float4(0)};
+    if ((flags & GEMM_HAS_BIAS) != 0) {
+      added = load_run(bias + ulong(n) * flags_bias_stride.y, flags_bias_stride.y, count, false);
     }
-    delta.low = fma(delta.low, float4(scaling), added.low);
-    delta.high = fma(delta.high, float4(scaling), added.high);
-    sums.set(i, delta);
+    const Dropout dropout = {seed, 0, dropout_words.x, as_type<float>(dropout_words.y)};
+    ulong element = ulong(m) * columns + n;
+    TFL_UNROLL
+    for (short i = 0; i < Sums::ROW_BLOCKS; ++i) {
+      Run delta = sums.get(i);
+      if (DROPPED) {
+        delta = dropout.apply(delta, element);
+        element += ulong(BLOCK) * columns;
+      }
+      delta.low = fma(delta.low, float4(scaling), added.low);
+      delta.high = fma(delta.high, float4(scaling), added.high);
+      sums.set(i, delta);
+    }
   }
 
-  // The base product on top.
+  // The base product on top, or a split of it.
+  const uint first = split * split_terms.x;
   const Matrix<T> x_matrix = matrix_of(x, M, terms, x_levels, x_strides, (flags & GEMM_WIDE_X) != 0);
-  Loader<T, ROWS, GEMM_DEPTH, THREADS> x_loader(x_matrix, row, 0, thread_index);
+  Loader<T, ROWS, GEMM_DEPTH, THREADS> x_loader(x_matrix, row, first, thread_index);
   typename FORMAT::template BlockLoader<Sums::RIGHT_ROWS, Sums::RIGHT_COLS, THREADS> W_loader(
       FORMAT::of(
           weight, scales, biases, BACKWARD ? terms : columns, BACKWARD ? columns : terms, W_layout,
           (flags & GEMM_WIDE_W) != 0),
-      right_row, right_col, thread_index);
-  sums.add_product(x_loader, W_loader, terms);
+      BACKWARD ? first : right_row, BACKWARD ? right_col : first, thread_index);
+  sums.add_product(x_loader, W_loader, min(split_terms.x, left(first, terms)));
+  device Y* target = y + ulong(split) * M * columns + ulong(m) * columns + n;
   TFL_UNROLL
   for (short i = 0; i < Sums::ROW_BLOCKS; ++i) {
     const Run run = sums.get(i);

@@ -12,6 +12,7 @@ struct Plain {
   using Element = T;
   using Word = T;
   using Scale = T;  // of which there are none
+  static constant constexpr bool PACKED = false;
 
   template <short ROWS, short COLS, short THREADS>
   using BlockLoader = Loader<T, ROWS, COLS, THREADS>;
@@ -22,19 +23,21 @@ struct Plain {
   }
 };
 
-/// A run of packed elements: w = scale q + bias, q unsigned, of BITS bits, the first in a word's lowest.
-template <short BITS, typename S>
-struct PackedRun {
-  static constant constexpr short WORDS = BITS * RUN / 32;
+/// Neighbouring runs of packed elements of one group: w = scale q + bias, q unsigned, of BITS bits, the first in a
+/// word's lowest.
+template <short BITS, typename S, short RUNS = 1>
+struct PackedRuns {
+  static constant constexpr short WORDS = RUNS * BITS * RUN / 32;
 
   uint words[WORDS];
   S scale, bias;
 
-  METAL_FUNC Run decode() const thread {
+  METAL_FUNC Run decode(short index) const thread {
     Run run;
     TFL_UNROLL
     for (short i = 0; i < RUN; ++i) {
-      const uint q = words[i * BITS / 32] >> (i * BITS % 32) & ((1u << BITS) - 1);
+      const short bit = (index * RUN + i) * BITS;
+      const uint q = words[bit / 32] >> (bit % 32) & ((1u << BITS) - 1);
       run.set(i, fma(float(q), float(scale), float(bias)));
     }
     return run;
@@ -44,13 +47,14 @@ struct PackedRun {
 template <short BITS, typename S, short ROWS, short COLS, short THREADS>
 struct PackedLoader;
 
-/// Scale and bias are those of a group of neighbouring elements of a row, 2^shift of them, of which a row has a whole
-/// number: a run is whole, and of one group.
+/// Scale and bias are those of a group of neighbouring elements of a row, 2^shift of them, 32 at least, of which a row
+/// has a whole number: a run, or two or four from a multiple of their length on, are whole, and of one group.
 template <short BITS, typename S>
 struct Affine {
   using Element = Affine;
   using Word = uint;
   using Scale = S;
+  static constant constexpr bool PACKED = true;
 
   device const uint* words;
   device const S* scales;
@@ -76,14 +80,15 @@ struct Affine {
     return {words + ulong(row) * row_words, scales + groups, biases + groups, left(row, rows), cols, row_words, shift};
   }
 
-  /// The run of the first row that starts at this column.
-  METAL_FUNC PackedRun<BITS, S> fetch(uint col) const thread {
-    PackedRun<BITS, S> run = {{}, scales[col >> shift], biases[col >> shift]};
+  /// The runs of the first row that start at this column.
+  template <short RUNS>
+  METAL_FUNC PackedRuns<BITS, S, RUNS> fetch(uint col) const thread {
+    PackedRuns<BITS, S, RUNS> runs = {{}, scales[col >> shift], biases[col >> shift]};
     TFL_UNROLL
-    for (short i = 0; i < run.WORDS; ++i) {
-      run.words[i] = words[col / RUN * run.WORDS + i];
+    for (short i = 0; i < runs.WORDS; ++i) {
+      runs.words[i] = words[col / RUN * (runs.WORDS / RUNS) + i];
     }
-    return run;
+    return runs;
   }
 };
 
@@ -95,7 +100,7 @@ struct PackedLoader {
   short row;  // of the thread's run, in the tile
   uint first_col, col;
   Affine<BITS, S> place;  // from the run's row on
-  PackedRun<BITS, S> fetched;
+  PackedRuns<BITS, S> fetched;
 
   METAL_FUNC PackedLoader(Affine<BITS, S> weight, uint first_row, uint first, short thread_index)
       : row(thread_index / (COLS / RUN)), first_col(first), col(first + thread_index % (COLS / RUN) * RUN),
@@ -104,11 +109,11 @@ struct PackedLoader {
   METAL_FUNC void fetch() thread {
     fetched = {};
     if (place.rows > 0 && col < place.cols) {
-      fetched = place.fetch(col);
+      fetched = place.template fetch<1>(col);
     }
   }
 
-  METAL_FUNC void store(Tile<ROWS, COLS> tile) const thread { tile.set_run(row, col - first_col, fetched.decode()); }
+  METAL_FUNC void store(Tile<ROWS, COLS> tile) const thread { tile.set_run(row, col - first_col, fetched.decode(0)); }
 
   METAL_FUNC void next_columns() thread {
     col += COLS;

@@ -15,11 +15,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .affine import Packed
 from .mps import core_count, extension
 from .ops.dispatch import NAMESPACE, Operator
 from .ops.lora_linear import lora_linear
 from .ops.lora_linear.reference import lora_linear as plain_lora_linear
 from .ops.lora_linear.ways import limits_of, triton_kernels, tuned_layers
+from .ops.lora_linear_quantized import lora_linear_quantized
 from .ops.rms_norm import rms_norm
 from .ops.rms_norm.reference import rms_norm as plain_rms_norm
 from .ops.rows import METAL_DTYPES
@@ -244,7 +246,7 @@ def _run_self_test(device: torch.device, dtype: torch.dtype) -> SelfTest:
         with warnings.catch_warnings():  # torch's own, where a process's first cuBLAS call is made in backward
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
             # a backend may treat few rows in another way
-            results = [self_test(device, dtype, rows) for rows in (3, 33)]
+            results = [self_test(device, dtype, rows, bits) for bits in (0, 4, 8) for rows in (3, 33)]
             results += row_self_test(device, dtype)
     except Exception as exception:
         return SelfTest(name, False, "unknown", "unknown", f"{type(exception).__name__}: {exception}")
@@ -252,33 +254,48 @@ def _run_self_test(device: torch.device, dtype: torch.dtype) -> SelfTest:
     return SelfTest(name, error <= allowed, f"{error:.1e}", f"{allowed:.1e}")  # NaN is not
 
 
-def self_test(device: torch.device, dtype: torch.dtype, M: int) -> tuple[float, float]:
-    """The worst error of the output and gradients of a layer of M rows against float64, and what is allowed.
+def self_test(device: torch.device, dtype: torch.dtype, M: int, bits: int = 0) -> tuple[float, float]:
+    """The worst error of the output and gradients of a layer of M rows against float64, and what is allowed. With bits,
+    of one over packed words, which stand for numbers that every dtype holds.
 
     Both are relative to the largest sum of magnitudes that a result is made of. Allowed are the worst case of the
     longest float32 sum, and for a half dtype three roundings (base, low-rank product, sum).
     """
     generator = torch.Generator().manual_seed(0)
-    K, N, r = 65, 47, 5
+    K, N, r = 64 if bits else 65, 47, 5
     shapes = ((M, K), (N, K), (N,), (r, K), (N, r))
-    exact = [torch.randn(s, generator=generator).to(dtype).double().requires_grad_() for s in shapes]
-    ours = [t.detach().to(device, dtype).requires_grad_() for t in exact]
+    exact = [torch.randn(s, generator=generator).to(dtype).double() for s in shapes]
+    packed = _packed(N, K, bits, generator) if bits else None
+    if packed:
+        exact[1] = packed.dequantize(torch.float64)
     grad = torch.randn(M, N, generator=generator).to(dtype)
 
-    x, W, b, A, B = exact
-    expected = plain_lora_linear(x, W, b, A, B, 0.5)
-    results = [expected.detach(), *torch.autograd.grad(expected, exact, grad.double())]
-    magnitudes = [t.detach().abs().requires_grad_() for t in exact]
-    x, W, b, A, B = magnitudes
-    bound = plain_lora_linear(x, W, b, A, B, 0.5)
-    bounds = [bound.detach(), *torch.autograd.grad(bound, magnitudes, grad.abs().double())]
+    def layer(operands: list[Tensor], call: Callable[..., Tensor], grad: Tensor) -> list[Tensor]:
+        """The output, and the gradients of all operands but a packed weight."""
+        leaves = [t.requires_grad_() for i, t in enumerate(operands) if not (packed and i == 1)]
+        y = call(*operands, 0.5)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
-    x, W, b, A, B = ours
-    y = lora_linear(x, W, b, A, B, 0.5)
-    found = [y.detach(), *torch.autograd.grad(y, ours, grad.to(device))]
-    error = _worst(found, results, bounds)
+    def ours(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        if not packed:
+            return lora_linear(x, W, b, A, B, scaling)
+        words, scales, biases = (t.to(device) for t in (packed.words.view(torch.int32), packed.scales, packed.biases))
+        weight = Packed(words.view(torch.uint32), scales, biases, bits, packed.group_size)  # mps copies no uint32
+        return lora_linear_quantized(x, *weight[:3], b, A, B, scaling, bits=weight.bits, group_size=weight.group_size)
+
+    found = layer([t.to(device, dtype) for t in exact], ours, grad.to(device))
+    magnitudes = [t.abs() for t in exact]
+    results = layer(exact, plain_lora_linear, grad.double())
+    bounds = layer(magnitudes, plain_lora_linear, grad.double().abs())
     rounding = 0.0 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps / 2
-    return error, (M + K + N + r) * 2.0**-24 + rounding
+    return _worst(found, results, bounds), (M + K + N + r) * 2.0**-24 + rounding
+
+
+def _packed(N: int, K: int, bits: int, generator: torch.Generator) -> Packed:
+    """Of random words, in groups of 32: whole numbers of few bits times a power of two."""
+    words = torch.randint(256, (N, K * bits // 8), generator=generator).to(torch.uint8).view(torch.uint32)
+    scales = 2.0 ** -torch.randint(bits, bits + 3, (N, K // 32), generator=generator)
+    return Packed(words, scales.half(), (-(2 ** (bits - 1)) * scales).half(), bits, 32)
 
 
 def row_self_test(device: torch.device, dtype: torch.dtype) -> list[tuple[float, float]]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 try:
     from peft.tuners import lora
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
     raise ImportError(
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
@@ -32,7 +32,6 @@ from .ops.lora_delta.operator import lora_delta_stacked
 from .ops.lora_linear.operator import lora_linear_stacked
 from .ops.lora_linear_quantized.operator import lora_linear_quantized_stacked
 from .originals import Patched, class_of, patch, switched_off, unpatch
-from .quantized import PackedWeight
 from .report import Calls, LoRAReport
 
 _NO_DROPOUT: tuple[float, ...] = ()
@@ -361,51 +360,3 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [(name, module) for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]
-
-
-# -------------------------------------------------------------------------------------------------- quantised bases
-
-# What of a LoraConfig reads the base's weight, if it is set; and the starts that do not, not even its dtype.
-_READ_WEIGHT = ("use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "target_parameters")
-_INDEPENDENT_STARTS = (True, False, "gaussian", "eva")
-
-
-def guard_packed() -> None:
-    """From now on PEFT refuses, before it does anything, to merge into a `QuantLinear`, and to adapt a model that has
-    one in a way that reads or changes base weights."""
-    for name, check in (("_check_merge_allowed", _check_merge), ("_check_new_adapter_config", _check_config)):
-        stock = getattr(BaseTuner, name)
-        if not hasattr(stock, "_checks_packed"):
-            setattr(BaseTuner, name, _after(check, stock))
-
-
-def _after(check: Callable[..., None], stock: Any) -> Any:
-    @functools.wraps(stock)
-    def checked(tuner: BaseTuner, *args: Any) -> Any:
-        check(tuner, *args)
-        return stock(tuner, *args)
-
-    checked._checks_packed = True  # type: ignore[attr-defined]
-    return checked
-
-
-def _check_merge(tuner: Any) -> None:
-    for name, module in tuner.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedWeight):
-            raise ValueError(
-                f"{name}: its base holds packed words, which no adapter can be merged into: call "
-                "torch_fused_lora.dequantize_(model) first"
-            )
-
-
-def _check_config(tuner: Any, config: Any) -> None:
-    if not any(isinstance(module, PackedWeight) for module in tuner.model.modules()):
-        return
-    start = getattr(config, "init_lora_weights", True)
-    reads = [name for name in _READ_WEIGHT if getattr(config, name, None)]
-    reads += [] if start in _INDEPENDENT_STARTS else [f"init_lora_weights={start!r}"]
-    if reads:
-        raise ValueError(
-            f"{' and '.join(reads)}: cannot read a base's weight that is packed words, as a QuantLinear's is: call "
-            "torch_fused_lora.dequantize_(model) first"
-        )

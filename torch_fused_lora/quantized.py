@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -37,7 +35,7 @@ class PackedWeight(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("biases", biases)
         self._dtype = dtype
-        _guard_peft()
+        _guard()
 
     @property
     def packed(self) -> Packed:
@@ -89,7 +87,7 @@ class PackedWeight(nn.Module):
         super().__setstate__(state)
         words: Any = self._parameters["weight"]
         self._parameters["weight"] = nn.Parameter(words.view(torch.uint32), requires_grad=False)
-        _guard_peft()
+        _guard()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
@@ -316,12 +314,10 @@ def _layers(
                 yield name, module
 
 
-@functools.cache
-def _guard_peft() -> None:
-    if importlib.util.find_spec("peft"):
-        from .peft import guard_packed
+def _guard() -> None:
+    from .guards import guard  # which needs this module
 
-        guard_packed()
+    guard()
 
 
 def _check_format(bits: int, group_size: int) -> None:

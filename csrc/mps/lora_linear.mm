@@ -134,7 +134,9 @@ Tensor multiply(
   const auto plan = plan_or_throw(GemmProblem{
       pass, scalar(in.tensor.scalar_type()), factor.dtype, in.operand, base.weight, factor.operand, stride_of(bias),
       bias.has_value(), !is_forward && seed ? adapters->dropout_p[0] : 0.0, gpu_cores()});
-  launch(
+  const OptionalTensor partial = scratch(plan.sums, y), summed = y;
+  Dispatches dispatches;
+  dispatches.add(
       plan,
       {{GEMM_X, in.tensor},
        {GEMM_WEIGHT, base.data},
@@ -143,9 +145,11 @@ Tensor multiply(
        {GEMM_BIAS, bias},
        {GEMM_H, low_rank},
        {GEMM_FACTOR, factor.tensor},
-       {GEMM_Y, y},
+       {GEMM_Y, partial ? partial : summed},
        Binding::constant(GEMM_SCALING, scale),
        Binding::constant(GEMM_SEED, seed)});
+  dispatches.add(plan.sums, partial, std::nullopt, summed, std::nullopt);
+  dispatches.encode();
   return y;
 }
 

@@ -57,11 +57,15 @@ struct DeltaConfiguration {
 };
 
 struct GemmConfiguration {
-  uint32_t rows;   // of a threadgroup
-  uint32_t plain;  // 1: a half base goes this way, too; chosen by overrides alone
+  uint32_t rows;           // of a threadgroup
+  uint32_t splits, terms;  // threadgroups that share the sums of the base product, and the length each has
+  uint32_t plain;          // 1: a half base goes this way, too; chosen by overrides alone
 
   static constexpr Field<GemmConfiguration> fields[] = {
-      {"rows", &GemmConfiguration::rows, {32, 64}}, {"plain", &GemmConfiguration::plain, {1}}};
+      {"rows", &GemmConfiguration::rows, {32, 64}},
+      {"splits", &GemmConfiguration::splits},
+      {"terms", &GemmConfiguration::terms, {}, true},
+      {"plain", &GemmConfiguration::plain, {1}}};
 };
 
 struct GradConfiguration {

@@ -26,10 +26,12 @@ DecodeConfiguration choose(const DecodeProblem& p) {
   DecodeConfiguration c = {};
   const uint64_t K = p.x.cols, N = p.weight.operand.rows, r = p.lora_A.rows;
   const auto groups = [&] { return ceil_div(N, group_rows(c.slices)); };
+  const uint64_t runs = p.weight.bits > 0 ? decode_packed_runs(static_cast<short>(compiled_rows(p.x.rows))) : 1;
   // The more simdgroups share rows, the more loads are in flight for each, and the more sums there are to add up.
   const uint32_t least = p.x.rows == 1 ? 4 : 2;
   c.slices = 1;
-  while (c.slices < DECODE_SIMDGROUPS && c.slices * LANES * RUN < K && (c.slices < least || groups() < kGroups)) {
+  while (c.slices < DECODE_SIMDGROUPS && c.slices * LANES * RUN * runs < K &&
+         (c.slices < least || groups() < kGroups)) {
     c.slices *= 2;
   }
   c.slices = unless(forced.slices, c.slices);

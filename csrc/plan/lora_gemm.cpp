@@ -14,11 +14,24 @@ using namespace tfl;  // what metal/ says
 
 namespace {
 
-GemmConfiguration choose(const GemmProblem& p, uint64_t columns) {
+constexpr uint64_t kMostSplits = 16;
+constexpr uint64_t kLeastTerms = 512;  // of a split: the sums of shorter ones cost more than they save
+
+/// Threadgroups that a core has room for, by the registers that the sums and loaders take.
+uint64_t groups_a_core(Pass pass, const GemmConfiguration& c) { return pass == Pass::forward && c.rows == 32 ? 4 : 3; }
+
+GemmConfiguration choose(const GemmProblem& p, uint64_t columns, uint64_t terms) {
+  const GemmConfiguration& forced = overrides().lora_gemm;
+  GemmConfiguration c = {.plain = forced.plain};
   // Half the rows where the tiles would not fill the GPU twice, or have no more rows.
-  const uint64_t tiles = ceil_div(p.in.rows, 64) * ceil_div(columns, GEMM_COLUMNS);
-  const bool few = p.in.rows <= 32 || tiles < 2 * p.gpu_cores;
-  return {unless(overrides().lora_gemm.rows, few ? 32 : 64), overrides().lora_gemm.plain};
+  const auto tiles = [&](uint64_t rows) { return ceil_div(p.in.rows, rows) * ceil_div(columns, GEMM_COLUMNS); };
+  c.rows = unless(forced.rows, p.in.rows <= 32 || tiles(64) < 2 * p.gpu_cores ? 32 : 64);
+  // As many threadgroups as the GPU has room for at once: what the tiles leave free, the terms fill.
+  const uint64_t room = groups_a_core(p.pass, c) * p.gpu_cores / std::max<uint64_t>(tiles(c.rows), 1);
+  const uint64_t splits = unless(forced.splits, std::min({room, kMostSplits, terms / kLeastTerms}));
+  c.terms = static_cast<uint32_t>(ceil_div(ceil_div(terms, std::max<uint64_t>(splits, 1)), GEMM_DEPTH) * GEMM_DEPTH);
+  c.splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(terms, std::max(c.terms, 1u)), 1));
+  return c;
 }
 
 }  // namespace
@@ -36,21 +49,22 @@ Plan<GemmConfiguration> plan(const GemmProblem& p) {
   if (!plan.error.empty()) return plan;
   const uint64_t terms = is_forward ? W.cols : W.rows, columns = is_forward ? W.rows : W.cols;
   auto& [launch, c] = plan.steps.emplace_back();
-  c = choose(p, columns);
+  c = choose(p, columns, terms);
+  const Scalar written = c.splits > 1 ? Scalar::float32 : p.dtype;
   Variant variant("lora_gemm");
-  variant.add(msl(p.dtype)).add(msl(p.adapter_dtype));
+  variant.add(msl(p.dtype)).add(msl(p.adapter_dtype)).add(msl(written));
   add_format(variant, p.weight, p.dtype);
   variant.add(c.rows)
       .add(is_forward ? "false" : "true", is_forward ? "forward" : "backward")
       .add(p.dropout_p > 0 ? "true" : "false", p.dropout_p > 0 ? "drop" : "keep")
       .assemble(lora_gemm_source, launch);
-  set_grid(launch, LANES * GEMM_SIMDGROUPS, ceil_div(columns, GEMM_COLUMNS), ceil_div(p.in.rows, c.rows));
+  set_grid(launch, LANES * GEMM_SIMDGROUPS, ceil_div(columns, GEMM_COLUMNS), ceil_div(p.in.rows, c.rows), c.splits);
   const uint64_t r = is_forward ? p.factor.cols : p.factor.rows;
   const uint32_t flags = (p.has_bias ? GEMM_HAS_BIAS : 0) | (aligned(p.in, p.dtype) ? GEMM_WIDE_X : 0) |
       (p.weight.bits == 0 && aligned(W, p.dtype) ? GEMM_WIDE_W : 0) |
       (r % wide_elements(p.adapter_dtype) == 0 ? GEMM_WIDE_H : 0) |
       (aligned(p.factor, p.adapter_dtype) ? GEMM_WIDE_FACTOR : 0) |
-      (columns % wide_elements(p.dtype) == 0 ? GEMM_WIDE_Y : 0);
+      (columns % wide_elements(written) == 0 ? GEMM_WIDE_Y : 0);
   set_arguments(
       launch,
       {{GEMM_ROWS_TERMS, pair(p.in.rows, terms)},
@@ -60,7 +74,9 @@ Plan<GemmConfiguration> plan(const GemmProblem& p) {
        {GEMM_W_LAYOUT, layout(p.weight)},
        {GEMM_FACTOR_STRIDES, strides(p.factor)},
        {GEMM_FLAGS_BIAS_STRIDE, pair(flags, p.bias_stride)},
-       {GEMM_DROPOUT_WORDS, dropout_words(p.dropout_p)}});
+       {GEMM_DROPOUT_WORDS, dropout_words(p.dropout_p)},
+       {GEMM_SPLIT_TERMS, pair(c.terms, 0)}});
+  plan.sums = plan_sums(p.dtype, p.in.rows * columns, 0, c.splits);
   return plan;
 }
 

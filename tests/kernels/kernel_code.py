@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tests.emulator.metal_on_cpu.codegen import Code, inspect
-from tests.kernels.launch_plan import Kernels, Launch
+from tests.kernels.launch_plan import Kernels, Launch, shape_of
 from tests.kernels.row_plan import RowKernels
 from tests.reference import MIXED, NARROW
 from torch_fused_lora.affine import Packed
@@ -63,7 +63,8 @@ def quantized(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[La
     A, B = empty(adapter, 16, K), empty(adapter, K, 16)
     for M, weight in itertools.product((1, 2, 4, 8), weights[1:]):
         launches += kernels.plan_decode(empty(dtype, M, K), weight, None, A, B)
-    for M, weight in itertools.product((16, 4096), weights):
+    for M, weight in itertools.product((16, 4096), [*weights, packed(2 * K, 4, dtype)]):  # the last one's K is split
+        K = shape_of(weight)[1]
         x, factor = empty(dtype, M, K), empty(adapter, 16, K)
         launches += kernels.plan_gemm(False, x, weight, None, factor.T)
         launches += kernels.plan_gemm(True, x, weight, None, factor)

@@ -301,17 +301,27 @@ class Kernels(Launcher):
 
     def _gemm(self, is_backward, x, weight, bias, factor, h, scaling, seed=0, dropout_p=0.0) -> Tensor:
         y = fresh(x, operand(x).rows, shape_of(weight)[is_backward])
-        for launch in self.plan_gemm(is_backward, x, weight, bias, factor, dropout_p):
-            self._dispatch(launch, (x, *buffers(weight), bias, h, factor, y, scalar(scaling), seed_tensor(seed)))
+        launches, splits = self._plan_gemm(is_backward, x, weight, bias, factor, dropout_p)
+        written = fresh(torch.empty(0), splits, *y.shape) if splits > 1 else y
+        for launch in launches:
+            if launch.kernel.startswith(b"sum_splits"):
+                self._dispatch(launch, (written, None, y, None))
+            else:
+                tensors = x, *buffers(weight), bias, h, factor, written
+                self._dispatch(launch, (*tensors, scalar(scaling), seed_tensor(seed)))
         return y
 
     def plan_gemm(self, is_backward, x, weight, bias, factor, dropout_p=0.0) -> list[Launch]:
+        return self._plan_gemm(is_backward, x, weight, bias, factor, dropout_p)[0]
+
+    def _plan_gemm(self, is_backward, x, weight, bias, factor, dropout_p) -> tuple[list[Launch], int]:
+        """The dispatches, and over how many partial sums the terms are split."""
         dtypes = _dtypes(x, factor)
         shapes = operand(x), weight_of(weight), operand(factor)
         stride = bias.stride(0) if bias is not None else 0
         return self._plan(
             GemmProblem(is_backward, *dtypes, *shapes, stride, bias is not None, dropout_p, self.gpu_cores)
-        )[0]
+        )[:2]
 
     def grad(
         self, x, z, dy, h, lora_A, lora_B, scaling, seed=0, dropout_p=(), ranks=(), need_A=True, need_B=True

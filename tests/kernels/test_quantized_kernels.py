@@ -125,6 +125,45 @@ def test_trace_has_no_findings_and_lane_orders_agree_bit_for_bit(shape, dtypes, 
         assert all(torch.equal(*both) for both in zip(results[0], other, strict=True))
 
 
+SPLIT = [
+    ((9, 96, 67, 5), (BF16, BF16), (8, 32, F32), 0.5),
+    ((33, 160, 130, 40), (F16, F32), (4, 32, BF16), 0.0),
+    ((34, 100, 70, 24), (F32, F32), PLAIN, 0.3),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtypes", "format", "dropout_p"), SPLIT, ids=str)
+def test_split_terms_in_trace_mode_and_all_lane_orders(shape, dtypes, format, dropout_p):
+    """Of both products, the last one shorter: one rounding still, and the adapter and the bias once."""
+    operands, results = layer(*shape, *dtypes, format), []
+    for order in ORDERS:
+        kernels = Kernels(gpu_cores=1, trace=True, order=order)
+        with overridden("lora_gemm.splits=3"):
+            results.append(run(kernels, operands, dropout_p))
+        assert [name.startswith("sum_splits") for name, _ in kernels.runs] == [False, True] * 2
+        without_findings(kernels)
+    check(results[0], operands, dropout_p)
+    for other in results[1:]:
+        assert all(torch.equal(*both) for both in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("M", [9, 32, 64, 128, 512, 4096])
+@pytest.mark.parametrize("cores", [8, 32, 80])
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_terms_are_split_where_tiles_leave_room_on_the_gpu(is_backward, cores, M):
+    """And no further, so that the scratch is a tile for each of the threadgroups that run at once, at most."""
+    with torch.device("meta"):
+        x, weight, factor = torch.empty(M, 4096), torch.empty(4096, 4096), torch.empty(16, 4096)
+    factor = factor if is_backward else factor.T
+    launches, splits = Kernels(cores)._plan_gemm(is_backward, x, weight, None, factor, 0.0)
+    (threads, row_tiles, found), group = launches[0].threads, launches[0].group[0]
+    tiles, room = threads // group * row_tiles, cores * (4 if b"_32_forward" in launches[0].kernel else 3)
+    assert found == splits
+    assert len(launches) == (1 if splits == 1 else 2)
+    assert splits == 1 or splits * tiles <= room
+    assert splits == 8 or (splits + 1) * tiles > room
+
+
 @pytest.mark.parametrize("format", [(4, 64, F16), PLAIN], ids=["4-bit", "plain"])
 def test_rows_are_64_where_they_fill_the_gpu(format):
     names = []

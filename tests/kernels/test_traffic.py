@@ -51,7 +51,15 @@ def test_packed_words_are_read_once_for_few_rows(case):
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
-@pytest.mark.parametrize("case", [Case(70, 128, 200, 16, bits=4), Case(300, 192, 70, 40, F32, F32, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(70, 128, 200, 16, bits=4),
+        Case(300, 192, 70, 40, F32, F32, 1, 8),
+        Case(33, 1024, 1024, 5, bits=4),  # split
+    ],
+    ids=str,
+)
 def test_packed_and_plain_gemm_formula(case, is_backward):
     for one in (case, dataclasses.replace(case, bits=0)):
         moved = traffic.count_gemm(one, is_backward)

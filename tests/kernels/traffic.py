@@ -117,13 +117,14 @@ GEMM_OPERANDS = {
 
 
 def count_gemm(case: Case, is_backward: bool) -> Moved:
+    """The first dispatch; where the terms are split, the result is partial sums."""
     x, weight, bias, A, B, dy = operands(case)
     h, kernels = torch.randn(case.M, case.r).to(case.adapter_dtype), Kernels(case.gpu_cores, trace=True)
     if is_backward:
         kernels.gemm_dx(dy, weight, A, h, 1.0)
     else:
         kernels.gemm(x, weight, bias, B, h, 1.0)
-    return _counted(kernels.runs, GEMM_OPERANDS[is_backward])
+    return _counted(kernels.runs[:1], GEMM_OPERANDS[is_backward])
 
 
 def count_grad(case: Case) -> Moved:
@@ -154,7 +155,8 @@ def model_decode(case: Case) -> Moved:
     # What is read again where the rows do not fill a block or the kernel.
     W_blocks, A_blocks = -(-case.N // W_ROWS), -(-case.r // W_ROWS)
     a_row = case.K * case.bits // 8 or case.K * size
-    factors = (W_blocks * W_ROWS * case.K // 8 * size if case.bits else 0, 0)  # of a scale and a bias a run
+    runs = 4 if rows <= 2 else 2  # that have a scale and a bias together
+    factors = (W_blocks * W_ROWS * case.K // (8 * runs) * size if case.bits else 0, 0)
     again = launches[0].threads[0] // launches[0].group[0] if h_sums is None else 1
     scratch = 0 if h_sums is None else h_sums.nbytes
     return {
@@ -190,7 +192,7 @@ def model_delta(case: Case) -> Moved:
 def model_gemm(case: Case, is_backward: bool) -> Moved:
     x, weight, bias, A, B, dy = operands_meta(case)
     arguments = (dy, weight, None, A) if is_backward else (x, weight, bias, B)
-    (launch,) = Kernels(case.gpu_cores).plan_gemm(is_backward, *arguments)
+    (launch, *_), splits = Kernels(case.gpu_cores)._plan_gemm(is_backward, *arguments, 0.0)
     column_tiles, row_tiles = launch.threads[0] // launch.group[0], launch.threads[1]
     left, _, _, _, _, h, factor, y = GEMM_OPERANDS[is_backward]
     scales = row_tiles * case.N * case.K // 8 * case.dtype.itemsize if case.bits else 0  # one a run
@@ -202,7 +204,7 @@ def model_gemm(case: Case, is_backward: bool) -> Moved:
         "bias": (0 if is_backward else 16 * row_tiles * case.bytes("bias"), 0),  # by eight lanes of two simdgroups
         h: (column_tiles * case.bytes(h), 0),
         factor: (row_tiles * case.bytes(factor), 0),
-        y: (0, case.bytes(y)),
+        y: (0, splits * case.bytes(y) * (4 // case.dtype.itemsize if splits > 1 else 1)),
     }
 
 
@@ -340,7 +342,10 @@ COUNTED = {
     "lora_decode": (count_decode, [Case(1, 4096, 4096, 16), Case(4, 2048, 2048, 16), Case(1, 512, 512, 8)]),
     "lora_delta": (count_delta, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16), Case(16, 1024, 1024, 64)]),
     "lora_decode, packed": (count_decode, [Case(1, 4096, 4096, 16, bits=4), Case(1, 4096, 4096, 16, bits=8)]),
-    "lora_gemm": (lambda case: count_gemm(case, False), [Case(256, 512, 512, 16, bits=4), Case(256, 512, 512, 16)]),
+    "lora_gemm": (
+        lambda case: count_gemm(case, False),
+        [Case(256, 512, 512, 16, bits=4), Case(256, 512, 512, 16), Case(32, 4096, 512, 16, bits=4)],
+    ),
     "lora_gemm, backward": (lambda case: count_gemm(case, True), [Case(256, 512, 512, 16, bits=4)]),
     "lora_grad": (count_grad, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16)]),
 }

@@ -454,6 +454,11 @@ def test_merging_is_refused_until_the_base_is_dequantised(patched):
             ValueError, match=r"q_proj: its base holds packed words.*torch_fused_lora\.dequantize_\(model\)"
         ):
             merge()
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    for safe in (False, True):
+        with pytest.raises(ValueError, match=r"Linear over QuantLinear\(.*packed words.*dequantize_\(model\)"):
+            layer.merge(safe_merge=safe)
+    assert not layer.merged
     torch.testing.assert_close(model(**batch()).logits, expected)
     tfl.dequantize_(model)
     torch.testing.assert_close(model(**batch()).logits, expected)
@@ -526,14 +531,21 @@ def test_prepare_model_for_kbit_training():
 
 
 def test_resize_token_embeddings():
-    """Right where the head is skipped; over a quantised head torch makes no new one of packed words."""
+    """Right where the head is skipped; over a quantised head refused, with nothing half done."""
     model = quantized()
     model.resize_token_embeddings(104)
     assert model(**batch()).logits.shape[-1] == 104
     model = language_model()
     tfl.quantize_(model, skip=())
-    with pytest.raises(RuntimeError, match="Only Tensors of floating point"):
-        model.resize_token_embeddings(104)
+    refusal = r"lm_head: holds packed words, which cannot be resized: .*torch_fused_lora\.dequantize_\(model\)"
+    for arguments in ({"new_num_tokens": 104}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(ValueError, match=refusal):
+            model.resize_token_embeddings(**arguments)
+        assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 96
+    model.resize_token_embeddings(96, mean_resizing=False)  # as many as there are
+    tfl.dequantize_(model)
+    model.resize_token_embeddings(104)
+    assert model(**batch()).logits.shape[-1] == 104
 
 
 # ------------------------------------------------------------------------------------------ Trainer, generate, memory

@@ -115,5 +115,8 @@ def test_lora_over_an_embedding_trains_and_is_not_merged():
     model(IDS, labels=IDS).loss.backward()
     grads = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert any("embed_tokens.lora_embedding" in name for name in grads)
-    with pytest.raises(ValueError, match="dequantize_"):
-        model.merge_and_unload()
+    for merge in (model.merge_and_unload, model.get_input_embeddings().merge):
+        with pytest.raises(ValueError, match="dequantize_"):
+            merge()
+    with pytest.raises(ValueError, match=r"embed_tokens.*: holds packed words, which cannot be resized"):
+        model.resize_token_embeddings(8)

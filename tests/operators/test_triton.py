@@ -546,15 +546,16 @@ for bits, group_size, M, (K, N, r), dtype, adapter_dtype, scale_dtype, layout in
 
 
 @pytest.mark.parametrize(("bits", "adapters"), [(4, True), (8, False)])
+@pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("capability", SHARED)
-def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(capability, bits, adapters):
+def test_kernels_of_packed_words_compile_for_an_nvidia_gpu(capability, rows, bits, adapters):
     N, K, half = 4096, 4096, torch.bfloat16
     words = torch.empty(N, K * bits // 32, dtype=torch.int32, device="meta")
     scales = torch.empty(N, K // 64, dtype=half, device="meta")
     packed = Packed(words, scales, scales, bits, 64)
-    x, bias = torch.empty(8, K, dtype=half, device="meta"), torch.empty(N, dtype=half, device="meta")
-    h, B = torch.empty(8, 16, device="meta"), torch.empty(N, 16, device="meta")
-    adapter = (bias, h, B, 0.5) if adapters else (None, None, None, 1.0)
+    x, bias = torch.empty(rows, K, dtype=half, device="meta"), torch.empty(N, dtype=half, device="meta")
+    A, B = torch.empty(16, K, device="meta"), torch.empty(N, 16, device="meta")
+    adapter = (bias, A, B, 0.5, True) if adapters else (None, None, None, 1.0, False)
     with pytest.MonkeyPatch.context() as patch:
         found = take_launches(patch)
         quantized.product(x, packed, *adapter)

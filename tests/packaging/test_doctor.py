@@ -182,10 +182,12 @@ def test_doctor_survives_a_backend_that_raises(capsys, monkeypatch):
     assert "FAILED: OSError: no such kernel" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("operator", ["lora_linear", "rms_norm", "softmax"])
+@pytest.mark.parametrize("operator", ["lora_linear", "lora_linear_quantized", "rms_norm", "softmax"])
 def test_doctor_sees_a_nan(operator, capsys, monkeypatch):
     function = getattr(tfl, operator)
-    monkeypatch.setattr(f"torch_fused_lora.doctor.{operator}", lambda *arguments: function(*arguments) * torch.nan)
+    monkeypatch.setattr(
+        f"torch_fused_lora.doctor.{operator}", lambda *a, **options: function(*a, **options) * torch.nan
+    )
     assert main(["doctor"]) == 1
     assert capsys.readouterr().out.count("FAILED: error nan") == 3 * len(doctor.devices())  # dtypes
 

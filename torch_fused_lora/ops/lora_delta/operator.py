@@ -39,7 +39,14 @@ from ..dispatch import (
 )
 from ..dropout import draw_seed
 from ..lora_linear import differentiable, portable
-from ..lora_linear.arguments import as_scaling, check_adapters, check_devices, check_options, check_types
+from ..lora_linear.arguments import (
+    as_scaling,
+    check_adapters,
+    check_devices,
+    check_low_rank,
+    check_options,
+    check_types,
+)
 from ..rows import DTYPES, DTYPES_TEXT, HALF, cast, flat, packed
 
 
@@ -161,16 +168,7 @@ class _LoRADelta(dispatch.Operator):
         if len(needs) != 4:
             refuse("needs", list(needs), "4 flags")
         _, need_A, need_B, need_scaling = needs
-        if grad.dtype not in DTYPES:
-            refuse("grad", grad, DTYPES_TEXT)
-        if lora_A.dim() != 2 or lora_A.shape[0] < 1:
-            refuse("lora_A", lora_A, "shape (r, K) with r >= 1")
-        r, K = lora_A.shape
-        if lora_B.dim() != 2 or lora_B.shape[1] != r:
-            refuse("lora_B", lora_B, f"shape (N, {r}), since lora_A is ({r}, {K})")
-        N = lora_B.shape[0]
-        if grad.dim() < 1 or grad.shape[-1] != N:
-            refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
+        _, K, r = check_low_rank(refuse, grad, lora_A, lora_B)
         widened = grad.dtype is torch.float32  # y was float32, x and the adapters may be half
         if lora_A.dtype in HALF and widened:
             check_adapters(refuse, "lora_A", lora_A, lora_A, lora_B)

@@ -1,10 +1,10 @@
-"""What lora_linear and lora_delta check, and convert, of the arguments that they share."""
+"""What lora_linear, lora_linear_quantized and lora_delta check, and convert, of the arguments that they share."""
 
 from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...torch_private import dispatch_modes
 from ..dispatch import Floats, Ints, Maybe
-from ..rows import HALF, wide_dtype
+from ..rows import DTYPES, DTYPES_TEXT, HALF, wide_dtype
 
 _FLOAT32 = torch.float32  # read faster
 
@@ -84,6 +84,31 @@ def check_options(
     got_ranks = list(ranks) or [r]
     if sum(got_ranks) != r or len(got_ranks) != len(dropout_p):
         refuse("ranks", got_ranks, f"one rank for each of the {len(dropout_p)} dropout_p, {r} in all")
+
+
+def check_low_rank(
+    refuse: Callable[..., NoReturn], grad: Tensor, lora_A: Tensor, lora_B: Tensor
+) -> tuple[int, int, int]:
+    """N, K and r of a backward: the shapes of the adapters, and grad's beside them."""
+    if grad.dtype not in DTYPES:
+        refuse("grad", grad, DTYPES_TEXT)
+    if lora_A.dim() != 2 or lora_A.shape[0] < 1:
+        refuse("lora_A", lora_A, "shape (r, K) with r >= 1")
+    r, K = lora_A.shape
+    if lora_B.dim() != 2 or lora_B.shape[1] != r:
+        refuse("lora_B", lora_B, f"shape (N, {r}), since lora_A is ({r}, {K})")
+    N = lora_B.shape[0]
+    if grad.dim() < 1 or grad.shape[-1] != N:
+        refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
+    return N, K, r
+
+
+def check_saved(
+    refuse: Callable[..., NoReturn], name: str, value: Maybe, shape: Sequence[int], like_name: str, like: Tensor
+) -> None:
+    """An operand of a backward that was saved for it: its dtype and device are those of ``like``."""
+    if value is None or value.shape != shape or value.dtype != like.dtype or value.device != like.device:
+        refuse(name, value, f"shape {tuple(shape)}, {like_name}'s dtype {like.dtype} and device {like.device}")
 
 
 def check_devices(refuse: Callable[..., NoReturn], name: str, like: Tensor, **tensors: Maybe) -> None:

@@ -42,7 +42,15 @@ from ..dispatch import (
 from ..dropout import draw_seed
 from ..rows import DTYPES, DTYPES_TEXT, HALF
 from . import differentiable, portable
-from .arguments import as_scaling, check_adapters, check_devices, check_options, check_types
+from .arguments import (
+    as_scaling,
+    check_adapters,
+    check_devices,
+    check_low_rank,
+    check_options,
+    check_saved,
+    check_types,
+)
 
 
 def lora_linear(
@@ -198,27 +206,16 @@ class _LoRALinear(dispatch.Operator):
         if len(needs) != 6:
             refuse("needs", list(needs), "6 flags")
         need_x, need_weight, _, need_A, need_B, need_scaling = needs
-        dtype, device = grad.dtype, grad.device
-        if dtype not in DTYPES:
-            refuse("grad", grad, DTYPES_TEXT)
-        if lora_A.dim() != 2 or lora_A.shape[0] < 1:
-            refuse("lora_A", lora_A, "shape (r, K) with r >= 1")
-        r, K = lora_A.shape
-        if lora_B.dim() != 2 or lora_B.shape[1] != r:
-            refuse("lora_B", lora_B, f"shape (N, {r}), since lora_A is ({r}, {K})")
-        N = lora_B.shape[0]
-        if grad.dim() < 1 or grad.shape[-1] != N:
-            refuse("grad", grad, f"shape (..., {N}), since lora_B is ({N}, {r})")
+        N, K, r = check_low_rank(refuse, grad, lora_A, lora_B)
         check_devices(refuse, "grad", grad, lora_A=lora_A, lora_B=lora_B)
         check_adapters(refuse, "grad", grad, lora_A, lora_B)
         check_options(refuse, "grad", grad, scaling, seed, dropout_p, ranks, r)
-        for name, value, needed, shape, like, its_dtype in (
-            ("x", x, need_A or need_weight, (*grad.shape[:-1], K), "grad", dtype),
-            ("weight", weight, need_x, (N, K), "grad", dtype),
-            ("h", h, need_B or need_scaling, (math.prod(grad.shape[:-1]), r), "lora_A", lora_A.dtype),
-        ):
-            if needed and (value is None or value.shape != shape or value.dtype != its_dtype or value.device != device):
-                refuse(name, value, f"shape {tuple(shape)}, {like}'s dtype {its_dtype} and device {device}")
+        if need_A or need_weight:
+            check_saved(refuse, "x", x, (*grad.shape[:-1], K), "grad", grad)
+        if need_x:
+            check_saved(refuse, "weight", weight, (N, K), "grad", grad)
+        if need_B or need_scaling:
+            check_saved(refuse, "h", h, (math.prod(grad.shape[:-1]), r), "lora_A", lora_A)
 
     forward = staticmethod(portable.forward)
     followed = staticmethod(portable.followed)

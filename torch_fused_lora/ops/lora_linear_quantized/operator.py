@@ -36,7 +36,14 @@ from ..dispatch import (
 )
 from ..dropout import draw_seed
 from ..lora_linear import differentiable
-from ..lora_linear.arguments import as_scaling, check_adapters, check_devices, check_options, check_types
+from ..lora_linear.arguments import (
+    as_scaling,
+    check_adapters,
+    check_devices,
+    check_options,
+    check_saved,
+    check_types,
+)
 from ..rows import DTYPES, DTYPES_TEXT, HALF, cast, flat
 from . import portable
 
@@ -205,15 +212,10 @@ class _Quantized(dispatch.Operator):
             if any(needs[2:]):
                 refuse("needs", list(needs), "none of lora_A's, lora_B's and scaling's, since there is no lora_A")
             return
-        x_shape, h_shape = (*grad.shape[:-1], K), (math.prod(grad.shape[:-1]), lora_A.shape[0])
-        for name, value, needed, shape, like, its_dtype in (
-            ("x", x, needs[2], x_shape, "grad", grad.dtype),
-            ("h", h, needs[3] or needs[4], h_shape, "lora_A", lora_A.dtype),
-        ):
-            if needed and (
-                value is None or value.shape != shape or value.dtype != its_dtype or value.device != grad.device
-            ):
-                refuse(name, value, f"shape {shape}, {like}'s dtype {its_dtype} and device {grad.device}")
+        if needs[2]:
+            check_saved(refuse, "x", x, (*grad.shape[:-1], K), "grad", grad)
+        if needs[3] or needs[4]:
+            check_saved(refuse, "h", h, (math.prod(grad.shape[:-1]), lora_A.shape[0]), "lora_A", lora_A)
 
     forward = staticmethod(portable.forward)
     backward = staticmethod(portable.backward)

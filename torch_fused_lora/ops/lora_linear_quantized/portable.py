@@ -15,7 +15,7 @@ from ...affine import Packed
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..lora_linear.portable import add_delta_, low_rank_backward
 from ..lora_linear.ways import limits_of, triton_kernels
-from ..rows import HALF, cast, flat, packed, unflat
+from ..rows import HALF, flat, packed, unflat
 
 # Elements of W that are dequantised at a time: 4 MiB of float32 on a CPU, 32 MiB of a half dtype elsewhere. In backward
 # a block is of columns, no fewer than one group of each row.
@@ -44,8 +44,7 @@ def forward(
     (rows,) = packed(flat(x))
     base, kernels, h = Packed(weight, scales, biases, bits, group_size), _triton(x.device, x.dtype), None
     if kernels and x.dtype in HALF and seed is None and 0 < rows.shape[0] <= kernels.ROWS and weight.numel():
-        h = None if lora_A is None else F.linear(cast(rows, lora_A.dtype), lora_A)
-        y = kernels.product(rows, base, bias, h, lora_B, scaling)
+        y, h = kernels.product(rows, base, bias, lora_A, lora_B, scaling, save_h)
     else:
         y = _product(rows, base, bias)
         if lora_A is not None:

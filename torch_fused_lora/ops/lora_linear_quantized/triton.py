@@ -2,8 +2,9 @@
 dequantisation for torch's own products of many.
 
 Least traffic of the product: the packed bytes, once; a tile of the weight exists in registers only. It and the weight
-that `dequantize` writes are formed in float32 and rounded once to x's dtype. Block sizes are the best of a sweep on an
-H200.
+that `dequantize` writes are formed in float32 and rounded once to x's dtype, but where one row is multiplied in
+float32, past the matrix units. With an adapter a launch of lora_linear's makes h in parts, which the product adds up.
+Block sizes are the best of sweeps on an H200.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from ..lora_linear.triton import as_factor, ceil_div
 ROWS = 16  # of the product: what one tile of the matrix units takes
 
 
-def product(rows: Tensor, packed: Packed, bias: Maybe, h: Maybe, lora_B: Maybe, scaling: float | Tensor) -> Tensor:
-    """``rows Wᵀ + bias + scaling · h Bᵀ``, rounded once: half rows (M, K), M up to `ROWS`; h (M, r) or None."""
+def product(
+    rows: Tensor,
+    packed: Packed,
+    bias: Maybe,
+    lora_A: Maybe,
+    lora_B: Maybe,
+    scaling: float | Tensor,
+    save_h: bool,
+) -> tuple[Tensor, Maybe]:
+    """``rows Wᵀ + bias + scaling · h Bᵀ``, rounded once, for half rows (M, K), M up to `ROWS`; and h = rows Aᵀ (M, r)
+    in the adapter's dtype, if there is one and it is to be saved."""
     words, scales, biases, bits, group_size = _contiguous(packed)
     number, factor = as_factor(scaling, rows)
     out = rows.new_empty((rows.shape[0], scales.shape[0]))
-    tensors = out, rows, words, scales, biases, bias, h, lora_B, factor
+    found, parts, h, saved = (None, 1, None, None) if lora_A is None else low_rank._low_rank(rows, lora_A, (), save_h)
+    tensors = out, rows, words, scales, biases, bias, found, lora_B, h, factor
     key = tuple(None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors)
-    _launch_product(tensors, (number, rows.shape[0]), (bits, group_size), key)
-    return out
+    _launch_product(tensors, (number, rows.shape[0]), (parts, bits, group_size), key)
+    return out, saved
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -68,37 +79,49 @@ def _tile(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["number", "M"])
 def _product_kernel(  # type: ignore[no-untyped-def]
-    out, rows, words, scales, biases, bias, h, lora_B, factor, number, M, K, N, R, rows_m, rows_k, B_n, B_r,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    out, rows, words, scales, biases, bias, parts, lora_B, h, factor, number, M, K, N, R, rows_m, rows_k, B_n, B_r,
+    PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m, n = tl.arange(0, 16)[:, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([16, BLOCK_N], tl.float32)
+    """One row is summed up where its products are, in the layout that words are unpacked in; more, by matrix units."""
+    m, n = tl.arange(0, BLOCK_M)[:, None], tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ONE: tl.constexpr = BLOCK_M == 1
+    total = tl.zeros([BLOCK_N, BLOCK_K] if ONE else [BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(rows + m * rows_m + k * rows_k, mask=(m < M) & (k < K), other=0.0)
-        tile = _tile(words, scales, biases, n, start, K, N, BITS, GROUP, BLOCK_N, BLOCK_K).to(x.dtype)
-        total = tl.dot(x, tl.trans(tile), total)
+        tile = _tile(words, scales, biases, n, start, K, N, BITS, GROUP, BLOCK_N, BLOCK_K)
+        total = total + x.to(tl.float32) * tile if ONE else tl.dot(x, tl.trans(tile.to(x.dtype)), total)
+    if ONE:
+        total = tl.sum(total, 1)[None, :]
     column = n[None, :]
     if bias is not None:
         total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
-    if h is not None:
-        term = tl.zeros([16, BLOCK_N], tl.float32)
+    if parts is not None:
+        term = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, R, 16):
             r = start + tl.arange(0, 16)
-            a = tl.load(h + m * R + r[None, :], mask=(m < M) & (r[None, :] < R), other=0.0)
+            inside = (m < M) & (r[None, :] < R)
+            a = low_rank.sum_of_parts(parts + m * R + r[None, :], M * R, inside, PARTS)
+            if h is not None and tl.program_id(0) == 0:
+                tl.store(h + m * R + r[None, :], a.to(h.dtype.element_ty), mask=inside)
             b = tl.load(lora_B + r[:, None] * B_r + column * B_n, mask=(r[:, None] < R) & (column < N), other=0.0)
-            term = low_rank._dot(a, b, term)
+            if ONE:
+                term += tl.sum(tl.trans(a) * b.to(tl.float32), 0)[None, :]
+            else:
+                term = low_rank._dot(a, b, term)
         total += low_rank.times(number, factor) * term
     where = out + m * N + column
     tl.store(where, total.to(out.dtype.element_ty), mask=(m < M) & (column < N))
 
 
 def _prepare_product(  # type: ignore[no-untyped-def]
-    out, rows, words, scales, biases, bias, h, lora_B, factor, bits, group_size
+    out, rows, words, scales, biases, bias, found, lora_B, h, factor, parts, bits, group_size
 ):  # fmt: skip
-    (N, K), R = (scales.shape[0], rows.shape[1]), 0 if h is None else h.shape[1]
+    (M, N), K, R = out.shape, rows.shape[1], 0 if lora_B is None else lora_B.shape[1]
     strides = *rows.stride(), *((0, 0) if lora_B is None else lora_B.stride())
-    return (ceil_div(N, 32), 1, 1), (K, N, R, *strides, bits, group_size, 32, 256), {}
+    blocks = (1, 8, 512) if M == 1 else (ROWS, 32, 256)
+    return (ceil_div(N, blocks[1]), 1, 1), (K, N, R, *strides, parts, bits, group_size, *blocks), {}
 
 
 @triton.jit
