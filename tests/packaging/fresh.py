@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +17,8 @@ class UnavailableError(RuntimeError):
 
 def copy_of_the_tree(folder: Path) -> Path:
     """What git has of the work tree, changes included, in the new folder ``folder``; nothing that it ignores."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, stdout=subprocess.PIPE
-    )
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, cwd=ROOT, check=True, stdout=subprocess.PIPE)
     for name in map(os.fsdecode, filter(None, listed.stdout.split(b"\0"))):
         if (ROOT / name).is_file():  # not one that was deleted
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +41,8 @@ def environment(python: str, folder: Path) -> dict[str, str]:
         if subprocess.run(asked, capture_output=True, text=True).stdout.strip() == python:
             subprocess.run([interpreter, "-m", "venv", folder], check=True)
             # Nothing of this environment, of the user's packages or of a checkout gets in.
-            mine = {name: value for name, value in os.environ.items() if not re.match("PYTHON(PATH|HOME)|VIRTUAL_ENV", name)}
-            return mine | {
+            kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+            return kept | {
                 "VIRTUAL_ENV": str(folder),
                 "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
                 "PYTHONNOUSERSITE": "1",

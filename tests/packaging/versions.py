@@ -1,11 +1,11 @@
-"""The tests of the operators and of PEFT in fresh environments, over a table of versions: python -m tests.packaging.versions
+"""Tests of the operators and of PEFT in fresh environments, over a table: python -m tests.packaging.versions
 
     --cell NAME  run this cell, may be repeated; without it every cell of this machine's, one at a time, each in an
                  environment that is deleted: about 2 minutes a cell, and up to 6 GB where torch brings CUDA's libraries
     --list       run nothing
 
-What came out is kept in docs/benchmarks/versions.json; then the table is printed, in which a cell that no outcome is kept of
-stands as not run. Pythons are sought on PATH.
+What came out is kept in docs/benchmarks/versions.json; then the table is printed, in which a cell that no outcome is
+kept of stands as not run. Pythons are sought on PATH.
 """
 
 from __future__ import annotations
@@ -66,27 +66,29 @@ def run(cell: Cell) -> dict[str, Any]:
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        variables = environment(cell.python, Path(scratch) / "venv") | {"PIP_QUIET": "1", "OMP_NUM_THREADS": "1"}
+        variables = environment(cell.python, Path(scratch) / "venv") | {"PIP_QUIET": "2", "OMP_NUM_THREADS": "1"}
         variables |= {"PIP_CONSTRAINT": os.devnull}  # a cap of the machine's is not one of the table's
         tree = copy_of_the_tree(Path(scratch) / "tree")
 
         def python(*words: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(("python", *words), cwd=tree, env=variables, stdout=subprocess.PIPE, text=True)
 
-        python("-m", "pip", "install", ".[peft]", "transformers", *cell.requirements, "pytest", "hypothesis").check_returncode()
+        wanted = (".[peft]", "transformers", *cell.requirements, "pytest", "hypothesis")
+        python("-m", "pip", "install", *wanted).check_returncode()
         asked = f"from importlib.metadata import version as v; print(*map(v, {PACKAGES}))"
         versions = dict(zip(PACKAGES, python("-c", asked).stdout.split(), strict=True))
         tested = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not mps", *TESTS)
         print(tested.stdout)
-    outcome = tested.stdout.rstrip().rpartition("\n")[2].strip("= ")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    last = tested.stdout.rstrip().rpartition("\n")[2].strip("= ").partition(" in ")[0]
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     return {
         "python": cell.python,
         **versions,
-        "outcome": outcome.partition(" in ")[0],
+        "outcome": last or f"pytest ended with status {tested.returncode}",
         "seconds": round(time.monotonic() - start),
         "machine": f"{platform.system()} {platform.machine()}",
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "status": tested.returncode,
     }
 
