@@ -1,7 +1,7 @@
 # What a change is checked with; .ci/run calls these. JOBS=n for another number of processes.
 JOBS ?= 2
 
-.PHONY: help test tiny kernels lint examples conformance bench wheel mutations
+.PHONY: help test tiny kernels lint examples conformance bench wheel dist clean mutations
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -38,6 +38,14 @@ bench:  ## the LoRA tax on this machine
 
 wheel:  ## the wheel for a Mac, cross-built and linked against PyTorch's own (needs ld64.lld-19)
 	python -m tests.emulator.macos_wheel
+
+dist: clean  ## what is published, into dist/: sdist, the wheel built from it, the wheel for a Mac
+	python -m build
+	$(MAKE) wheel
+	twine check --strict dist/*
+
+clean:  ## without what was built
+	rm -rf build dist
 
 mutations:  ## break every kernel in one place at a time: do the tests notice?
 	python -m tests.mutation -j $(JOBS)
