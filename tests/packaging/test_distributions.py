@@ -88,7 +88,8 @@ def test_the_metadata_that_an_index_shows(sdist):
 
 def test_both_pass_twine(sdist, wheel):
     """As `make dist` asks, with the wheel for a Mac."""
-    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", sdist, wheel], capture_output=True, text=True)
+    command = [sys.executable, "-m", "twine", "check", "--strict", sdist, wheel]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
