@@ -22,8 +22,7 @@ lint:  ## ruff, mypy and clang-format, as pre-commit runs them
 	mypy
 	git ls-files '*.cpp' '*.h' '*.metal' '*.mm' | xargs clang-format --dry-run --Werror
 
-examples:  ## the examples, two of them on the emulated Apple GPU
-	python examples/finetune_encoder.py
+examples:  ## the examples but finetune_encoder.py, which the README runs; two of them on the emulated Apple GPU
 	python examples/without_peft.py
 	python examples/memory_of_training.py
 	python -m tests.emulator.mps_on_linux examples/finetune_mps.py --steps 2 --batch-size 4 --held-out 4
