@@ -29,7 +29,7 @@ def shell_blocks(document: str) -> list[str]:
 
 
 def test_linux_runs_the_tests_of_the_readme():
-    (tests,) = re.findall("^pip install .*pytest.*$", shell_blocks("README.md")[0], re.MULTILINE)
+    (tests,) = re.findall("^pip install .*pytest.*$", "\n".join(shell_blocks("README.md")), re.MULTILINE)
     assert commands("linux")["Tests"]["run"] == tests
 
 
