@@ -1,7 +1,7 @@
 # What a change is checked with; .ci/run calls these. JOBS=n for another number of processes.
 JOBS ?= 2
 
-.PHONY: help test tiny kernels lint examples conformance bench wheel dist clean mutations
+.PHONY: help test tiny kernels lint examples conformance bench wheel dist clean mutations docs numbers
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -48,3 +48,12 @@ clean:  ## without what was built
 
 mutations:  ## break every kernel in one place at a time: do the tests notice?
 	python -m tests.mutation -j $(JOBS)
+
+numbers:  ## bring docs/benchmarks/ into the pages and pictures
+	python -m docs.write_numbers
+	python -m docs.pictures
+
+docs:  ## the pages, into docs/_build/html; warnings, broken links and stale numbers are errors (needs the extra of that name)
+	python -m docs.write_numbers --check
+	python -m docs.pictures --check
+	sphinx-build -E -W --keep-going -q -b html docs docs/_build/html

@@ -78,21 +78,27 @@ class Table:
             document = json.loads(text)
             if document["machine"] != machine:
                 raise ValueError(f"it was tuned on {document['machine']}, and this is {machine}")
-            for *layer, overrides in document["entries"]:
-                found = Layer(*layer)
-                numbers = found[1:5]
-                fits = type(found.backward) is bool and all(type(n) is int and 0 < n < 1 << 63 for n in numbers)
-                if not fits or found != found.bucket or not isinstance(overrides, str) or not overrides:
-                    refused.append(f"{[*layer, overrides]} is no entry")
-                elif wrong := accept(found, overrides):
-                    refused.append(f"{found}: {wrong}")
-                else:
-                    table.entries[found] = overrides
+            taken = [table._take(entry, accept) for entry in document["entries"]]
+            refused += [wrong for wrong in taken if wrong]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             refused.append(f"{type(error).__name__}: {error}")
         if refused:
             table._complain(refused[0] + (f", and {len(refused) - 1} more" if len(refused) > 1 else ""))
         return table
+
+    def _take(self, entry: Any, accept: Accept) -> str | None:
+        """Put an entry of the file in force, or say what is wrong with it."""
+        if not isinstance(entry, list) or len(entry) != len(Layer._fields) + 1:
+            return f"{entry} is no entry"
+        layer, overrides = Layer(*entry[:-1]), entry[-1]
+        fits = type(layer.backward) is bool and all(type(n) is int and 0 < n < 1 << 63 for n in layer[1:5])
+        fits = fits and all(isinstance(text, str) and text.isprintable() and text for text in entry[5:])
+        if not fits or layer != layer.bucket:
+            return f"{entry} is no entry"
+        if wrong := accept(layer, overrides):
+            return f"{layer}: {wrong}"
+        self.entries[layer] = overrides
+        return None
 
     def save(self) -> None:
         """Write all entries, replacing the file at once. Raises OSError where that is not allowed."""
@@ -122,10 +128,15 @@ class Table:
 
 
 def cache_folder() -> Path:
-    """The user's, as XDG_CACHE_HOME or the system has it."""
-    if asked := os.environ.get("XDG_CACHE_HOME"):
-        return Path(asked)
-    return Path.home() / ("Library/Caches" if platform.system() == "Darwin" else ".cache")
+    """The user's, as XDG_CACHE_HOME, if it is absolute, or the system has it."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if asked.is_absolute():
+        return asked
+    try:
+        home = Path.home()
+    except RuntimeError:  # a container's user without one
+        return Path(os.devnull)  # in which nothing is found, and nothing can be kept
+    return home / ("Library/Caches" if platform.system() == "Darwin" else ".cache")
 
 
 def numbers_of(overrides: str) -> dict[str, int]:

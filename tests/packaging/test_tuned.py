@@ -77,6 +77,21 @@ def test_the_folder_is_the_systems(monkeypatch):
     for system, folder in (("Darwin", "Library/Caches"), ("Linux", ".cache")):
         monkeypatch.setattr(platform, "system", lambda system=system: system)
         assert tuned.cache_folder() == Path.home() / folder
+        monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")  # which nobody can mean: it would go with the current folder
+        assert tuned.cache_folder() == Path.home() / folder
+
+
+def test_without_a_home_there_are_the_defaults(monkeypatch):
+    """A container may run as a user that its system does not know."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with pytest.raises(RuntimeError):
+        Path.home()
+    table = load()
+    assert (table.entries, table.trouble) == ({}, "")
+    with pytest.raises(OSError, match="Not a directory"):
+        table.save()
 
 
 @pytest.mark.parametrize("whole", [b"", b"\xff\xfe", b"{", b"[]", b"null", b"3", b'{"machine": 1}', b"[" * 100_000])
@@ -114,6 +129,9 @@ def test_a_foreign_file_is_left_out():
         {7: 3},
         {7: ""},
         {7: None},
+        {7: f"{TEXT}\0,threads=3"},
+        {5: ["float16"]},
+        {6: {}},
     ],
 )
 def test_an_edited_entry_is_left_out_alone(change):
@@ -125,6 +143,15 @@ def test_an_edited_entry_is_left_out_alone(change):
     path.write_text(json.dumps(document))
     with pytest.warns(UserWarning, match="is no entry"):
         assert load().entries == {LAYER._replace(M=8): TEXT}
+
+
+@pytest.mark.parametrize("entry", [None, 3, "text", [], [1], {"M": 64}, [*LAYER], [*LAYER, TEXT, TEXT]])
+def test_an_entry_of_another_kind_is_left_out_alone(entry):
+    path = save({LAYER: TEXT}).path
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"entries": [entry, *document["entries"]]}))
+    with pytest.warns(UserWarning, match="is no entry"):
+        assert load().entries == {LAYER: TEXT}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import save_file
@@ -47,7 +48,7 @@ def save_mlx_adapters(model: PeftModel, folder: str | Path, adapter_name: str | 
         raise ValueError(f"adapter_name: expected a LoRA adapter among {list(model.peft_config)}, got {name!r}")
     folder = Path(folder)
     config_file = folder / "adapter_config.json"
-    if config_file.exists() and "peft_type" in json.loads(config_file.read_text(encoding="utf-8")):
+    if config_file.exists() and "peft_type" in _read(config_file):
         raise ValueError(f"folder: {folder} holds an adapter of PEFT's, whose adapter_config.json this would replace")
 
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -69,10 +70,11 @@ def save_mlx_adapters(model: PeftModel, folder: str | Path, adapter_name: str | 
     for path, (A, B) in factors.items():
         missing = rank - A.shape[0]
         tensors[f"{path}.lora_a"] = pad(A.t(), (0, missing)).contiguous()
-        tensors[f"{path}.lora_b"] = pad(B.t() if common else B.t() * scalings[path], (0, 0, 0, missing)).contiguous()
+        lora_b = B.t() if common is not None else B.t() * scalings[path]
+        tensors[f"{path}.lora_b"] = pad(lora_b, (0, 0, 0, missing)).contiguous()
     num_layers, keys = _keys(list(factors), modules)
     dropout = model.peft_config[name].lora_dropout
-    parameters = {"rank": rank, "scale": common or 1.0, "dropout": dropout, "keys": keys}
+    parameters = {"rank": rank, "scale": 1.0 if common is None else common, "dropout": dropout, "keys": keys}
     config = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapters.safetensors")
@@ -120,13 +122,17 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
         The PeftModel. What mlx-lm computes as ``scale`` is ``lora_alpha / r`` there.
 
     Raises:
-        ValueError: full fine-tuning or DoRA, and tensors that are no adapter of a linear layer of the model or do not
-            fit it: each is named, and the model is left as it was.
+        TypeError: ``model`` is neither.
+        ValueError: another configuration than mlx-lm's, full fine-tuning or DoRA, a scale or a dropout that is none,
+            and tensors that are no adapter of a linear layer of the model or do not fit it: each is named, and the
+            model is left as it was.
     """
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if (kind := config.get("fine_tune_type", "lora")) != "lora":
-        raise ValueError(f"{folder}: fine_tune_type: expected 'lora', got {kind!r}")
+    scale, dropout = _scale_and_dropout(folder / "adapter_config.json")
+    if not isinstance(model, PeftModel) and not hasattr(model, "prepare_inputs_for_generation"):
+        raise TypeError(
+            f"model: expected a Transformers causal language model, or a PeftModel over one, got {type(model).__name__}"
+        )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     stored = header(folder / "adapters.safetensors")
     modules = dict(base.named_modules())
@@ -136,7 +142,6 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
     _refuse(f"{folder}: no adapter of a linear layer of the model", odd if paths else {"*": "no lora_a"})
     factors = {path: _factors(*(stored[f"{path}.lora_{side}"].read() for side in "ab")) for path in paths}
 
-    scale = config["lora_parameters"]["scale"]
     ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
     r = max(ranks.values())
     smaller = {path: rank for path, rank in ranks.items() if rank < r}
@@ -145,7 +150,7 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
         target_modules=paths,
         r=r,
         lora_alpha=scale * r,
-        lora_dropout=config["lora_parameters"].get("dropout", 0.0),
+        lora_dropout=dropout,
         rank_pattern=smaller,
         alpha_pattern={path: scale * rank for path, rank in smaller.items()},
     )
@@ -158,6 +163,34 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
         state |= {f"{_PREFIX}{path}.lora_A.weight": A, f"{_PREFIX}{path}.lora_B.weight": B}
     set_peft_model_state_dict(model, state, adapter_name)
     return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object, got {found!r}")
+    return found
+
+
+def _scale_and_dropout(path: Path) -> tuple[float, float]:
+    """What a configuration of mlx-lm's says of its adapter."""
+    config = _read(path)
+    if (kind := config.get("fine_tune_type", "lora")) != "lora":
+        raise ValueError(f"{path}: fine_tune_type: expected 'lora', got {kind!r}")
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{path}: lora_parameters: expected an object, as mlx-lm writes it, got {parameters!r}")
+    scale: Any = parameters.get("scale")
+    dropout = parameters.get("dropout", 0.0)
+    if type(scale) not in (int, float) or not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{path}: scale: expected a finite number, got {scale!r}")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: dropout: expected a probability in [0, 1), got {dropout!r}")
+    return scale, dropout
 
 
 def _fitting(path: str, layer: Any, stored: dict[str, Stored]) -> list[str]:

@@ -137,6 +137,17 @@ def test_beside_another_adapter(tmp_path):
     assert torch.equal(our_logits(other.eval()), first)
 
 
+def test_a_scaling_of_zero_loses_no_factor(tmp_path):
+    save(tmp_path / "hf", "llama")
+    model = adapted(tmp_path / "hf", lora_alpha=0)
+    tfl.save_mlx_adapters(model, tmp_path / "adapters")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["scale"] == 0.0
+    loaded = tfl.load_mlx_adapters(_plain(tmp_path), tmp_path / "adapters").state_dict()
+    for name, factor in model.state_dict().items():
+        assert torch.equal(loaded[name], factor)
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 CANNOT = {
@@ -219,3 +230,46 @@ def test_other_fine_tuning(kind, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": kind}))
     with pytest.raises(ValueError, match=f"fine_tune_type: expected 'lora', got '{kind}'"):
         tfl.load_mlx_adapters(nn.Linear(2, 2), tmp_path)
+
+
+CONFIGURATIONS = {
+    "": "expected JSON: ",
+    "[" * 100_000: "expected JSON: ",
+    "[]": r"expected an object, got \[\]",
+    '{"peft_type": "LORA", "r": 4}': "lora_parameters: expected an object, as mlx-lm writes it, got None",
+    '{"lora_parameters": [2.0]}': r"lora_parameters: expected an object, .*got \[2\.0\]",
+}
+_OPTION = '{"lora_parameters": {"scale": %s, "dropout": %s}}'
+CONFIGURATIONS |= {
+    _OPTION % (value, 0): "scale: expected a finite number, got "
+    for value in ("null", '"2"', "true", "[2]", "NaN", "-Infinity", "1e300", "1" + "0" * 400)
+}
+CONFIGURATIONS |= {
+    _OPTION % (2, value): r"dropout: expected a probability in \[0, 1\), got "
+    for value in ("null", '"0"', "false", "NaN", "-0.1", "1.0")
+}
+
+
+@pytest.mark.parametrize("text", CONFIGURATIONS, ids=lambda text: text[-20:])
+def test_configurations_of_another_kind(text, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {CONFIGURATIONS[text]}"):
+        tfl.load_mlx_adapters(nn.Linear(2, 2), tmp_path)
+
+
+def test_a_model_that_is_none_of_transformers_stays_as_it_was(tmp_path):
+    save(tmp_path / "hf", "llama")
+    tfl.save_mlx_adapters(adapted(tmp_path / "hf"), tmp_path / "adapters")
+    model = nn.ModuleDict({"model": _plain(tmp_path).model})  # whose modules have the names that the file has
+    with pytest.raises(TypeError, match=r"model: expected a Transformers causal language model, .*got ModuleDict"):
+        tfl.load_mlx_adapters(model, tmp_path / "adapters")
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_file_that_is_no_configuration_is_not_replaced(text, tmp_path):
+    save(tmp_path / "hf", "llama")
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: expected "):
+        tfl.save_mlx_adapters(adapted(tmp_path / "hf"), tmp_path)
+    assert not (tmp_path / "adapters.safetensors").exists()
