@@ -185,6 +185,15 @@ def gemma(name: str) -> str:
     return f"{table(['', *names], rows)}\n\n{source(document)}"
 
 
+def versions(name: str) -> str:
+    """What the operators' and PEFT's tests were run with, and what they were not."""
+    words = {"python": "Python", "torch": "torch", "peft": "PEFT", "transformers": "Transformers"}
+    words |= {"outcome": "outcome", "commit": "commit"}
+    document = load(name)
+    rows = [[cell.get(word, "–") for word in words] for cell in document["cells"].values()]
+    return f"{table([*words.values()], rows)}\n\n*`{document['source']['command']}`*"
+
+
 def kept(name: str) -> str:
     """Bytes kept for backward, counted."""
     rows = [
@@ -256,7 +265,7 @@ def _verdicts(layers: str, steps: str, holds: Callable[[int], bool]) -> list[str
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     block.__name__: block
-    for block in (front, tax, rows, model, encoder, gemma, kept, decoder_layers, training, metal_on_gpu)
+    for block in (front, tax, rows, model, encoder, gemma, kept, decoder_layers, training, metal_on_gpu, versions)
 }
 
 

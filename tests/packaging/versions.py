@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -94,11 +95,12 @@ def tested(cell: Cell, python: str, tree: Path, variables: dict[str, str]) -> di
     start = time.monotonic()
     done = call("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not mps", *cell.tests)
     print(done.stdout)
+    counts = re.findall(r"\d+ (?:failed|passed|skipped|errors?)", done.stdout.rstrip().rpartition("\n")[2])
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
     return {
         **dict(zip(("python", *PACKAGES), versions, strict=True)),
-        "outcome": done.stdout.rstrip().rpartition("\n")[2].strip("= ").partition(" in ")[0],
+        "outcome": ", ".join(counts) or f"pytest ended with status {done.returncode}",
         "status": done.returncode,
         "seconds": round(time.monotonic() - start),
         "machine": f"{platform.system()} {platform.machine()}{cell.where and ', '}{cell.where}",
@@ -113,8 +115,14 @@ def record() -> dict[str, dict[str, Any]]:
 
 
 def keep(name: str, outcome: dict[str, Any]) -> None:
+    """Write what came out of a cell, with the others as they are kept."""
     RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps({"command": COMMAND, "cells": record() | {name: outcome}}, indent=1) + "\n")
+    document = {
+        "environment": {"torch": "of each cell"},
+        "source": {"command": COMMAND, "commit": outcome["commit"]},
+        "cells": record() | {name: outcome},
+    }
+    RECORD.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
