@@ -52,7 +52,7 @@ def blocks(document: str) -> list[Block]:
 
 def all_blocks() -> list[Block]:
     """Those of every document."""
-    return [block for document in DOCUMENTS if (ROOT / document).exists() for block in blocks(document)]
+    return [block for document in DOCUMENTS for block in blocks(document)]
 
 
 def run(chosen: list[Block], folder: Path, variables: dict[str, str]) -> int:
@@ -73,7 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args(arguments)
     found = all_blocks()
-    chosen = list({block.text: block for block in reversed(found) if not block.mark}.values())[::-1]
+    first: dict[str, Block] = {}
+    for block in found:
+        if not block.mark:
+            first.setdefault(block.text, block)
+    chosen = list(first.values())
     status = 0
     if options.list:
         print(*(f"{block.document}:{block.line} {block.mark}\n{block.text}" for block in found), sep="\n")

@@ -44,6 +44,7 @@ def document(monkeypatch, tmp_path):
     """The README of a clone that has nothing else but a setup.py."""
     for module in (commands, fresh):
         monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "DOCUMENTS", ("README.md",))
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "setup.py").touch()
     (tmp_path / "README.md").write_text(DOCUMENT)
@@ -68,6 +69,7 @@ def test_blocks_run_in_a_fresh_environment_and_a_copy(document, capfd, monkeypat
     assert commands.main([]) == 0
     text = capfd.readouterr().out
     assert text.count("setup.py\n== README.md:2: exit status 0") == 1
+    assert text.index("== README.md:2: exit") < text.index("== README.md:21: exit")
     assert "2 blocks to run, 1 that stood before, skipped: 1 mac, 1 published\n" in text
     assert not (document.parent / "where").exists()
 
