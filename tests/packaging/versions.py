@@ -96,15 +96,12 @@ def tested(cell: Cell, python: str, tree: Path, variables: dict[str, str]) -> di
     done = call("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not mps", *cell.tests)
     print(done.stdout)
     counts = re.findall(r"\d+ (?:failed|passed|skipped|errors?)", done.stdout.rstrip().rpartition("\n")[2])
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
     return {
         **dict(zip(("python", *PACKAGES), versions, strict=True)),
         "outcome": ", ".join(counts) or f"pytest ended with status {done.returncode}",
         "status": done.returncode,
         "seconds": round(time.monotonic() - start),
         "machine": f"{platform.system()} {platform.machine()}{cell.where and ', '}{cell.where}",
-        "commit": commit,
     }
 
 
@@ -139,6 +136,8 @@ def main() -> int:
     parser.add_argument("--here", action="store_true")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
     chosen = options.cell or [name for name, cell in CELLS.items() if not cell.where]
     failed = False
     for name in [] if options.list else chosen:
@@ -150,7 +149,7 @@ def main() -> int:
             print(f"not run: {reason}")
             failed = True
         else:
-            keep(name, outcome)
+            keep(name, outcome | {"commit": commit})
             failed |= outcome["status"] != 0
     print(table(record()))
     return failed
