@@ -343,6 +343,6 @@ def test_shapes_of_a_model_that_brings_code(tmp_path):
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     names = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "of_its_own", "auto_map": names}))
-    with pytest.raises(ValueError, match="of_its_own|trust_remote_code"):
+    with pytest.raises(ValueError, match=r"of_its_own|trust_remote_code"):
         tune.shapes_of(tmp_path, [1])
     assert not (tmp_path / "ran").exists()
