@@ -226,6 +226,21 @@ def training(name: str) -> str:
     return table(["GiB, modelled", "base", "adapters", *(f"{length} tokens" for length in found["tokens"])], rows)
 
 
+def earlier(name: str) -> str:
+    """What was measured once, by scripts that were not kept, and by no command of today's."""
+    lines = [
+        [
+            found["what"],
+            *("–" if found[way] is None else bold(found[way]) for way in DIRECTIONS),
+            found["machine"],
+            commit,
+        ]
+        for found in load(name)["results"]
+        for commit in [f"to {found['commit']}"]
+    ]
+    return table(["over stock, or as it says", *DIRECTIONS, "machine", "commit"], lines)
+
+
 def metal_on_gpu(name: str) -> str:
     """The Metal kernels on an NVIDIA GPU."""
     return times.table(json.loads((DATA.parent / f"{name}.json").read_text())["times"])
@@ -265,7 +280,10 @@ def _verdicts(layers: str, steps: str, holds: Callable[[int], bool]) -> list[str
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     block.__name__: block
-    for block in (front, tax, rows, model, encoder, gemma, kept, decoder_layers, training, metal_on_gpu, versions)
+    for block in (
+        *(front, tax, rows, model, encoder, gemma, kept, decoder_layers, training, earlier),
+        *(metal_on_gpu, versions),
+    )
 }
 
 
