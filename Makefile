@@ -1,7 +1,7 @@
 # What a change is checked with; .ci/run calls these. JOBS=n for another number of processes.
 JOBS ?= 2
 
-.PHONY: help test tiny kernels lint examples conformance bench wheel mutations
+.PHONY: help test tiny kernels lint examples conformance bench wheel dist clean mutations docs numbers
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -22,8 +22,7 @@ lint:  ## ruff, mypy and clang-format, as pre-commit runs them
 	mypy
 	git ls-files '*.cpp' '*.h' '*.metal' '*.mm' | xargs clang-format --dry-run --Werror
 
-examples:  ## the examples, two of them on the emulated Apple GPU
-	python examples/finetune_encoder.py
+examples:  ## the examples but finetune_encoder.py, which the README runs; two of them on the emulated Apple GPU
 	python examples/without_peft.py
 	python examples/memory_of_training.py
 	python -m tests.emulator.mps_on_linux examples/finetune_mps.py --steps 2 --batch-size 4 --held-out 4
@@ -39,5 +38,22 @@ bench:  ## the LoRA tax on this machine
 wheel:  ## the wheel for a Mac, cross-built and linked against PyTorch's own (needs ld64.lld-19)
 	python -m tests.emulator.macos_wheel
 
+dist: clean  ## what is published, into dist/: sdist, the wheel built from it, the wheel for a Mac
+	python -m build
+	$(MAKE) wheel
+	twine check --strict dist/*
+
+clean:  ## without what was built
+	rm -rf build dist
+
 mutations:  ## break every kernel in one place at a time: do the tests notice?
 	python -m tests.mutation -j $(JOBS)
+
+numbers:  ## bring docs/benchmarks/ into the pages and pictures
+	python -m docs.write_numbers
+	python -m docs.pictures
+
+docs:  ## the pages, into docs/_build/html; warnings, broken links and stale numbers are errors (needs the extra of that name)
+	python -m docs.write_numbers --check
+	python -m docs.pictures --check
+	sphinx-build -E -W --keep-going -q -b html docs docs/_build/html

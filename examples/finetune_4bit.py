@@ -17,6 +17,7 @@ import argparse
 import copy
 import importlib.metadata
 import itertools
+import json
 import math
 import os
 import random
@@ -209,13 +210,20 @@ def main() -> None:
             assert torch.equal(model.eval()(input_ids=test[:1]).logits, logits)
     plot(losses, {name: (before[name], after[name]) for name in models}, args.out / "finetune_4bit.png")
 
-    def tokens_per_second(name: str) -> float:
-        return args.batch_size * args.length / statistics.median(seconds[name])
+    speed = {name: args.batch_size * args.length / statistics.median(seconds[name]) for name in models}
+    found = {
+        "losses": losses,
+        "perplexity": {"original": original, "before": before, "after": after},
+        "tokens_per_second": speed,
+        "weight_bytes": sizes,
+        "peak_bytes": peak,
+    }
+    (args.out / "results.json").write_text(json.dumps(found, indent=1))
 
     rows = [
         ("held-out perplexity before", before, "{:.2f}"),
         ("held-out perplexity after", after, "{:.2f}"),
-        ("training, tokens/s", {name: tokens_per_second(name) for name in models}, "{:.1f}"),
+        ("training, tokens/s", speed, "{:.1f}"),
         ("base weights, MB", {name: size / 1e6 for name, size in sizes.items()}, "{:.1f}"),
     ]
     if None not in peak.values():
@@ -226,7 +234,7 @@ def main() -> None:
     for label, values, form in rows:
         print(f"{label:<40}" + "".join(f"{form.format(values[name]):>15}" for name in models))
     print("base and adapters read back, PEFT's and mlx-lm's: the same logits, bit for bit")
-    print(f"written: {args.out / 'finetune_4bit.png'}, and for mlx-lm, on a Mac:")
+    print(f"written: {args.out / 'finetune_4bit.png'}, {args.out / 'results.json'}; for mlx-lm, on a Mac:")
     print(f"  mlx_lm.generate --model {base_folder} --adapter-path {args.out / 'mlx_adapters'} --prompt 'Good morning'")
 
 

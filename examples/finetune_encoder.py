@@ -270,6 +270,15 @@ def main() -> None:
     plot(losses, args.out / "loss.png")
 
     low, median, high = statistics.quantiles([a / b for a, b in zip(*seconds.values(), strict=True)], n=4)
+    found = {
+        "losses": losses,
+        "seconds": seconds,
+        "accuracy": after,
+        "kept_bytes": kept,
+        "peak_bytes": peak,
+        "stock_over_patched": {"median": median, "low": low, "high": high},
+    }
+    (args.out / "results.json").write_text(json.dumps(found, indent=1))
     rows = [
         ("held-out accuracy before, topic centroids", before, "{:.1%}"),
         ("held-out accuracy after", after, "{:.1%}"),
@@ -285,7 +294,7 @@ def main() -> None:
     print(f"largest difference of the loss curves: {curve_difference:.1e}")
     difference = (restored_logits - logits["patched"]).abs().max().item()
     print(f"adapter read back by stock PEFT: same bits as unpatched, {difference:.1e} from patched")
-    print(f"written: {args.out / 'adapter'}, {args.out / 'loss.png'}")
+    print(f"written: {args.out / 'adapter'}, {args.out / 'loss.png'}, {args.out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
@@ -47,28 +47,37 @@ def base_bytes(model: nn.Module, bits: int, group_size: int) -> int:
     return total
 
 
+def kept_by_a_layer(model: PeftModel, length: int) -> int:
+    """Bytes that a decoder layer of ``model`` keeps for its backward, of one sequence."""
+    x = torch.empty(1, length, model.config.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    inner = model.get_base_model().model
+    angles = inner.rotary_emb(x, torch.arange(length, device="meta")[None])
+    mask = torch.empty(1, 1, length, length, dtype=torch.bfloat16, device="meta")
+    return saved_bytes(lambda: inner.layers[0](x, attention_mask=mask, position_embeddings=angles))
+
+
+def adapted(name: str, rank: int, dropout: float = 0.0) -> tuple[PeftModel, int]:
+    """Stock PEFT's model, without memory, and the bytes of its base in 4 bits."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
+    base = base_bytes(model, bits=4, group_size=64)
+    config = LoraConfig(r=rank, target_modules="all-linear", lora_dropout=dropout)
+    return get_peft_model(model, config, low_cpu_mem_usage=True), base
+
+
 def modelled(name: str, lengths: tuple[int, ...], rank: int) -> tuple[float, float, list[float]]:
     """GiB of the base, of the adapters with their gradients and AdamW's two moments, and of a step at each length:
     batches of one sequence, gradient checkpointing, attention that keeps its probabilities. At its most, a step holds
     every layer's input and either the loss's tensors, or what one layer keeps and as much again in gradients."""
-    config = config_of(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    base = base_bytes(model, bits=4, group_size=64)
-    model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"), low_cpu_mem_usage=True)
+    model, base = adapted(name, rank)
     tfl.patch_peft(model)
+    config = model.config
     adapters = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    inner = model.get_base_model().model
     steps = []
     for length in lengths:
-        x = torch.empty(1, length, config.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        positions = torch.arange(length, device="meta")[None]
-        angles = inner.rotary_emb(x, positions)
-        mask = torch.empty(1, 1, length, length, dtype=torch.bfloat16, device="meta")
-        layer = saved_bytes(lambda x=x, a=angles, m=mask: inner.layers[0](x, attention_mask=m, position_embeddings=a))
-        inputs = config.num_hidden_layers * x.nbytes
+        inputs = config.num_hidden_layers * length * config.hidden_size * 2
         loss = length * config.vocab_size * LOSS_BYTES
-        steps.append((base + adapters + inputs + max(2 * layer, loss)) / GIB)
+        steps.append((base + adapters + inputs + max(2 * kept_by_a_layer(model, length), loss)) / GIB)
     return base / GIB, adapters / GIB, steps
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ if sys.platform != "linux":
     pytest.skip("builds on Linux what a Mac builds itself", allow_module_level=True)
 
 from tests import ROOT
-from tests.emulator.macos_wheel.binary import OLDEST_MACOS, PLACE, exports, minimum_macos, problems
+from tests.emulator.macos_wheel.binary import OLDEST_MACOS, PLACE, TORCH, exports, minimum_macos, problems
 from tests.emulator.macos_wheel.build import HERE, build, copy_sources, run_setup, script
 from tests.emulator.macos_wheel.compiler import command_for, linker
 from tests.emulator.macos_wheel.mac_torch import (
@@ -113,6 +114,16 @@ def test_imports_are_bound_to_their_libraries(binary, torches):
         assert symbols <= there[library]
     torch_symbols = {symbol for library, symbols in imports(binary).items() if "torch" in library for symbol in symbols}
     assert {symbol for symbol in torch_symbols if not symbol.startswith(("_aoti_torch_", "_torch_"))} == set()
+
+
+def test_names_that_are_looked_up_are_exported(torches):
+    """By dlsym, where a name that is missing is no error of any linker's. One came with torch 2.13."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "mps").glob("*.mm"))
+    names = {f"_{name}" for name in re.findall(r'dlsym\(\s*RTLD_DEFAULT,\s*"(\w+)"\)', text)}
+    assert len(names) == text.count("dlsym(")
+    older, newer = (set().union(*(exports(t, t.stubs)[library] for library in TORCH)) for t in torches)
+    assert names - newer == set()
+    assert names - older == {"_torch_exception_get_what_without_backtrace"}
 
 
 def test_source_build_against_the_oldest_torch(torches, tmp_path):

@@ -42,6 +42,12 @@ def build(dtype=torch.float32, autocast_adapter_dtype=True, **options):
     return get_peft_model(Net(dtype), config(**options), autocast_adapter_dtype=autocast_adapter_dtype)
 
 
+def add_adapter(model, name, **options):
+    """As PEFT does from 0.19 on: before, a later adapter kept the base's dtype, and several dtypes are not fused."""
+    model.add_adapter(name, config(**options))
+    model.base_model._cast_adapter_dtype(name, autocast_adapter_dtype=True)
+
+
 def inputs(dtype=torch.float32, rows=5):
     return torch.randn(3, rows, 8).to(dtype)
 
@@ -116,8 +122,8 @@ def test_half_adapters(fused_calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_active_adapters(dtype, fused_calls):
     model = build(dtype)
-    model.add_adapter("second", config(r=2, lora_alpha=1, lora_bias=True, target_modules=["first", "middle"]))
-    model.add_adapter("third", config(r=3))
+    add_adapter(model, "second", r=2, lora_alpha=1, lora_bias=True, target_modules=["first", "middle"])
+    add_adapter(model, "third", r=3)
     model.base_model.set_adapter(["default", "second", "third"])
     assert_same_step(model, inputs(dtype), fused_calls)
     model.base_model.set_adapter(["third", "second"])
@@ -170,7 +176,7 @@ def test_compiled_hotswap_pads_the_rank(fused_calls):
 def test_dropout(adapters, dtype, fused_calls):
     """Masks are our own: zeros at PEFT's rate, reproducible, and unbiased around the layer without dropout."""
     model = build(dtype, lora_dropout=0.5)
-    model.add_adapter("second", config(r=2, lora_dropout=0.25))
+    add_adapter(model, "second", r=2, lora_dropout=0.25)
     model.base_model.set_adapter(adapters)
     tfl.patch_peft(model)
     layer, x = model.base_model.model.first, inputs(dtype)[0]

@@ -1,4 +1,4 @@
-"""What other code is written against stays as it was in 0.1.0: public names, the operators' schemas and the keys of
+"""What other code is written against stays as it was released: public names, the operators' schemas and the keys of
 state_dict."""
 
 from __future__ import annotations

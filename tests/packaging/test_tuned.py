@@ -338,3 +338,13 @@ def test_shapes_of_a_model(tmp_path):
     config.save_pretrained(tmp_path)
     shapes = tune.shapes_of(tmp_path, [1, 8])
     assert shapes == [(M, *layer) for layer in ((64, 64), (64, 32), (64, 96), (96, 64)) for M in (1, 8)]
+
+
+def test_shapes_of_a_model_that_brings_code(tmp_path):
+    """Which is not run, and nobody is asked whether it may be."""
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    names = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "of_its_own", "auto_map": names}))
+    with pytest.raises(ValueError, match=r"of_its_own|trust_remote_code"):
+        tune.shapes_of(tmp_path, [1])
+    assert not (tmp_path / "ran").exists()

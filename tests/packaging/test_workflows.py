@@ -1,8 +1,9 @@
-"""GitHub's workflow, which has not run yet, says what the documents say; and what its steps on a Mac run."""
+"""GitHub's workflows, which have not run yet, say what the documents say; and what their steps on a Mac run."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -11,37 +12,36 @@ import pytest
 import torch
 import yaml
 
+import torch_fused_lora as tfl
 from tests import ROOT
 from tests.kernels import compile_shaders, kernel_code
+from tests.packaging.commands import blocks
 
-WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-JOBS = WORKFLOW["jobs"]
+CI, RELEASE = (yaml.safe_load((ROOT / ".github" / "workflows" / f"{n}.yml").read_text()) for n in ("ci", "release"))
+JOBS = CI["jobs"]
 GATES = {"Build from source", "Install the wheel built on Linux", "Compile every kernel source"}
 REPORTS = {"Doctor", "Doctor for a program", "Operator tests", "Fine-tune a model"}
 
 
-def commands(job: str) -> dict[str, dict]:
-    return {step["name"]: step for step in JOBS[job]["steps"] if "run" in step}
-
-
-def shell_blocks(document: str) -> list[str]:
-    return re.findall(r"```bash\n(.*?)\n```", (ROOT / document).read_text(), re.DOTALL)
+def commands(job: str, jobs: dict = JOBS) -> dict[str, dict]:
+    return {step["name"]: step for step in jobs[job]["steps"] if "run" in step}
 
 
 def test_linux_runs_the_tests_of_the_readme():
-    (tests,) = re.findall("^pip install .*pytest.*$", shell_blocks("README.md")[0], re.MULTILINE)
+    text = "".join(block.text for block in blocks("README.md"))
+    (tests,) = re.findall("^pip install .*pytest.*$", text, re.MULTILINE)
     assert commands("linux")["Tests"]["run"] == tests
 
 
 def test_a_mac_runs_the_first_three_commands_for_a_mac():
-    for name, command in zip(
-        ("Doctor", "Operator tests", "Fine-tune a model"), shell_blocks("docs/on_a_mac.md")[:3], strict=True
-    ):
-        assert command in commands("macos")[name]["run"]
+    names = "Doctor", "Operator tests", "Fine-tune a model"
+    for name, block in zip(names, blocks("docs/on_a_mac.md")[:3], strict=True):
+        assert block.text.strip() in commands("macos")[name]["run"]
 
 
 def test_every_file_that_a_command_names_is_there():
-    text = "\n".join(step["run"] for job in JOBS for step in commands(job).values())
+    every = [(job, workflow["jobs"]) for workflow in (CI, RELEASE) for job in workflow["jobs"]]
+    text = "\n".join(step["run"] for job in every for step in commands(*job).values())
     files, modules = re.findall(r"\b(?:tests|examples)/[\w./{},]+", text), re.findall(r"-m (tests\.[\w.]+)", text)
     assert len(files) >= 4
     assert len(modules) >= 3
@@ -57,7 +57,39 @@ def test_what_needs_no_gpu_is_a_gate_on_a_mac():
 
 
 def test_a_pipe_keeps_the_status_of_its_command():
-    assert WORKFLOW["defaults"]["run"]["shell"] == "bash"  # GitHub gives it pipefail only where it is named
+    for workflow in (CI, RELEASE):
+        assert workflow["defaults"]["run"]["shell"] == "bash"  # GitHub gives it pipefail only where it is named
+
+
+def test_a_release_is_what_make_dist_makes():
+    """Built and installed as CI does; published by a job that does nothing else, after a Mac has loaded the wheel."""
+    jobs = RELEASE["jobs"]
+    build, dist = commands("build", jobs), (ROOT / "Makefile").read_text().partition("\ndist:")[2].partition("\n\n")[0]
+    assert build["Build"]["run"].startswith("make dist && ")
+    assert all(command in dist for command in ("python -m build", "$(MAKE) wheel", "twine check --strict"))
+    assert build["Install"] == commands("for-macos")["Install"]
+    assert JOBS["macos"]["env"]["LOAD"] in commands("macos", jobs)["Load the wheel"]["run"]
+    assert jobs["publish"]["needs"] == ["build", "macos"]
+    assert not commands("publish", jobs)
+
+
+def test_a_release_keeps_no_secret():
+    """Trusted publishing: one job, of an environment of its own, may ask for a token; nothing else may."""
+    jobs = RELEASE["jobs"]
+    assert {name for name, job in jobs.items() if "permissions" in job} == {"publish"}
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert "environment" in jobs["publish"]
+    assert CI["permissions"] == RELEASE["permissions"] == {"contents": "read"}
+    assert "secrets" not in str(RELEASE)
+
+
+def test_a_release_is_of_the_tagged_version():
+    tags = RELEASE[True]["push"]["tags"]  # YAML's `on`
+    assert tags == ["v*"]
+    check = commands("build", RELEASE["jobs"])["The tag is the version"]["run"]
+    for tag, expected in ((f"v{tfl.__version__}", 0), ("v0.0.1", 1)):
+        environment = os.environ | {"GITHUB_REF_NAME": tag, "PYTHONPATH": str(ROOT)}
+        assert subprocess.run(["bash", "-c", check], cwd=ROOT, env=environment).returncode == expected
 
 
 def compiler(source: str) -> None:

@@ -247,9 +247,9 @@ def shapes_of(folder: Path, rows: list[int]) -> list[tuple[int, int, int]]:
     """
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=False)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     shapes = dict.fromkeys((module.in_features, module.out_features) for module in linears)
     return [(M, K, N) for (K, N), M in itertools.product(shapes, rows)]

@@ -7,7 +7,7 @@ when every name, shape and dtype agrees is each tensor read, once, to where it s
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,16 @@ def load_mlx(folder: str | Path, device: torch.device | str = "cpu") -> PreTrain
             _take_format(name, module, stored)
     _tie(model)
     _check(model, stored, Counter(name for shard in shards for name in shard))
-    for name, tensor in stored.items():
-        path, _, leaf = name.rpartition(".")
-        owner, value = model.get_submodule(path), tensor.read().to(device)
-        if leaf in owner._parameters:
-            value = nn.Parameter(value, requires_grad=value.is_floating_point())
-        setattr(owner, leaf, value)
-    _tie(model)
-    _tie(model.to(device))  # which makes two of each shared buffer
+    places = _places(model)
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name in stored:
+            value = stored[name].read().to(device)
+            if isinstance(own, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=value.is_floating_point())
+            for held, leaf in places[id(own)]:
+                held[leaf] = value
+    for module in model.modules():  # what no checkpoint has, such as rotary frequencies, was made on the CPU
+        module._buffers.update({leaf: b.to(device) for leaf, b in module._buffers.items() if b is not None})
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -119,6 +121,16 @@ def _tie(model: Any) -> None:
         become_packed(model.get_output_embeddings(), embedding.packed, embedding._dtype)
     else:
         model.tie_weights()
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Where each tensor is held, by its id: shared ones in several places."""
+    places = defaultdict(list)
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for leaf, tensor in held.items():
+                places[id(tensor)].append((held, leaf))
+    return places
 
 
 def _check(model: nn.Module, stored: dict[str, Stored], counts: Counter[str]) -> None:

@@ -48,6 +48,9 @@ def header(path: Path) -> dict[str, Stored]:
             entries = json.loads(file.read(start - 8))
             entries.pop("__metadata__", None)
             parts = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
+            for _, shape, begin, end in parts.values():
+                if any(type(number) is not int for number in (*shape, begin, end)):  # a bool is one to isinstance
+                    raise TypeError("sizes and offsets are integers")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected a safetensors file, got another header") from error
     found = {}

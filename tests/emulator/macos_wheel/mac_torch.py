@@ -7,6 +7,7 @@ Downloaded by pip, of which only what is needed is kept, in the same cache folde
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -126,7 +127,8 @@ def _download(version: Version) -> MacTorch:
 def _pip(command: str, *arguments: str) -> str:
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--retries", "1", "--timeout", "30", *TARGET]
     words = [sys.executable, "-m", "pip", command, *options, *arguments]
-    done = subprocess.run(words, capture_output=True, text=True)
+    newest = os.environ | {"PIP_CONSTRAINT": os.devnull}  # a cap of this machine's says nothing of what Macs get
+    done = subprocess.run(words, capture_output=True, text=True, env=newest)
     if done.returncode and "connection broken" in done.stderr:
         raise UnreachableError(f"pip reached no registry that has {arguments[-1]} for macOS")
     if done.returncode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -110,6 +111,8 @@ def why_unavailable() -> str | None:
         return "PyTorch takes one accelerator a process, and has CUDA here"
     if shutil.which("g++") is None:
         return "the mps emulator is compiled by g++, which is not installed"
+    if importlib.util.find_spec("ziglang") is None:
+        return "the mps emulator is compiled by the package ziglang, which is not installed"
     return None
 
 

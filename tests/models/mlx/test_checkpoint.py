@@ -231,7 +231,13 @@ def test_a_file_that_is_cut_off(keep, message, tmp_path):
         tfl.load_mlx(folder)
 
 
-@pytest.mark.parametrize("text", [b"{}[", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}'])
+ENTRY = b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [%s]}}'
+HEADERS = [b"{}[", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', ENTRY % (b"1", b"0")]
+HEADERS += [ENTRY % (shape, b"0, 4") for shape in (b"1.0", b"true", b'"1"', b"null", b"[1]")]
+HEADERS += [ENTRY % (b"1", offsets) for offsets in (b"0, 4.0", b"false, 4", b'"0", "4"')]
+
+
+@pytest.mark.parametrize("text", HEADERS)
 def test_a_header_of_another_kind(text, tmp_path):
     folder = convert(tmp_path)
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
