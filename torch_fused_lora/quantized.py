@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .affine import SCALE_DTYPES, Packed, quantize, why_not
 from .ops.dispatch import PLAIN_TYPES
 from .ops.lora_linear_quantized import quantized_linear
+from .ops.rows import DTYPES, DTYPES_TEXT
 from .report import pattern
 
 _INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -41,7 +42,9 @@ class PackedWeight(nn.Module):
     def packed(self) -> Packed:
         """The weight as the operators take it."""
         buffers: Any = self._buffers
-        weight: Any = self._parameters["weight"]
+        weight: Any = self._parameters.get("weight")
+        if weight is None:  # a replica of DataParallel's, which holds it as a plain attribute
+            weight = self.weight
         return Packed(weight, buffers["scales"], buffers["biases"], self.bits, self.group_size)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -58,7 +61,12 @@ class PackedWeight(nn.Module):
         def keep_dtype(tensor: Tensor) -> Tensor:
             if tensor is self.scales or tensor is self.biases:
                 return function(tensor.view(_INTEGERS[tensor.dtype])).view(tensor.dtype)
-            return function(tensor)
+            moved = function(tensor)
+            if tensor is self.weight and moved.dtype is not tensor.dtype:
+                raise TypeError(
+                    "a packed layer: expected to(dtype), got type(dtype), which converts whole numbers, too"
+                )
+            return moved
 
         self._dtype = function(torch.empty(0, dtype=self._dtype, device=self.weight.device)).dtype
         return super()._apply(keep_dtype, recurse)
@@ -178,8 +186,8 @@ class QuantEmbedding(PackedWeight, nn.Embedding):
         words, scales, biases, bits, group_size = self.packed
         words = words.view(torch.int32)[input].view(torch.uint32)  # mps copies no uint32
         rows = Packed(words, scales[input], biases[input], bits, group_size).dequantize(self._dtype)
-        scale = self._buffers.get("embed_scale")  # Gemma's
-        return rows if scale is None else rows * scale.to(rows.dtype)
+        scale: Any = getattr(self, "embed_scale", 1.0)  # Gemma's is a buffer, BART's and its kin's a number
+        return rows * scale.to(rows.dtype) if isinstance(scale, Tensor) else rows if scale == 1 else rows * scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,8 +311,10 @@ def _layers(
     skipped = [f".{part}." for part in ([skip] if isinstance(skip, str) else skip)]
     adapters: list[str] = []  # what PEFT adds to layers that it has wrapped
     for name, module in modules.items():
-        if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
-            if module.merged:
+        if hasattr(module, "adapter_layer_names"):  # or in their place, as modules_to_save
+            if any(getattr(module, "use_dora", {}).values()):
+                raise ValueError(f"{name}: DoRA reads its base's weight, which cannot be packed words: skip the layer")
+            if getattr(module, "merged", False):
                 raise ValueError(f"{name}: adapters are merged into its base: unmerge them first")
             adapters += [f"{name}.{part}." for part in module.adapter_layer_names]
     for name, module in modules.items():
@@ -328,17 +338,28 @@ def _check_format(bits: int, group_size: int) -> None:
 
 def _check_weight(name: str, layer: nn.Linear | nn.Embedding, group_size: int) -> None:
     weight, name = layer.weight, f"{name}.weight".lstrip(".")
+    if layer._parameters.get("weight") is None:
+        raise ValueError(
+            f"{name}: expected a parameter, got what hooks make, as of pruning or weight_norm: skip the layer"
+        )
     if type(weight) not in PLAIN_TYPES or weight.layout is not torch.strided or weight.is_meta:
         raise ValueError(f"{name}: expected a plain dense tensor, got a {type(weight).__name__} on {weight.device}")
     if not weight.is_floating_point():
         raise ValueError(f"{name}: expected a floating dtype, got {weight.dtype}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected {DTYPES_TEXT}, got {weight.dtype}")
     if weight.shape[1] % group_size:
         raise ValueError(
             f"{name}: expected a multiple of group_size {group_size} columns, got shape {tuple(weight.shape)}; "
             "skip the layer or choose another group_size"
         )
+    if weight.numel() == 0:
+        raise ValueError(f"{name}: expected elements, got shape {tuple(weight.shape)}")
     if not weight.isfinite().all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    low, high = map(float, weight.detach().aminmax())
+    if high - low > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a range that float32 has, got {low} to {high}")
 
 
 def _check_shared(model: nn.Module, layers: dict[str, Any], tied: Iterable[str]) -> None:
@@ -349,7 +370,7 @@ def _check_shared(model: nn.Module, layers: dict[str, Any], tied: Iterable[str])
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(name)
     for name, layer in layers.items():
-        others = owners[id(layer.weight)] - {name, *tied}
+        others = owners.get(id(layer.weight), set()) - {name, *tied}
         if others:
             raise ValueError(f"{name}.weight: shared with {', '.join(sorted(others))}; skip the layer, or untie them")
 

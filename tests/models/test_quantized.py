@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GemmaConfig,
@@ -624,3 +625,61 @@ def test_memory_of_a_training_step():
         peaks.append(peak_bytes(lambda each=each: each(**batch(4, 64)).loss.backward()))
     assert peaks[0] > 50 * largest
     assert peaks[1] <= peaks[0] + 7 * largest
+
+
+# --------------------------------------------------------------------------------- what is beside the usual of a layer
+
+
+def test_what_peft_trains_in_a_module_s_place_stays():
+    model = get_peft_model(language_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tfl.quantize_(model)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+
+
+def test_dora_s_base_is_not_quantised():
+    model = with_lora(language_model(), use_dora=True)
+    with pytest.raises(ValueError, match="q_proj: DoRA reads its base's weight"):
+        tfl.quantize_(model)
+    assert not layers_of(model)
+
+
+def test_a_replica_of_data_parallel():
+    layer = tfl.QuantLinear.from_linear(linear(dtype=torch.float32))
+    replica = layer._replicate_for_data_parallel()
+    for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        setattr(replica, name, tensor.detach().clone())
+    x = torch.randn(3, 128)
+    assert torch.equal(replica(x), layer(x))
+
+
+def test_type_is_refused():
+    layer = tfl.QuantLinear.from_linear(linear())
+    words = layer.weight.detach().clone()
+    with pytest.raises(TypeError, match=r"expected to\(dtype\), got type\(dtype\)"):
+        layer.type(torch.float16)
+    assert torch.equal(layer.weight.view(torch.int32), words.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.tensor([[3e38, -3e38] * 32]), "a range that float32 has"),
+        (torch.tensor([[1e300] + [0.0] * 63], dtype=torch.float64), "a range that float32 has"),
+        (torch.zeros(0, 64), "elements"),
+        (torch.zeros(1, 64).to(torch.float8_e4m3fn), "float16, bfloat16, float32 or float64"),
+    ],
+)
+def test_weights_that_the_format_does_not_have(weight, message):
+    model = nn.Sequential(linear(), linear(64, 1))
+    model[1].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=rf"1\.weight: expected {message}"):
+        tfl.quantize_(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_pruned_weight_is_refused_by_name():
+    model = nn.Sequential(linear())
+    prune.random_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"0\.weight: expected a parameter"):
+        tfl.quantize_(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModel, BartConfig, Gemma3ForCausalLM, Gemma3TextConfig, M2M100Config, MBartConfig
 
 import torch_fused_lora as tfl
 
@@ -120,3 +120,19 @@ def test_lora_over_an_embedding_trains_and_is_not_merged():
             merge()
     with pytest.raises(ValueError, match=r"embed_tokens.*: holds packed words, which cannot be resized"):
         model.resize_token_embeddings(8)
+
+
+@pytest.mark.parametrize("config", [BartConfig, M2M100Config, MBartConfig])
+def test_a_scale_that_is_a_number(config):
+    """BART's and its kin's, where Gemma's is a buffer."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+    heads = {"decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = AutoModel.from_config(config(**sizes, **heads, scale_embedding=True)).eval()
+    tfl.quantize_(model, embeddings=True)
+    twin = copy.deepcopy(model)
+    tfl.dequantize_(twin)
+    ids = torch.arange(3, 9)[None]
+    found, expected = (each(input_ids=ids, decoder_input_ids=ids).last_hidden_state for each in (model, twin))
+    assert isinstance(model.get_input_embeddings(), tfl.QuantEmbedding)
+    torch.testing.assert_close(found, expected)

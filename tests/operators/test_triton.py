@@ -462,7 +462,7 @@ def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype,
     untuned = SimpleNamespace(of=lambda *_: SimpleNamespace(way=0))
     monkeypatch.setattr(ways, "tuned_layers", lambda _: untuned)
     monkeypatch.setattr(launcher, "TESTED", (launcher.triton.__version__.rpartition(".")[0],))
-    ways._has_kernels.cache_clear()
+    ways.has_kernels.cache_clear()
     ways._gluon_kernels.cache_clear()
 
     def on_card(shape, dtype):
@@ -474,7 +474,7 @@ def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype,
     M, K, N = shape
     operands = on_card((M, K), dtype), on_card((4, K), adapter_dtype), on_card((N, 4), adapter_dtype)
     assert ways.choose(*operands, drops)[0] is expected
-    ways._has_kernels.cache_clear()
+    ways.has_kernels.cache_clear()
     ways._gluon_kernels.cache_clear()
 
 
@@ -496,9 +496,9 @@ def test_tiles_fill_an_h100(monkeypatch, M, N, columns, fills):
 
 def test_an_old_card_takes_the_composition(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == 0 else (8, 0))
-    ways._has_kernels.cache_clear()
-    assert [ways._has_kernels(device) for device in (-1, 0, 1)] == [True, False, True]
-    ways._has_kernels.cache_clear()
+    ways.has_kernels.cache_clear()
+    assert [ways.has_kernels(device) for device in (-1, 0, 1)] == [True, False, True]
+    ways.has_kernels.cache_clear()
 
 
 def test_packed_words():
@@ -620,3 +620,14 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
     launch((x, None), (5,), ("a",), ("k",))
     assert notes == [*expected, ("compiled", 0, grid, (x, None, 5, 9))]
     assert current == [0]
+
+
+def test_a_bias_of_any_stride_over_packed_words():
+    interpret("""
+from tests.operators.test_quantized import call
+from torch_fused_lora.affine import quantize
+packed, x = quantize(torch.randn(40, 128), 4, 64), torch.randn(3, 128).half()
+for bias in (torch.randn(80).half()[::2], torch.randn(1).half().expand(40)):
+    found, expected = (call(x, packed, b, None, None) for b in (bias, bias.clone().contiguous()))
+    assert torch.equal(found, expected)
+""")

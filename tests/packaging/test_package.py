@@ -201,7 +201,7 @@ def test_ratios_of_a_model_are_of_the_same_round():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_bench_of_a_model_on_cuda_has_kernels_and_memory(monkeypatch):
+def test_bench_of_a_model_on_cudahas_kernels_and_memory(monkeypatch):
     monkeypatch.setitem(model.SIZES, "small", TINY | dict.fromkeys(("hidden_size", "intermediate_size"), 256))
     base = model.build("small", torch.device("cuda"))
     result = model.counted(base, model.timed(base, model.ModelCase(4, 512, 8, "float32", 0.0), 0))

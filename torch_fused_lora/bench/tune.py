@@ -23,7 +23,7 @@ from rich.table import Table as Sheet
 from torch import Tensor, nn
 
 from ..mps import extension
-from ..ops.lora_linear.ways import triton_kernels, tuned_layers
+from ..ops.lora_linear.ways import has_kernels, triton_kernels, tuned_layers
 from ..plan import plan
 from ..tuned import Layer, Table, text_of
 from .measure import Ratio, interleaved, ratio
@@ -79,9 +79,9 @@ class _Cuda:
     """What Triton launches. A step is a graph of its launches, so that the device alone is timed."""
 
     def __init__(self, device: torch.device):
-        if triton_kernels() is None:
-            raise RuntimeError("there is no Triton for NVIDIA")
         self.device = torch.cuda.current_device() if device.index is None else device.index
+        if not has_kernels(self.device):
+            raise RuntimeError("there is no Triton for NVIDIA, or a card older than Ampere")
         self.layers = tuned_layers(self.device)
         self.table = self.layers.table
 

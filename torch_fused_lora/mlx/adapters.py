@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from ..affine import SCALE_DTYPES
 from ..report import pattern
-from .stored import Stored, header
+from .stored import Stored, header, read_object
 
 _PREFIX = "base_model.model."  # a PeftModel's, before the names in its base
 
@@ -48,7 +48,7 @@ def save_mlx_adapters(model: PeftModel, folder: str | Path, adapter_name: str | 
         raise ValueError(f"adapter_name: expected a LoRA adapter among {list(model.peft_config)}, got {name!r}")
     folder = Path(folder)
     config_file = folder / "adapter_config.json"
-    if config_file.exists() and "peft_type" in _read(config_file):
+    if config_file.exists() and "peft_type" in read_object(config_file):
         raise ValueError(f"folder: {folder} holds an adapter of PEFT's, whose adapter_config.json this would replace")
 
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -165,20 +165,9 @@ def load_mlx_adapters(model: nn.Module, folder: str | Path, adapter_name: str = 
     return model
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The object that a file of JSON holds."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object, got {found!r}")
-    return found
-
-
 def _scale_and_dropout(path: Path) -> tuple[float, float]:
     """What a configuration of mlx-lm's says of its adapter."""
-    config = _read(path)
+    config = read_object(path)
     if (kind := config.get("fine_tune_type", "lora")) != "lora":
         raise ValueError(f"{path}: fine_tune_type: expected 'lora', got {kind!r}")
     parameters = config.get("lora_parameters")

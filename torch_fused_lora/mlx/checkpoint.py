@@ -6,7 +6,6 @@ when every name, shape and dtype agrees is each tensor read, once, to where it s
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..affine import SCALE_DTYPES, Packed, why_not
 from ..quantized import QuantEmbedding, become_packed
-from .stored import Stored, header
+from .stored import Stored, header, read_object
 
 # Whose tensors have the same names and mean the same in mlx-lm and Transformers.
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+_FACTORIES = (torch.empty, torch.ones, torch.zeros)
 
 
 class _WithoutWeights(TorchFunctionMode):
-    """Puts on the meta device what `torch.empty` makes, which is how modules get their weights."""
+    """Puts on the meta device what these make, which is how modules get their weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func in _FACTORIES else {}))
 
 
 def load_mlx(folder: str | Path, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -49,15 +49,18 @@ def load_mlx(folder: str | Path, device: torch.device | str = "cpu") -> PreTrain
             shards but their headers was read.
     """
     folder = Path(folder)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_object(folder / "config.json")
     if raw.get("model_type") not in FAMILIES:
         raise ValueError(f"{folder}: model_type: expected one of {', '.join(FAMILIES)}, got {raw.get('model_type')!r}")
     quantization = raw.get("quantization") or {}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{folder}: quantization: expected an object, got {quantization!r}")
     for name, entry in {"quantization": quantization, **quantization}.items():
         if isinstance(entry, dict) and entry.get("mode", "affine") != "affine":
             raise ValueError(f"{folder}: {name}: mode: expected 'affine', got {entry['mode']!r}")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vars(config).pop("quantization_config", None)  # the same once more, where Transformers looks for methods of its own
+    config._attn_implementation = None  # a checkpoint may name one of the hub's kernels, which is code
     with _WithoutWeights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -86,7 +89,10 @@ def load_mlx(folder: str | Path, device: torch.device | str = "cpu") -> PreTrain
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        places = read_object(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index}: weight_map: expected an object, got {places!r}")
+        names = set(map(str, places.values()))
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{index}: expected names of safetensors files in its folder, got {name!r}")
@@ -144,6 +150,8 @@ def _check(model: nn.Module, stored: dict[str, Stored], counts: Counter[str]) ->
     for name in expected.keys() & stored.keys():
         tensor, (dtype, shape, *_) = expected[name], stored[name]
         dtypes = (torch.uint32,) if tensor.dtype is torch.uint32 else SCALE_DTYPES
+        if name.endswith(".biases") and (beside := stored.get(f"{name.removesuffix('.biases')}.scales")):
+            dtypes = (beside.dtype,) if beside.dtype in SCALE_DTYPES else dtypes
         if tuple(tensor.shape) != shape or dtype not in dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             problems.append(f"{name}: expected {tuple(tensor.shape)} of {wanted}, got {shape} of {dtype}")

@@ -221,7 +221,11 @@ def test_files_that_are_not_there(tmp_path):
 
 @pytest.mark.parametrize(
     ("keep", "message"),
-    [(4, "expected a safetensors file"), (100, "expected a safetensors file"), (-1, ".*does not fit a file of")],
+    [
+        (4, "expected a safetensors file"),
+        (100, "expected a safetensors file"),
+        (-1, "expected a safetensors file: .*not fully covered"),
+    ],
 )
 def test_a_file_that_is_cut_off(keep, message, tmp_path):
     folder = convert(tmp_path)
@@ -234,6 +238,7 @@ def test_a_file_that_is_cut_off(keep, message, tmp_path):
 ENTRY = b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [%s]}}'
 HEADERS = [b"{}[", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', ENTRY % (b"1", b"0")]
 HEADERS += [ENTRY % (shape, b"0, 4") for shape in (b"1.0", b"true", b'"1"', b"null", b"[1]")]
+HEADERS += [b"[" * 100_000, b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}']
 HEADERS += [ENTRY % (b"1", offsets) for offsets in (b"0, 4.0", b"false, 4", b'"0", "4"')]
 
 
@@ -241,7 +246,33 @@ HEADERS += [ENTRY % (b"1", offsets) for offsets in (b"0, 4.0", b"false, 4", b'"0
 def test_a_header_of_another_kind(text, tmp_path):
     folder = convert(tmp_path)
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file, got another header"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file: "):
+        tfl.load_mlx(folder)
+
+
+def test_tensors_that_overlap(tmp_path):
+    folder = convert(tmp_path)
+    entries = {name: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 8]} for name, at in (("a", 0), ("b", 4))}
+    text = json.dumps(entries).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file: .*offset"):
+        tfl.load_mlx(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_no_object(name, text, tmp_path):
+    folder = convert(tmp_path)
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: expected (JSON|an object)"):
+        tfl.load_mlx(folder)
+
+
+@pytest.mark.parametrize("places", [[], "model.safetensors", None])
+def test_an_index_without_places(places, tmp_path):
+    folder = convert(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=r"index\.json: weight_map: expected an object"):
         tfl.load_mlx(folder)
 
 
@@ -250,7 +281,7 @@ def test_sizes_are_checked_before_anything_is_allocated(entry, tmp_path):
     folder = convert(tmp_path)
     text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(ValueError, match="does not fit a file of"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file: "):
         tfl.load_mlx(folder)
 
 
@@ -283,6 +314,34 @@ def test_memory_is_the_checkpoint_and_one_tensor(quantize, tmp_path):
 def test_nothing_is_allocated_for_what_is_refused(tmp_path):
     folder = convert(tmp_path, quantize=True)
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 1 << 40}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def load():
+        with pytest.raises(ValueError, match="embed_tokens"):
+            tfl.load_mlx(folder)
+
+    assert _peak(load) < 1 << 16
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_checkpoint_names_no_code(name, tmp_path):
+    """Transformers would fetch this kernel from the hub, and run it."""
+    folder = convert(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {name: "kernels-community/flash-attn3"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tfl.load_mlx(folder).config._attn_implementation == "sdpa"
+
+
+def test_scales_and_biases_of_two_dtypes(tmp_path):
+    folder = convert(tmp_path, quantize=True)
+    _change(folder, lambda t: t.update({f"{DOWN}.biases": t[f"{DOWN}.biases"].half()}))
+    with pytest.raises(ValueError, match=rf"{DOWN}\.biases: expected .* of float32, got .* of torch\.float16"):
+        tfl.load_mlx(folder)
+
+
+def test_nothing_of_a_hidden_size_is_allocated_for_what_is_refused(tmp_path):
+    folder = convert(tmp_path, quantize=True)
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 1 << 22}
     (folder / "config.json").write_text(json.dumps(config))
 
     def load():

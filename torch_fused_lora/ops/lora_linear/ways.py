@@ -129,7 +129,7 @@ def choose(
     if rows.dtype in HALF:
         limits = limits_of(device_type_of(rows))
         M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
-        if limits.triton and M * K * N > 0 and _has_kernels(index := rows.get_device()):  # no grid is empty
+        if limits.triton and M * K * N > 0 and has_kernels(index := rows.get_device()):  # no grid is empty
             tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
             if drops:
                 fits = K % 8 == 0  # tiles begin at whole counters of 8 elements
@@ -157,7 +157,7 @@ def autograd_follows(x: Tensor) -> bool:
 
 
 @functools.cache
-def _has_kernels(device: int) -> bool:
+def has_kernels(device: int) -> bool:
     """Whether there are Triton kernels for a card: its matrix units have to multiply bfloat16, as they do from Ampere
     on. The CPU is -1, where kernels are interpreted."""
     return triton_kernels() is not None and (device < 0 or torch.cuda.get_device_capability(device) >= (8, 0))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...affine import Packed
 from ..dispatch import Flags, Floats, Ints, Maybe, Saved
 from ..lora_linear.portable import add_delta_, low_rank_backward
-from ..lora_linear.ways import limits_of, triton_kernels
+from ..lora_linear.ways import has_kernels, limits_of
 from ..rows import HALF, flat, packed, unflat
 
 # Elements of W that are dequantised at a time: 4 MiB of float32 on a CPU, 32 MiB of a half dtype elsewhere. In backward
@@ -139,7 +139,8 @@ def _dequantized(weight: Packed, dtype: torch.dtype) -> Tensor:
 
 def _triton(device: torch.device, dtype: torch.dtype) -> Any:
     """The module of Triton kernels where they compute, or None."""
-    if not limits_of(device.type).triton or dtype is torch.float64 or not triton_kernels():
+    index = -1 if device.index is None else device.index
+    if not limits_of(device.type).triton or dtype is torch.float64 or not has_kernels(index):
         return None
     from . import triton
 

@@ -35,6 +35,7 @@ def product(
     """``rows Wᵀ + bias + scaling · h Bᵀ``, rounded once, for half rows (M, K), M up to `ROWS`; and h = rows Aᵀ (M, r)
     in the adapter's dtype, if there is one and it is to be saved."""
     words, scales, biases, bits, group_size = _contiguous(packed)
+    bias = None if bias is None else bias.contiguous()  # the kernel takes no stride of it
     number, factor = as_factor(scaling, rows)
     out = rows.new_empty((rows.shape[0], scales.shape[0]))
     found, parts, h, saved = (None, 1, None, None) if lora_A is None else low_rank._low_rank(rows, lora_A, (), save_h)
