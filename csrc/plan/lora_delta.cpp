@@ -68,6 +68,7 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Stage stage, Laun
   Operand down = delta.down, up = delta.up;
   down.offset += slice.begin * down.row_stride;
   up.offset += slice.begin * up.col_stride;
+  down.rows = up.cols = slice.end - slice.begin;
   if (aligned(p.in, p.dtype)) flags |= DELTA_WIDE_X;
   if (aligned(down, p.adapter_dtype)) flags |= DELTA_WIDE_A;
   if (aligned(up, p.adapter_dtype)) flags |= DELTA_WIDE_B;
@@ -76,14 +77,17 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Stage stage, Laun
 
   const bool is_down = stage == Stage::down, is_forward = p.pass == Pass::forward;
   const bool drops = slice.p > 0 && is_down == is_forward;  // the input forward, the result backward
-  Variant("lora_delta")
-      .add(msl(p.dtype))
+  const Operand y = {M, N, M, 0, N, 1, p.out_offset};
+  const bool by_rows = layout_of(is_down ? p.in : y, p.dtype) == Layout::rows;
+  Variant variant("lora_delta");
+  variant.add(msl(p.dtype))
       .add(msl(p.adapter_dtype))
       .add(is_down ? "tfl::Stage::down" : "tfl::Stage::up", is_down ? "down" : "up")
       .add(c.rank_blocks)
       .add(c.row_blocks)
-      .add(drops ? "true" : "false", drops ? "drop" : "plain")
-      .assemble(lora_delta_source, launch);
+      .add(drops ? "true" : "false", drops ? "drop" : "plain");
+  add_layout(variant, by_rows ? layout_of(is_down ? down : up, p.adapter_dtype) : Layout::any);
+  variant.assemble(lora_delta_source, launch);
   const uint64_t row_tiles = ceil_div(M, BLOCK * (is_down ? c.row_blocks : c.up_row_blocks));
   set_grid(launch, LANES * DELTA_SIMDGROUPS, is_down ? c.k_splits : c.splits, row_tiles);
   set_arguments(

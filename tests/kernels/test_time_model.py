@@ -58,7 +58,7 @@ def test_bytes_once_and_as_requested():
     assert up.requested == up.least + B.nbytes
 
 
-COUNTS = Counts("no kernel", 10, 256, 0, *[0] * 7)
+COUNTS = Counts("no kernel", 10, 256, 32, *[0] * 8)
 
 
 @pytest.mark.parametrize(

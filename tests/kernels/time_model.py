@@ -36,10 +36,10 @@ from torch import Tensor
 
 from tests import ROOT
 from tests.emulator import metal_on_cpu
+from tests.emulator.metal_on_cpu import codegen
 from tests.emulator.metal_on_cpu.toolchain import cached, runtime
 from tests.emulator.metal_on_gpu import times
 from tests.emulator.metal_on_gpu.library import Dispatches
-from tests.kernels.kernel_code import committed, shape
 from tests.kernels.launch_plan import Launch
 from torch_fused_lora.affine import Packed
 
@@ -86,6 +86,7 @@ class Counts:
     kernel: str
     threadgroups: int
     threads: int  # of a threadgroup
+    registers: int  # of a thread, estimated: kernel_code.py
     threadgroup_memory: int  # its bytes
     requested: int  # bytes of device memory, all requests
     least: int  # and each byte once
@@ -111,7 +112,7 @@ class Counts:
 
     def resident(self, chip: Chip) -> int:
         """Threadgroups that a core has room for."""
-        registers = committed().get(shape(self.kernel), 32) * 4 * self.threads
+        registers = self.registers * 4 * self.threads
         memory = chip.threadgroup_kb * 1024 / max(self.threadgroup_memory, 1)
         return max(int(min(chip.register_kb * 1024 / registers, chip.threads / self.threads, memory)), 1)
 
@@ -150,7 +151,8 @@ def count(launch: Launch, arguments: Sequence[Tensor | bytes | None]) -> Counts:
     parts = [source, kernel, repr(shapes), repr((list(launch.threads), list(launch.group))), str(runtime())]
     name = hashlib.sha256(kernel.encode()).hexdigest()[:8]
     found = json.loads(cached(f"counts-{name}", [*parts, inspect.getsource(count)], ".json", make).read_text())
-    return Counts(kernel=kernel, threadgroups=groups, threads=launch.group[0], **found)
+    registers = codegen.inspect(source)[kernel].live_registers
+    return Counts(kernel, groups, launch.group[0], registers, **found)
 
 
 def counts(gpu_cores: int, launch_all: Callable[[Dispatches], object]) -> list[Counts]:
