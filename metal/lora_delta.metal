@@ -11,12 +11,16 @@
 //   eight columns. The slices are added up through threadgroup memory, the splits by the second dispatch, both in a
 //   fixed order.
 // Algorithm, up. A threadgroup has ROWS rows (at most 16 above rank 64) and a split of N. It adds up the partial h of
-//   its rows, then walks over its columns in tiles of 64. Up to rank 64 a simdgroup has the h of its rows in registers;
-//   above, h stays in threadgroup memory, and a tile takes a step for every 32 ranks.
-//   In both, while one tile is multiplied, the next one is on its way into registers, as raw elements.
-// Tile. Down: x ROWS x WIDTH, A RANKS x WIDTH, WIDTH 128 up to rank 16, then 64, 32 and 16; at most 26 KB. Up: B 64 x
-//   64 at most, sums ROWS x 64, h ROWS x RANKS above rank 64; 14 KB at rank 16, 26 KB at 64, at most 30.
-// Threads. 256. A thread has one or two runs of eight elements of a tile of x and of A, one of y, one or two of B.
+//   its rows, then walks over its columns in tiles of 64 or 128. Up to rank 64 a simdgroup has the h of its rows in
+//   registers; above, h stays in threadgroup memory, and a tile takes a step for every 32 ranks. In both, while one
+//   tile is multiplied, the next one is on its way into registers, as raw elements.
+// Tile. Down: x ROWS x WIDTH, A RANKS x WIDTH, WIDTH 128 up to rank 16, then 64, 32 and 16; at most 14 KB where both
+// are
+//   half, else 26. Up: B WIDTH x 64 at most, sums ROWS x WIDTH, WIDTH 128 for 32 rows up to rank 16, else 64, and h
+//   ROWS x RANKS above rank 64; with half B 23 KB at rank 16, 18 KB at 64, at most 26; with float B at most 30.
+// Threads. 256. A thread has one or two runs of eight elements of a tile of x, of A, of y and of B.
+// Registers. A kernel for any strides and edges keeps a third more values than one whose operands are known to lie in
+//   whole aligned runs (LAYOUT): that decides how many threadgroups a core has room for.
 // Bytes. x is read once, y read and written once: the least possible. A is read once per ROWS rows, and so is B, which
 //   for 32 rows and rank r adds r / 32 of the bytes of x and y (all counted by the executor), from the GPU's cache as
 //   far as it holds A and B. The partial h besides: M r floats a split of K, written once and read once a split of N,
@@ -152,15 +156,15 @@ struct Up {
   static constant constexpr bool HELD = RANK_BLOCKS <= DELTA_HELD;
   static constant constexpr short CHUNK = BLOCK * (HELD ? RANK_BLOCKS : short(DELTA_CHUNK));
   static constant constexpr short COLUMN_SLICES = DELTA_SIMDGROUPS / ROW_GROUPS;
-  static constant constexpr short COLUMN_BLOCKS = DELTA_COLUMNS / (BLOCK * COLUMN_SLICES);  // of a simdgroup
-  using BTile = Tile<DELTA_COLUMNS, CHUNK, B>;
-  using SumTile = Tile<ROWS, DELTA_COLUMNS>;
+  static constant constexpr short COLUMNS = delta_columns(ROW_BLOCKS, RANK_BLOCKS);
+  static constant constexpr short COLUMN_BLOCKS = COLUMNS / (BLOCK * COLUMN_SLICES);  // of a simdgroup
+  using BTile = Tile<COLUMNS, CHUNK, B>;
+  using SumTile = Tile<ROWS, COLUMNS>;
   using HTile = Tile<ROWS, RANKS>;  // where it is held, it lies where the sums will
   static constant constexpr short H_PLACE = BTile::size + (HELD ? 0 : SumTile::size);
   static constant constexpr short SIZE = BTile::size + SumTile::size + (HELD ? 0 : HTile::size);
   static_assert(!HELD || HTile::size <= SumTile::size, "h fits where the sums will be");
   static_assert(RANKS % CHUNK == 0, "the chunks have equal shares of the ranks");
-  static_assert(ROWS * DELTA_COLUMNS / RUN <= LANES * DELTA_SIMDGROUPS, "a thread has at most one run of a tile of y");
 };
 
 /// A simdgroup's rows of h, so many blocks of ranks from `rank`.
@@ -199,7 +203,7 @@ METAL_FUNC void add_up(
   using Sizes = Up<RANK_BLOCKS, ROW_BLOCKS, typename Kept<TA>::Element>;
   constexpr short RANKS = Sizes::RANKS, ROWS = Sizes::ROWS, BLOCKS = Sizes::BLOCKS, CHUNK = Sizes::CHUNK;
   constexpr bool WHOLE = LAYOUT != Layout::any;
-  constexpr short WIDTH = DELTA_COLUMNS, THREADS = LANES * DELTA_SIMDGROUPS, COLUMN_BLOCKS = Sizes::COLUMN_BLOCKS;
+  constexpr short WIDTH = Sizes::COLUMNS, THREADS = LANES * DELTA_SIMDGROUPS, COLUMN_BLOCKS = Sizes::COLUMN_BLOCKS;
   threadgroup float* const floats = reinterpret_cast<threadgroup float*>(memory);
   const typename Sizes::BTile B_tile = Sizes::BTile::in(floats);
   const typename Sizes::SumTile sum_tile = Sizes::SumTile::in(floats + Sizes::BTile::size);
@@ -224,13 +228,22 @@ METAL_FUNC void add_up(
     *reinterpret_cast<threadgroup float4*>(h_tile.at(h_row, rank)) = sum;
   }
 
-  // The thread's run of a tile of y. A split ends at a multiple of a run, or at N.
+  // The thread's runs of a tile of y, STEP rows apart. A split ends at a multiple of a run, or at N.
+  constexpr short STEP = THREADS / (WIDTH / RUN), TURNS = (ROWS + STEP - 1) / STEP;
   const short r = thread_index / (WIDTH / RUN), c = thread_index % (WIDTH / RUN) * RUN;
-  const uint N = B.rows, m = row + r, run_end = r < ROWS && m < M ? column_end : 0;
+  const uint N = B.rows, m = row + r;
   uint n = column + c;
   ulong element = ulong(m) * N + n;
+  const ulong step = ulong(STEP) * N;
   device T* target = y + element;
-  RunOf<T> next_y = fetch_run<T, WHOLE>(target, 1, n < run_end ? N - n : 0, wide_y);
+  RunOf<T> next_y[TURNS];
+  bool exists[TURNS];
+  TFL_UNROLL
+  for (short turn = 0; turn < TURNS; ++turn) {
+    exists[turn] = r + STEP * turn < ROWS && m + STEP * turn < M;
+    const uint count = exists[turn] && n < column_end ? N - n : 0;
+    next_y[turn] = fetch_run<T, WHOLE>(target + turn * step, 1, count, wide_y);
+  }
   Loader<TA, WIDTH, CHUNK, THREADS, false, LAYOUT> B_loader(B, column, 0, thread_index);
   if (column < column_end) {
     B_loader.fetch();
@@ -243,8 +256,12 @@ METAL_FUNC void add_up(
   }
 
   for (; column < column_end; column += WIDTH) {
-    const RunOf<T> before = next_y;
-    const uint count = n < run_end ? N - n : 0;
+    RunOf<T> before[TURNS];
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      before[turn] = next_y[turn];
+    }
+    const uint count = n < column_end ? N - n : 0;
     n += WIDTH;
     simdgroup_float8x8 sums[BLOCKS][COLUMN_BLOCKS];
     TFL_UNROLL
@@ -264,7 +281,11 @@ METAL_FUNC void add_up(
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (is_last) {
-        next_y = fetch_run<T, WHOLE>(target + WIDTH, 1, n < run_end ? N - n : 0, wide_y);
+        TFL_UNROLL
+        for (short turn = 0; turn < TURNS; ++turn) {
+          const uint next_count = exists[turn] && n < column_end ? N - n : 0;
+          next_y[turn] = fetch_run<T, WHOLE>(target + WIDTH + turn * step, 1, next_count, wide_y);
+        }
       }
       if (!is_last || column + WIDTH < column_end) {
         B_loader.fetch();
@@ -296,15 +317,18 @@ METAL_FUNC void add_up(
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    if (count > 0) {
-      Run delta = sum_tile.run(r, c);
-      if (DROPPED) {
-        delta = dropout.apply(delta, element);
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      if (exists[turn] && count > 0) {
+        Run delta = sum_tile.run(r + STEP * turn, c);
+        if (DROPPED) {
+          delta = dropout.apply(delta, element + turn * step);
+        }
+        Run sum = widened(before[turn]);
+        sum.low = fma(delta.low, float4(scaling), sum.low);
+        sum.high = fma(delta.high, float4(scaling), sum.high);
+        store_run<WHOLE>(target + turn * step, sum, count, wide_y);
       }
-      Run sum = widened(before);
-      sum.low = fma(delta.low, float4(scaling), sum.low);
-      sum.high = fma(delta.high, float4(scaling), sum.high);
-      store_run<WHOLE>(target, sum, count, wide_y);
     }
     target += WIDTH;
     element += WIDTH;

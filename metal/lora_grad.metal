@@ -7,7 +7,8 @@
 //   columns, all ranks of its slice and all rows of its split; it walks over the rows in tiles, and each of the eight
 //   simdgroups accumulates its columns in registers with simdgroup matrices. While one tile is multiplied, the next one
 //   is on its way into registers, as raw elements.
-// Tile. DEPTH x COLS of x or dY (COLS 128 up to rank 64, else 64), DEPTH x RANKS of z or h; at most 26 KiB.
+// Tile. DEPTH x COLS of x or dY (COLS 128 up to rank 64, else 64), DEPTH x RANKS of z or h; at most 26 KiB, half of it
+//   where they are half.
 // Threads. 256.
 // Bytes. x and dY are read once: the least possible. z and h are read once a column tile: r / 128 of the elements of
 //   x and dY (twice the bytes where the adapters are float32 over half). Partial sums: (K + N) r floats a split.

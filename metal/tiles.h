@@ -100,8 +100,8 @@ struct Loader {
       if (RUNS % THREADS == 0 || thread_index + turn * THREADS < RUNS) {
         const short2 inside = run_of(turn, thread_index, along_rows);
         const uint r = row + inside.x, c = col + inside.y;
-        const uint count = along_rows ? (r < source.rows ? left(c, source.cols) : 0)
-                                      : (c < source.cols ? left(r, source.rows) : 0);
+        const uint count =
+            along_rows ? (r < source.rows ? left(c, source.cols) : 0) : (c < source.cols ? left(r, source.rows) : 0);
         fetched[turn] = WHOLE || along_rows
             ? fetch_run<T, WHOLE>(places[turn].data, source.col_stride, count, source.wide)
             : places[turn].fetch_column(source, count);

@@ -24,7 +24,7 @@ struct Delta {
 };
 
 /// Threadgroups that a core has room for, so that they hide each other's waiting: the registers grow with the rank.
-uint64_t groups_a_core(const DeltaConfiguration& c) { return c.rank_blocks <= 4 ? 3 : 2; }
+uint64_t groups_a_core(const DeltaConfiguration& c) { return c.rank_blocks <= 4 ? 4 : 2; }
 
 /// An even share of so many tiles.
 uint64_t share(uint64_t tiles, uint64_t splits) { return std::max<uint64_t>(ceil_div(tiles, splits), 1); }
@@ -38,7 +38,9 @@ DeltaConfiguration choose(const Delta& delta) {
   // A few sizes of tiles for all ranks.
   c.rank_blocks =
       static_cast<uint32_t>(rank_blocks > DELTA_CHUNK ? ceil_div(rank_blocks, DELTA_CHUNK) * DELTA_CHUNK : rank_blocks);
-  c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : M <= 2 * BLOCK ? 2 : 4);
+  // Tiles of 32 rows are too few for the cores, however K is split.
+  const bool is_few = M <= 2 * BLOCK || ceil_div(M, 4 * BLOCK) * kMostSplits < p.gpu_cores;
+  c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : is_few ? 2 : 4);
 
   // As many threadgroups as the GPU has room for at once, in either stage: what the rows leave free, K and N fill.
   const auto short_ = [](uint32_t value) { return static_cast<short>(value); };
@@ -53,8 +55,8 @@ DeltaConfiguration choose(const Delta& delta) {
       static_cast<uint32_t>(share(k_tiles, splits(forced.k_splits, c.row_blocks, k_tiles, kMostSplits)) * width);
   c.k_splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(K, c.k_columns), 1));
   c.up_row_blocks = static_cast<uint32_t>(delta_up_rows(short_(c.row_blocks), short_(c.rank_blocks)));
-  const uint64_t tiles = ceil_div(N, DELTA_COLUMNS);
-  c.columns = static_cast<uint32_t>(share(tiles, splits(forced.splits, c.up_row_blocks, tiles, tiles)) * DELTA_COLUMNS);
+  const uint64_t columns = delta_columns(short_(c.row_blocks), short_(c.rank_blocks)), tiles = ceil_div(N, columns);
+  c.columns = static_cast<uint32_t>(share(tiles, splits(forced.splits, c.up_row_blocks, tiles, tiles)) * columns);
   c.splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(N, c.columns), 1));
   return c;
 }

@@ -3,7 +3,8 @@
 A launch takes launch_us and the longest of: bytes over bandwidth, of device memory (each byte once) and of its cache
 (all requests); matrix multiplies over their rate on the cores that have a threadgroup; and the chain: threadgroup
 memory's bytes over its bandwidth, plus the steps that wait for each other on the longest way through a threadgroup,
-times the threadgroups that a core has one after the other. The executor counts all of it, in trace mode, on the
+times the threadgroups that a core has one after the other: as many at once as the estimated registers of this very
+variant (kernel_code.py) and its threadgroup memory leave room for. The executor counts all of it, in trace mode, on the
 launch's first threadgroup, which speaks for all. chips.tsv has the constants.
 
 Of the first kernels, launches, bytes, multiplies and steps alone put 22 of 28 within 1.5 of an H100's times and 12
@@ -12,7 +13,7 @@ memory's bytes, and how many threadgroups a core has room for. Still missing: in
 make the row kernels on few cores up to twice as slow as modelled.
 
 ``--check`` compares the model with what was measured on an H200 (docs/metal_on_an_nvidia_gpu.json), where kernels of
-the same names are launched now. The H200's constants were fitted to these very times: a fit, no prediction.
+the same names are launched now. The H200's constants were fitted to times of earlier kernels.
 ``--plot FILE`` draws the table.
 """
 

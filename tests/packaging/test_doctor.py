@@ -78,11 +78,11 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
 
 DELTA = """\
   lora_delta_bfloat_float_down_2_4_plain_LAYOUT
-    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
-    4 x 16 x 1 threadgroups of 256 threads, 131072 bytes of scratch
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
+    8 x 16 x 1 threadgroups of 256 threads, 262144 bytes of scratch
   lora_delta_bfloat_float_up_2_4_plain_LAYOUT
-    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
-    6 x 16 x 1 threadgroups of 256 threads, no scratch
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
+    8 x 16 x 1 threadgroups of 256 threads, no scratch
 """
 
 
