@@ -40,7 +40,8 @@ DeltaConfiguration choose(const Delta& delta) {
       static_cast<uint32_t>(rank_blocks > DELTA_CHUNK ? ceil_div(rank_blocks, DELTA_CHUNK) * DELTA_CHUNK : rank_blocks);
   // Tiles of 32 rows are too few for the cores, however K is split.
   const bool is_few = M <= 2 * BLOCK || ceil_div(M, 4 * BLOCK) * kMostSplits < p.gpu_cores;
-  c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : is_few ? 2 : 4);
+  // So few rows as 8 are decoded, not trained with dropout: no kernels for that.
+  c.row_blocks = unless(forced.row_blocks, M <= BLOCK && delta.slice.p == 0 ? 1 : is_few ? 2 : 4);
 
   // As many threadgroups as the GPU has room for at once, in either stage: what the rows leave free, K and N fill.
   const auto short_ = [](uint32_t value) { return static_cast<short>(value); };
