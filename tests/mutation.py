@@ -116,7 +116,7 @@ EDITS = [
     Edit("dropout.h", "value * inverse_keep", "value"),
     Edit("dropout.h", "run.get(i) * inverse_keep", "run.get(i)"),
     # tiles.h
-    Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"),
+    Edit("tiles.h", "stride = COLS + 16 / sizeof(E)", "stride = COLS"),
     Edit("tiles.h", "stride, ulong2(0), true", "stride, ulong2(0), false"),
     Edit("tiles.h", "r < source.rows ?", "r <= source.rows ?"),
     Edit("tiles.h", "c < source.cols ?", "c <= source.cols ?"),
@@ -126,6 +126,13 @@ EDITS = [
     Edit("tiles.h", "data -= source.across(columns)", "data -= columns"),
     Edit("tiles.h", "col -= columns;", ""),
     Edit("tiles.h", "col += COLS;", ""),
+    Edit("tiles.h", "WHOLE ? LAYOUT == Layout::rows :", "WHOLE ? true :"),
+    Edit("tiles.h", "data += ulong(ROWS) * source.row_stride", "data += ROWS"),
+    Edit(
+        "operands.h",
+        "if (count > 0) {\n      run = fetch_eight(source);",
+        "if (true) {\n      run = fetch_eight(source);",
+    ),
     Edit("tiles.h", "row += ROWS;", ""),
     Edit("tiles.h", "elements[turn] += COLS;", ""),
     Edit("tiles.h", "elements[turn] += ulong(ROWS) * source.cols;", ""),
@@ -373,8 +380,9 @@ EDITS = [
     Edit(SOFTMAX, "grad_run - filled(sum)", "grad_run"),
 ]
 EQUIVALENT = {
-    Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"): "EQUIVALENT: every access to a tile goes through its "
-    "stride; the padding serves the memory banks alone",
+    Edit(
+        "tiles.h", "stride = COLS + 16 / sizeof(E)", "stride = COLS"
+    ): "EQUIVALENT: every access to a tile goes through its stride; the padding serves the memory banks alone",
     Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)", 1): "EQUIVALENT: a wide row of y has a multiple "
     "of four elements (launch plan) and a run starts at a multiple of eight: the count is four, or eight and more",
     Edit(DELTA, "if (first + i < OWN)", "if (true)"): "EQUIVALENT: in all numbers, as nothing past OWN is read of what "
