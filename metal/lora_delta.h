@@ -34,7 +34,6 @@ enum DeltaFlags { DELTA_WIDE_X = 1, DELTA_WIDE_A = 2, DELTA_WIDE_B = 4, DELTA_WI
 
 enum DeltaSizes {
   DELTA_SIMDGROUPS = 8,
-  DELTA_COLUMNS = 64,    // of a tile of y
   DELTA_HELD = 8,        // blocks of ranks of h that a simdgroup has room for in registers
   DELTA_CHUNK = 4,       // blocks of ranks of a tile of B where h is not held
 };
@@ -49,6 +48,11 @@ constexpr short delta_width(short rank_blocks) { return rank_blocks <= 2 ? 128 :
 
 /// Blocks of rows that a simdgroup has: it multiplies them with each block of A or B that it reads.
 constexpr short delta_blocks(short row_blocks) { return row_blocks > 1 ? 2 : 1; }
+
+/// Columns of a tile of y: wider ones keep more of y on its way at once, where threadgroup memory has room for them.
+constexpr short delta_columns(short row_blocks, short rank_blocks) {
+  return row_blocks > 2 && rank_blocks <= 2 ? 128 : 64;
+}
 
 /// Blocks of rows of a threadgroup in the second stage, whose threadgroup memory has room for their h.
 constexpr short delta_up_rows(short row_blocks, short rank_blocks) {

@@ -11,12 +11,16 @@
 //   eight columns. The slices are added up through threadgroup memory, the splits by the second dispatch, both in a
 //   fixed order.
 // Algorithm, up. A threadgroup has ROWS rows (at most 16 above rank 64) and a split of N. It adds up the partial h of
-//   its rows, then walks over its columns in tiles of 64. Up to rank 64 a simdgroup has the h of its rows in registers;
-//   above, h stays in threadgroup memory, and a tile takes a step for every 32 ranks.
-//   In both, while one tile is multiplied, the next one is on its way into registers, as raw elements.
-// Tile. Down: x ROWS x WIDTH, A RANKS x WIDTH, WIDTH 128 up to rank 16, then 64, 32 and 16; at most 26 KB. Up: B 64 x
-//   64 at most, sums ROWS x 64, h ROWS x RANKS above rank 64; 14 KB at rank 16, 26 KB at 64, at most 30.
-// Threads. 256. A thread has one or two runs of eight elements of a tile of x and of A, one of y, one or two of B.
+//   its rows, then walks over its columns in tiles of 64 or 128. Up to rank 64 a simdgroup has the h of its rows in
+//   registers; above, h stays in threadgroup memory, and a tile takes a step for every 32 ranks. In both, while one
+//   tile is multiplied, the next one is on its way into registers, as raw elements.
+// Tile. Down: x ROWS x WIDTH, A RANKS x WIDTH, WIDTH 128 up to rank 16, then 64, 32 and 16; at most 14 KB where both
+// are
+//   half, else 26. Up: B WIDTH x 64 at most, sums ROWS x WIDTH, WIDTH 128 for 32 rows up to rank 16, else 64, and h
+//   ROWS x RANKS above rank 64; with half B 23 KB at rank 16, 18 KB at 64, at most 26; with float B at most 30.
+// Threads. 256. A thread has one or two runs of eight elements of a tile of x, of A, of y and of B.
+// Registers. A kernel for any strides and edges keeps a third more values than one whose operands are known to lie in
+//   whole aligned runs (LAYOUT): that decides how many threadgroups a core has room for.
 // Bytes. x is read once, y read and written once: the least possible. A is read once per ROWS rows, and so is B, which
 //   for 32 rows and rank r adds r / 32 of the bytes of x and y (all counted by the executor), from the GPU's cache as
 //   far as it holds A and B. The partial h besides: M r floats a split of K, written once and read once a split of N,
@@ -28,22 +32,22 @@
 namespace tfl {
 
 /// The sizes of the first stage.
-template <short RANK_BLOCKS, short ROW_BLOCKS>
+template <short RANK_BLOCKS, short ROW_BLOCKS, typename X, typename A>
 struct Down {
   static constant constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * ROW_BLOCKS;
   static constant constexpr short WIDTH = delta_width(RANK_BLOCKS), BLOCKS = delta_blocks(ROW_BLOCKS);
   static constant constexpr short RANK_GROUPS = delta_rank_groups(RANK_BLOCKS);
   static constant constexpr short OWN = RANK_BLOCKS / RANK_GROUPS;  // blocks of ranks that a simdgroup has
   static constant constexpr short K_SLICES = DELTA_SIMDGROUPS * BLOCKS / (ROW_BLOCKS * RANK_GROUPS);
-  using XTile = Tile<ROWS, WIDTH>;
-  using ATile = Tile<RANKS, WIDTH>;
+  using XTile = Tile<ROWS, WIDTH, X>;
+  using ATile = Tile<RANKS, WIDTH, A>;
   static constant constexpr short SIZE = XTile::size + ATile::size;
   static_assert(OWN * RANK_GROUPS == RANK_BLOCKS, "the simdgroups have equal shares of the ranks");
   static_assert(K_SLICES <= WIDTH / BLOCK, "every slice has a block of a tile");
 };
 
 /// One threadgroup's share of h: rows from `row`, columns [k, k_end) of x. `h` is the split's, M x RANKS.
-template <short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, typename T, typename TA>
+template <short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, Layout LAYOUT, typename T, typename TA>
 METAL_FUNC void sum_down(
     threadgroup float4* memory,
     Matrix<T> x,
@@ -55,13 +59,13 @@ METAL_FUNC void sum_down(
     Dropout dropout,
     ushort thread_index,
     ushort simdgroup_index) {
-  using Sizes = Down<RANK_BLOCKS, ROW_BLOCKS>;
+  using Sizes = Down<RANK_BLOCKS, ROW_BLOCKS, typename Kept<T, DROPPED>::Element, typename Kept<TA>::Element>;
   constexpr short RANKS = Sizes::RANKS, ROWS = Sizes::ROWS, WIDTH = Sizes::WIDTH, THREADS = LANES * DELTA_SIMDGROUPS;
   constexpr short BLOCKS = Sizes::BLOCKS, OWN = Sizes::OWN;
   constexpr short RANK_GROUPS = Sizes::RANK_GROUPS, K_SLICES = Sizes::K_SLICES;
   threadgroup float* const floats = reinterpret_cast<threadgroup float*>(memory);
-  const typename Sizes::XTile x_tile = {floats};
-  const typename Sizes::ATile A_tile = {floats + Sizes::XTile::size};
+  const typename Sizes::XTile x_tile = Sizes::XTile::in(floats);
+  const typename Sizes::ATile A_tile = Sizes::ATile::in(floats + Sizes::XTile::size);
   const short slice = simdgroup_index % K_SLICES, rank_group = simdgroup_index / K_SLICES % RANK_GROUPS;
   const short first_row = simdgroup_index / (K_SLICES * RANK_GROUPS) * (BLOCKS * BLOCK);
 
@@ -73,8 +77,9 @@ METAL_FUNC void sum_down(
       sums[b][i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
   }
-  Loader<T, ROWS, WIDTH, THREADS, DROPPED> x_loader(x, row, k, thread_index, dropout);
-  Loader<TA, RANKS, WIDTH, THREADS> A_loader(A, 0, k, thread_index);
+  constexpr Layout X_LAYOUT = LAYOUT == Layout::any ? Layout::any : Layout::rows;
+  Loader<T, ROWS, WIDTH, THREADS, DROPPED, X_LAYOUT> x_loader(x, row, k, thread_index, dropout);
+  Loader<TA, RANKS, WIDTH, THREADS, false, LAYOUT> A_loader(A, 0, k, thread_index);
   if (k < k_end) {
     x_loader.fetch();
     A_loader.fetch();
@@ -91,7 +96,8 @@ METAL_FUNC void sum_down(
       A_loader.fetch();
     }
     for (short block = slice * BLOCK; block < WIDTH; block += BLOCK * K_SLICES) {
-      simdgroup_float8x8 x_blocks[BLOCKS], A_block;
+      typename Sizes::XTile::Block x_blocks[BLOCKS];
+      typename Sizes::ATile::Block A_block;
       TFL_UNROLL
       for (short b = 0; b < BLOCKS; ++b) {
         x_tile.read(x_blocks[b], first_row + BLOCK * b, block);
@@ -143,22 +149,22 @@ METAL_FUNC void sum_down(
 }
 
 /// The sizes of the second stage.
-template <short RANK_BLOCKS, short ROW_BLOCKS>
+template <short RANK_BLOCKS, short ROW_BLOCKS, typename B>
 struct Up {
   static constant constexpr short RANKS = BLOCK * RANK_BLOCKS, ROWS = BLOCK * delta_up_rows(ROW_BLOCKS, RANK_BLOCKS);
   static constant constexpr short BLOCKS = delta_blocks(ROW_BLOCKS), ROW_GROUPS = ROWS / (BLOCK * BLOCKS);
   static constant constexpr bool HELD = RANK_BLOCKS <= DELTA_HELD;
   static constant constexpr short CHUNK = BLOCK * (HELD ? RANK_BLOCKS : short(DELTA_CHUNK));
   static constant constexpr short COLUMN_SLICES = DELTA_SIMDGROUPS / ROW_GROUPS;
-  static constant constexpr short COLUMN_BLOCKS = DELTA_COLUMNS / (BLOCK * COLUMN_SLICES);  // of a simdgroup
-  using BTile = Tile<DELTA_COLUMNS, CHUNK>;
-  using SumTile = Tile<ROWS, DELTA_COLUMNS>;
+  static constant constexpr short COLUMNS = delta_columns(ROW_BLOCKS, RANK_BLOCKS);
+  static constant constexpr short COLUMN_BLOCKS = COLUMNS / (BLOCK * COLUMN_SLICES);  // of a simdgroup
+  using BTile = Tile<COLUMNS, CHUNK, B>;
+  using SumTile = Tile<ROWS, COLUMNS>;
   using HTile = Tile<ROWS, RANKS>;  // where it is held, it lies where the sums will
   static constant constexpr short H_PLACE = BTile::size + (HELD ? 0 : SumTile::size);
   static constant constexpr short SIZE = BTile::size + SumTile::size + (HELD ? 0 : HTile::size);
   static_assert(!HELD || HTile::size <= SumTile::size, "h fits where the sums will be");
   static_assert(RANKS % CHUNK == 0, "the chunks have equal shares of the ranks");
-  static_assert(ROWS * DELTA_COLUMNS / RUN <= LANES * DELTA_SIMDGROUPS, "a thread has at most one run of a tile of y");
 };
 
 /// A simdgroup's rows of h, so many blocks of ranks from `rank`.
@@ -175,7 +181,7 @@ METAL_FUNC void read_h(
 }
 
 /// Adds one threadgroup's share of s h B^T to y: rows from `row`, columns [column, column_end).
-template <short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, typename T, typename TA>
+template <short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, Layout LAYOUT, typename T, typename TA>
 METAL_FUNC void add_up(
     threadgroup float4* memory,
     device const float* partial,
@@ -194,43 +200,53 @@ METAL_FUNC void add_up(
     Dropout dropout,
     ushort thread_index,
     ushort simdgroup_index) {
-  using Sizes = Up<RANK_BLOCKS, ROW_BLOCKS>;
+  using Sizes = Up<RANK_BLOCKS, ROW_BLOCKS, typename Kept<TA>::Element>;
   constexpr short RANKS = Sizes::RANKS, ROWS = Sizes::ROWS, BLOCKS = Sizes::BLOCKS, CHUNK = Sizes::CHUNK;
-  constexpr short WIDTH = DELTA_COLUMNS, THREADS = LANES * DELTA_SIMDGROUPS, COLUMN_BLOCKS = Sizes::COLUMN_BLOCKS;
+  constexpr bool WHOLE = LAYOUT != Layout::any;
+  constexpr short WIDTH = Sizes::COLUMNS, THREADS = LANES * DELTA_SIMDGROUPS, COLUMN_BLOCKS = Sizes::COLUMN_BLOCKS;
   threadgroup float* const floats = reinterpret_cast<threadgroup float*>(memory);
-  const typename Sizes::BTile B_tile = {floats};
-  const typename Sizes::SumTile sum_tile = {floats + Sizes::BTile::size};
-  const typename Sizes::HTile h_tile = {floats + Sizes::H_PLACE};
+  const typename Sizes::BTile B_tile = Sizes::BTile::in(floats);
+  const typename Sizes::SumTile sum_tile = Sizes::SumTile::in(floats + Sizes::BTile::size);
+  const typename Sizes::HTile h_tile = Sizes::HTile::in(floats + Sizes::H_PLACE);
   const short first_row = simdgroup_index / Sizes::COLUMN_SLICES * (BLOCKS * BLOCK);
   const short first_column = simdgroup_index % Sizes::COLUMN_SLICES * (COLUMN_BLOCKS * BLOCK);
 
-  // The thread's run of a tile of y. A split ends at a multiple of a run, or at N.
-  const short r = thread_index / (WIDTH / RUN), c = thread_index % (WIDTH / RUN) * RUN;
-  const uint N = B.rows, m = row + r, run_end = r < ROWS && m < M ? column_end : 0;
-  uint n = column + c;
-  ulong element = ulong(m) * N + n;
-  device T* target = y + element;
-  RunOf<T> next_y = fetch_run<T>(target, 1, n < run_end ? N - n : 0, wide_y);
-  Loader<TA, WIDTH, CHUNK, THREADS> B_loader(B, column, 0, thread_index);
-  if (column < column_end) {
-    B_loader.fetch();
-  }
-
-  // h: two neighbouring ranks a thread.
-  for (short i = thread_index; i < ROWS * RANKS / 2; i += THREADS) {
-    const short h_row = 2 * i / RANKS, rank = 2 * i % RANKS;
-    float2 sum = float2(0);
+  // h: four neighbouring ranks a thread.
+  for (short i = thread_index; i < ROWS * RANKS / 4; i += THREADS) {
+    const short h_row = 4 * i / RANKS, rank = 4 * i % RANKS;
+    float4 sum = float4(0);
     if (row + h_row < M) {
-      device const float2* const first = reinterpret_cast<device const float2*>(partial + ulong(row) * RANKS) + i;
-      sum = sum_of_splits(first, ulong(M) * (RANKS / 2), splits);
+      device const float4* const first = reinterpret_cast<device const float4*>(partial + ulong(row) * RANKS) + i;
+      sum = sum_of_splits(first, ulong(M) * (RANKS / 4), splits);
       TFL_UNROLL
-      for (short j = 0; j < 2; ++j) {
+      for (short j = 0; j < 4; ++j) {
         if (save_h && uint(rank + j) < B.cols) {
           h[ulong(row + h_row) * h_stride + rank + j] = static_cast<TA>(sum[j]);
         }
       }
     }
-    *reinterpret_cast<threadgroup float2*>(h_tile.at(h_row, rank)) = sum;
+    *reinterpret_cast<threadgroup float4*>(h_tile.at(h_row, rank)) = sum;
+  }
+
+  // The thread's runs of a tile of y, STEP rows apart. A split ends at a multiple of a run, or at N.
+  constexpr short STEP = THREADS / (WIDTH / RUN), TURNS = (ROWS + STEP - 1) / STEP;
+  const short r = thread_index / (WIDTH / RUN), c = thread_index % (WIDTH / RUN) * RUN;
+  const uint N = B.rows, m = row + r;
+  uint n = column + c;
+  ulong element = ulong(m) * N + n;
+  const ulong step = ulong(STEP) * N;
+  device T* target = y + element;
+  RunOf<T> next_y[TURNS];
+  bool exists[TURNS];
+  TFL_UNROLL
+  for (short turn = 0; turn < TURNS; ++turn) {
+    exists[turn] = r + STEP * turn < ROWS && m + STEP * turn < M;
+    const uint count = exists[turn] && n < column_end ? N - n : 0;
+    next_y[turn] = fetch_run<T, WHOLE>(target + turn * step, 1, count, wide_y);
+  }
+  Loader<TA, WIDTH, CHUNK, THREADS, false, LAYOUT> B_loader(B, column, 0, thread_index);
+  if (column < column_end) {
+    B_loader.fetch();
   }
 
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -240,8 +256,12 @@ METAL_FUNC void add_up(
   }
 
   for (; column < column_end; column += WIDTH) {
-    const RunOf<T> before = next_y;
-    const uint count = n < run_end ? N - n : 0;
+    RunOf<T> before[TURNS];
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      before[turn] = next_y[turn];
+    }
+    const uint count = n < column_end ? N - n : 0;
     n += WIDTH;
     simdgroup_float8x8 sums[BLOCKS][COLUMN_BLOCKS];
     TFL_UNROLL
@@ -261,7 +281,11 @@ METAL_FUNC void add_up(
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (is_last) {
-        next_y = fetch_run<T>(target + WIDTH, 1, n < run_end ? N - n : 0, wide_y);
+        TFL_UNROLL
+        for (short turn = 0; turn < TURNS; ++turn) {
+          const uint next_count = exists[turn] && n < column_end ? N - n : 0;
+          next_y[turn] = fetch_run<T, WHOLE>(target + WIDTH + turn * step, 1, next_count, wide_y);
+        }
       }
       if (!is_last || column + WIDTH < column_end) {
         B_loader.fetch();
@@ -271,7 +295,7 @@ METAL_FUNC void add_up(
       }
       TFL_UNROLL
       for (short j = 0; j < COLUMN_BLOCKS; ++j) {
-        simdgroup_float8x8 B_block;
+        typename Sizes::BTile::Block B_block;
         TFL_UNROLL
         for (short i = 0; i < CHUNK / BLOCK; ++i) {
           B_tile.read_transposed(B_block, first_column + BLOCK * j, BLOCK * i);
@@ -293,22 +317,26 @@ METAL_FUNC void add_up(
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    if (count > 0) {
-      Run delta = sum_tile.run(r, c);
-      if (DROPPED) {
-        delta = dropout.apply(delta, element);
+    TFL_UNROLL
+    for (short turn = 0; turn < TURNS; ++turn) {
+      if (exists[turn] && count > 0) {
+        Run delta = sum_tile.run(r + STEP * turn, c);
+        if (DROPPED) {
+          delta = dropout.apply(delta, element + turn * step);
+        }
+        Run sum = widened(before[turn]);
+        sum.low = fma(delta.low, float4(scaling), sum.low);
+        sum.high = fma(delta.high, float4(scaling), sum.high);
+        store_run<WHOLE>(target + turn * step, sum, count, wide_y);
       }
-      Run sum = widened(before);
-      sum.low = fma(delta.low, float4(scaling), sum.low);
-      sum.high = fma(delta.high, float4(scaling), sum.high);
-      store_run(target, sum, count, wide_y);
     }
     target += WIDTH;
     element += WIDTH;
   }
 }
 
-template <typename T, typename TA, Stage STAGE, short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED>
+/// LAYOUT: of A or B; x or y are read by the row where it is not `any`.
+template <typename T, typename TA, Stage STAGE, short RANK_BLOCKS, short ROW_BLOCKS, bool DROPPED, Layout LAYOUT>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * DELTA_SIMDGROUPS)]]
 void lora_delta(
     device const T* x [[buffer(DELTA_X)]],
@@ -333,8 +361,8 @@ void lora_delta(
     uint2 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]]) {
-  using DownSizes = Down<RANK_BLOCKS, ROW_BLOCKS>;
-  using UpSizes = Up<RANK_BLOCKS, ROW_BLOCKS>;
+  using DownSizes = Down<RANK_BLOCKS, ROW_BLOCKS, typename Kept<T, DROPPED>::Element, typename Kept<TA>::Element>;
+  using UpSizes = Up<RANK_BLOCKS, ROW_BLOCKS, typename Kept<TA>::Element>;
   constexpr short SIZE = STAGE == Stage::down ? short(DownSizes::SIZE) : short(UpSizes::SIZE);
   threadgroup float4 memory[SIZE / 4];
   const uint M = m_k.x, K = m_k.y, N = n_columns.x, rank_count = ranks.y - ranks.x, flags = flags_stream.x;
@@ -342,7 +370,7 @@ void lora_delta(
   if (STAGE == Stage::down) {
     device const TA* const A_slice = lora_A + ulong(ranks.x) * A_strides.x;
     const uint k = group.x * k_splits.x;
-    sum_down<RANK_BLOCKS, ROW_BLOCKS, DROPPED>(
+    sum_down<RANK_BLOCKS, ROW_BLOCKS, DROPPED, LAYOUT>(
         memory, matrix_of(x, M, K, x_levels, x_strides, (flags & DELTA_WIDE_X) != 0),
         matrix_of(A_slice, rank_count, K, A_strides, (flags & DELTA_WIDE_A) != 0),
         partial + ulong(group.x) * M * DownSizes::RANKS, group.y * DownSizes::ROWS, k, min(K, k + k_splits.x), dropout,
@@ -350,7 +378,7 @@ void lora_delta(
   } else {
     device const TA* const B_slice = lora_B + ulong(ranks.x) * B_strides.y;
     const uint column = group.x * n_columns.y;
-    add_up<RANK_BLOCKS, ROW_BLOCKS, DROPPED>(
+    add_up<RANK_BLOCKS, ROW_BLOCKS, DROPPED, LAYOUT>(
         memory, partial, k_splits.y, matrix_of(B_slice, N, rank_count, B_strides, (flags & DELTA_WIDE_B) != 0), y,
         (flags & DELTA_WIDE_Y) != 0, h + ranks.x, h_stride.x, (flags & DELTA_SAVE_H) != 0 && group.x == 0, M,
         group.y * UpSizes::ROWS, column, min(N, column + n_columns.y), scaling, dropout, thread_index, simdgroup_index);

@@ -7,7 +7,8 @@
 //   columns, all ranks of its slice and all rows of its split; it walks over the rows in tiles, and each of the eight
 //   simdgroups accumulates its columns in registers with simdgroup matrices. While one tile is multiplied, the next one
 //   is on its way into registers, as raw elements.
-// Tile. DEPTH x COLS of x or dY (COLS 128 up to rank 64, else 64), DEPTH x RANKS of z or h; at most 26 KiB.
+// Tile. DEPTH x COLS of x or dY (COLS 128 up to rank 64, else 64), DEPTH x RANKS of z or h; at most 26 KiB, half of it
+//   where they are half.
 // Threads. 256.
 // Bytes. x and dY are read once: the least possible. z and h are read once a column tile: r / 128 of the elements of
 //   x and dY (twice the bytes where the adapters are float32 over half). Partial sums: (K + N) r floats a split.
@@ -18,7 +19,7 @@
 namespace tfl {
 
 /// One group's C x r block: columns from `column`, rows [row, big.rows), summed in `sums`.
-template <short RANK_BLOCKS, bool DROPPED, typename T, typename TA>
+template <short RANK_BLOCKS, bool DROPPED, Layout LAYOUT, typename T, typename TA>
 METAL_FUNC void accumulate_columns(
     thread simdgroup_float8x8 (&sums)[grad_column_blocks(RANK_BLOCKS)][RANK_BLOCKS],
     threadgroup float* big_floats,
@@ -33,10 +34,12 @@ METAL_FUNC void accumulate_columns(
   constexpr short BLOCKS = grad_column_blocks(RANK_BLOCKS), DEPTH = grad_depth(RANK_BLOCKS);
   constexpr short THREADS = LANES * GRAD_SIMDGROUPS;
   constexpr short COLS = grad_columns(RANK_BLOCKS), RANKS = BLOCK * RANK_BLOCKS;
-  const Tile<DEPTH, COLS> big_tile = {big_floats};
-  const Tile<DEPTH, RANKS> small_tile = {small_floats};
-  Loader<T, DEPTH, COLS, THREADS, DROPPED> big_loader(big, row, column, thread_index, dropout);
-  Loader<TA, DEPTH, RANKS, THREADS> small_loader(small, row, 0, thread_index);
+  using Big = Tile<DEPTH, COLS, typename Kept<T, DROPPED>::Element>;
+  using Small = Tile<DEPTH, RANKS, typename Kept<TA>::Element>;
+  const Big big_tile = Big::in(big_floats);
+  const Small small_tile = Small::in(small_floats);
+  Loader<T, DEPTH, COLS, THREADS, DROPPED, LAYOUT> big_loader(big, row, column, thread_index, dropout);
+  Loader<TA, DEPTH, RANKS, THREADS, false, LAYOUT> small_loader(small, row, 0, thread_index);
   if (row < big.rows) {
     big_loader.fetch();
     small_loader.fetch();
@@ -53,7 +56,8 @@ METAL_FUNC void accumulate_columns(
       small_loader.fetch();
     }
     for (short m = 0; m < DEPTH; m += BLOCK) {
-      simdgroup_float8x8 big_blocks[BLOCKS], small_block;
+      typename Big::Block big_blocks[BLOCKS];
+      typename Small::Block small_block;
       TFL_UNROLL
       for (short c = 0; c < BLOCKS; ++c) {
         big_tile.read_transposed(big_blocks[c], m, (simdgroup_index * BLOCKS + c) * BLOCK);
@@ -70,8 +74,9 @@ METAL_FUNC void accumulate_columns(
   }
 }
 
-/// OUT is TA, or float for partial sums: then `dA` and `dB` have one more leading dimension, the split.
-template <typename T, typename TA, typename OUT, short RANK_BLOCKS, bool DROPPED>
+/// OUT is TA, or float for partial sums: then `dA` and `dB` have one more leading dimension, the split. LAYOUT: of all
+/// operands.
+template <typename T, typename TA, typename OUT, short RANK_BLOCKS, bool DROPPED, Layout LAYOUT>
 [[kernel]] [[max_total_threads_per_threadgroup(LANES * GRAD_SIMDGROUPS)]]
 void lora_grad(
     device const T* x [[buffer(GRAD_X)]],
@@ -98,8 +103,8 @@ void lora_grad(
     ushort lane [[thread_index_in_simdgroup]]) {
   constexpr short RANKS = BLOCK * RANK_BLOCKS, BLOCKS = grad_column_blocks(RANK_BLOCKS);
   constexpr short DEPTH = grad_depth(RANK_BLOCKS), COLS = grad_columns(RANK_BLOCKS);
-  threadgroup float4 big_memory[Tile<DEPTH, COLS>::size / 4];
-  threadgroup float4 small_memory[Tile<DEPTH, RANKS>::size / 4];
+  threadgroup float4 big_memory[Tile<DEPTH, COLS, typename Kept<T, DROPPED>::Element>::size / 4];
+  threadgroup float4 small_memory[Tile<DEPTH, RANKS, typename Kept<TA>::Element>::size / 4];
   threadgroup float* const big_floats = reinterpret_cast<threadgroup float*>(big_memory);
   threadgroup float* const small_floats = reinterpret_cast<threadgroup float*>(small_memory);
 
@@ -119,13 +124,13 @@ void lora_grad(
   }
   if (is_dA) {
     const Dropout dropout = {seed, flags_stream.y, dropout_words.x, as_type<float>(dropout_words.y)};
-    accumulate_columns<RANK_BLOCKS, DROPPED>(
+    accumulate_columns<RANK_BLOCKS, DROPPED, LAYOUT>(
         sums, big_floats, small_floats,
         matrix_of(x, row_end, columns, x_levels, x_strides, (flags_stream.x & GRAD_WIDE_X) != 0),
         matrix_of(z + rank, row_end, rank_count, small_strides, wide_small), row, column, dropout, thread_index,
         simdgroup_index);
   } else {
-    accumulate_columns<RANK_BLOCKS, false>(
+    accumulate_columns<RANK_BLOCKS, false, LAYOUT>(
         sums, big_floats, small_floats,
         matrix_of(dy, row_end, columns, dy_levels, dy_strides, (flags_stream.x & GRAD_WIDE_DY) != 0),
         matrix_of(h + rank, row_end, rank_count, small_strides, wide_small), row, column, Dropout(), thread_index,

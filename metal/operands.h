@@ -70,13 +70,19 @@ METAL_FUNC void store_eight(device float* target, Run run) {
 }
 
 /// The `count` first elements of a run (all of them when count >= RUN), zero beyond. `wide`: contiguous and aligned to
-/// 16 bytes.
-template <typename T>
+/// 16 bytes. WHOLE: it is, and has all elements or none; what else there may be takes no registers.
+template <typename T, bool WHOLE = false>
 METAL_FUNC RunOf<T> fetch_run(device const T* source, uint stride, uint count, bool wide) {
+  RunOf<T> run = {vec<T, 4>(static_cast<T>(0.0f)), vec<T, 4>(static_cast<T>(0.0f))};
+  if (WHOLE) {
+    if (count > 0) {
+      run = fetch_eight(source);
+    }
+    return run;
+  }
   if (wide && count >= uint(RUN)) {
     return fetch_eight(source);
   }
-  RunOf<T> run = {vec<T, 4>(static_cast<T>(0.0f)), vec<T, 4>(static_cast<T>(0.0f))};
   TFL_UNROLL
   for (short i = 0; i < RUN; ++i) {
     if (uint(i) < count) {
@@ -92,10 +98,10 @@ METAL_FUNC Run load_run(device const T* source, uint stride, uint count, bool wi
   return widened(fetch_run(source, stride, count, wide));
 }
 
-/// Rounds the `count` first elements of a run to T, once, into a contiguous row.
-template <typename T>
+/// Rounds the `count` first elements of a run to T, once, into a contiguous row. WHOLE: all, `wide`.
+template <bool WHOLE = false, typename T>
 METAL_FUNC void store_run(device T* target, Run run, uint count, bool wide) {
-  if (wide && count >= uint(RUN)) {
+  if (WHOLE || (wide && count >= uint(RUN))) {
     store_eight(target, run);
     return;
   }

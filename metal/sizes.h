@@ -11,6 +11,11 @@ enum Sizes {
   MAX_RANKS = 256,  // of one LoRA launch: what h in registers and the tiles in 32 KiB hold
 };
 
+/// How an operand's elements lie, as far as a kernel reads them in whole runs: those of a row or of a column,
+/// contiguous, aligned to 16 bytes and a multiple of RUN, with all rows one stride apart. A kernel for `any` reads any
+/// operand.
+enum class Layout { any, rows, columns };
+
 /// Elements of a row that so many simdgroups have at a time, a run a lane.
 constexpr short row_step(short simdgroups) { return LANES * simdgroups * RUN; }
 

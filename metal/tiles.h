@@ -1,8 +1,9 @@
-// Blocks of operands in threadgroup memory, as float, for 8x8 simdgroup matrices.
+// Blocks of operands in threadgroup memory, for 8x8 simdgroup matrices.
 //
-// Everything is converted to float on the way in: A and B may be wider than x, one tile format serves every mix, and
-// public measurements say that Apple GPUs multiply float and half at one rate. Rows are padded by four floats,
-// which keeps them 16-byte aligned and is meant to spread a column over the memory banks (not measured).
+// A tile may keep half elements as they are: half the bytes, and a product of two is exact in float. All others are
+// float: GPUs before M3 emulate bfloat (public sources say), and a dropped element is rounded once, at the end. Rows
+// are padded by 16 bytes, which keeps them aligned and is meant to spread a column over the memory banks (not
+// measured).
 #pragma once
 
 #include <metal_simdgroup_matrix>
@@ -11,23 +12,34 @@
 
 namespace tfl {
 
-constant constexpr short PADDING = 4;
+/// What a tile holds of an operand's elements.
+template <typename T, bool DROPPED = false>
+struct Kept {
+  using Element = float;
+};
+template <>
+struct Kept<half, false> {
+  using Element = half;
+};
 
-/// A tile of ROWS x COLS floats inside the kernel's threadgroup array.
-template <short ROWS, short COLS>
+/// A tile of ROWS x COLS elements inside the kernel's threadgroup array, of which it takes `size` floats.
+template <short ROWS, short COLS, typename E = float>
 struct Tile {
-  static constant constexpr short stride = COLS + PADDING;
-  static constant constexpr short size = ROWS * stride;
+  static constant constexpr short stride = COLS + 16 / sizeof(E);
+  static constant constexpr short size = ROWS * stride * sizeof(E) / sizeof(float);
+  using Block = simdgroup_matrix<E, BLOCK, BLOCK>;
 
-  threadgroup float* data;
+  threadgroup E* data;
 
-  METAL_FUNC threadgroup float* at(short row, short col) const thread { return data + row * stride + col; }
+  static METAL_FUNC Tile in(threadgroup float* memory) { return {reinterpret_cast<threadgroup E*>(memory)}; }
 
-  METAL_FUNC void read(thread simdgroup_float8x8& block, short row, short col) const thread {
+  METAL_FUNC threadgroup E* at(short row, short col) const thread { return data + row * stride + col; }
+
+  METAL_FUNC void read(thread Block& block, short row, short col) const thread {
     simdgroup_load(block, at(row, col), stride);
   }
 
-  METAL_FUNC void read_transposed(thread simdgroup_float8x8& block, short row, short col) const thread {
+  METAL_FUNC void read_transposed(thread Block& block, short row, short col) const thread {
     simdgroup_load(block, at(row, col), stride, ulong2(0), true);
   }
 
@@ -37,9 +49,9 @@ struct Tile {
   }
 
   METAL_FUNC void set_run(short row, short col, Run run) const thread {
-    threadgroup float4* const quads = reinterpret_cast<threadgroup float4*>(at(row, col));
-    quads[0] = run.low;
-    quads[1] = run.high;
+    threadgroup vec<E, 4>* const quads = reinterpret_cast<threadgroup vec<E, 4>*>(at(row, col));
+    quads[0] = vec<E, 4>(run.low);
+    quads[1] = vec<E, 4>(run.high);
   }
 };
 
@@ -47,10 +59,11 @@ struct Tile {
 /// THREADS threads move runs of eight elements along the dimension that has unit stride in memory, so that a simdgroup
 /// reads whole lines. (A dropped operand with unit stride down its columns pays a Philox call an element.) A thread has
 /// the same runs of every block; for each block it calls `fetch`, `store` and what leads to the next one, in this
-/// order.
-template <typename T, short ROWS, short COLS, short THREADS, bool DROPPED = false>
+/// order. LAYOUT: how `source` lies; where that is known, no other way takes registers.
+template <typename T, short ROWS, short COLS, short THREADS, bool DROPPED = false, Layout LAYOUT = Layout::any>
 struct Loader {
   static constant constexpr short RUNS = ROWS * COLS / RUN, TURNS = (RUNS + THREADS - 1) / THREADS;
+  static constant constexpr bool WHOLE = LAYOUT != Layout::any;
   static_assert(ROWS % RUN == 0 && COLS % RUN == 0, "a tile holds whole runs");
 
   Matrix<T> source;
@@ -64,7 +77,7 @@ struct Loader {
 
   METAL_FUNC Loader(Matrix<T> matrix, uint first_row, uint first_col, short index, Dropout mask = Dropout())
       : source(matrix), row(first_row), col(first_col), thread_index(index), dropout(mask),
-        along_rows(matrix.col_stride == 1 || matrix.row_stride != 1) {
+        along_rows(WHOLE ? LAYOUT == Layout::rows : matrix.col_stride == 1 || matrix.row_stride != 1) {
     TFL_UNROLL
     for (short turn = 0; turn < TURNS; ++turn) {
       const short2 inside = run_of(turn, index, along_rows);
@@ -87,14 +100,18 @@ struct Loader {
       if (RUNS % THREADS == 0 || thread_index + turn * THREADS < RUNS) {
         const short2 inside = run_of(turn, thread_index, along_rows);
         const uint r = row + inside.x, c = col + inside.y;
-        fetched[turn] = along_rows ? source.fetch(places[turn].data, r < source.rows ? left(c, source.cols) : 0)
-                                   : places[turn].fetch_column(source, c < source.cols ? left(r, source.rows) : 0);
+        const uint count =
+            along_rows ? (r < source.rows ? left(c, source.cols) : 0) : (c < source.cols ? left(r, source.rows) : 0);
+        fetched[turn] = WHOLE || along_rows
+            ? fetch_run<T, WHOLE>(places[turn].data, source.col_stride, count, source.wide)
+            : places[turn].fetch_column(source, count);
       }
     }
   }
 
   /// What was fetched, into a tile.
-  METAL_FUNC void store(Tile<ROWS, COLS> tile) const thread {
+  template <typename E>
+  METAL_FUNC void store(Tile<ROWS, COLS, E> tile) const thread {
     TFL_UNROLL
     for (short turn = 0; turn < TURNS; ++turn) {
       if (RUNS % THREADS == 0 || thread_index + turn * THREADS < RUNS) {
@@ -107,11 +124,11 @@ struct Loader {
           }
           tile.set_run(r, c, run);
         } else {
-          threadgroup float* place = tile.at(r, c);
+          threadgroup E* place = tile.at(r, c);
           TFL_UNROLL
           for (short j = 0; j < RUN; ++j) {
             const float value = run.get(j);
-            *place = DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value;
+            *place = static_cast<E>(DROPPED ? dropout.apply(value, elements[turn] + ulong(j) * source.cols) : value);
             place += tile.stride;
           }
         }
@@ -143,7 +160,11 @@ struct Loader {
   METAL_FUNC void next_rows() thread {
     TFL_UNROLL
     for (short turn = 0; turn < TURNS; ++turn) {
-      places[turn].down(source, ROWS);
+      if (WHOLE) {
+        places[turn].data += ulong(ROWS) * source.row_stride;
+      } else {
+        places[turn].down(source, ROWS);
+      }
       elements[turn] += ulong(ROWS) * source.cols;
     }
     row += ROWS;

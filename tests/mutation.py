@@ -116,7 +116,7 @@ EDITS = [
     Edit("dropout.h", "value * inverse_keep", "value"),
     Edit("dropout.h", "run.get(i) * inverse_keep", "run.get(i)"),
     # tiles.h
-    Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"),
+    Edit("tiles.h", "stride = COLS + 16 / sizeof(E)", "stride = COLS"),
     Edit("tiles.h", "stride, ulong2(0), true", "stride, ulong2(0), false"),
     Edit("tiles.h", "r < source.rows ?", "r <= source.rows ?"),
     Edit("tiles.h", "c < source.cols ?", "c <= source.cols ?"),
@@ -126,6 +126,13 @@ EDITS = [
     Edit("tiles.h", "data -= source.across(columns)", "data -= columns"),
     Edit("tiles.h", "col -= columns;", ""),
     Edit("tiles.h", "col += COLS;", ""),
+    Edit("tiles.h", "WHOLE ? LAYOUT == Layout::rows :", "WHOLE ? true :"),
+    Edit("tiles.h", "data += ulong(ROWS) * source.row_stride", "data += ROWS"),
+    Edit(
+        "operands.h",
+        "if (count > 0) {\n      run = fetch_eight(source);",
+        "if (true) {\n      run = fetch_eight(source);",
+    ),
     Edit("tiles.h", "row += ROWS;", ""),
     Edit("tiles.h", "elements[turn] += COLS;", ""),
     Edit("tiles.h", "elements[turn] += ulong(ROWS) * source.cols;", ""),
@@ -156,21 +163,24 @@ EDITS = [
     Edit(DELTA, "row + m < x.rows && rank < OWN * BLOCK", "row + m < x.rows"),
     Edit(DELTA, "(share * OWN * BLOCK + rank) / 4", "rank / 4"),
     Edit(DELTA, "BTile::size + (HELD ? 0 : SumTile::size)", "BTile::size"),
-    Edit(DELTA, "r < ROWS && m < M ?", "m < M ?"),
-    Edit(DELTA, "r < ROWS && m < M ?", "r < ROWS ?"),
+    Edit(DELTA, "r + STEP * turn < ROWS && m + STEP * turn < M", "m + STEP * turn < M"),
+    Edit(DELTA, "r + STEP * turn < ROWS && m + STEP * turn < M", "r + STEP * turn < ROWS"),
+    Edit(DELTA, "sum_tile.run(r + STEP * turn, c)", "sum_tile.run(r, c)"),
+    Edit(DELTA, "dropout.apply(delta, element + turn * step)", "dropout.apply(delta, element)"),
+    Edit(DELTA, "store_run<WHOLE>(target + turn * step", "store_run<WHOLE>(target"),
     Edit(DELTA, "if (row + h_row < M)", "if (true)"),
     Edit(DELTA, "save_h && uint(rank + j) < B.cols", "uint(rank + j) < B.cols"),
     Edit(DELTA, "save_h && uint(rank + j) < B.cols", "save_h"),
     Edit(DELTA, "partial + ulong(row) * RANKS", "partial"),
-    Edit(DELTA, "ulong(M) * (RANKS / 2)", "(RANKS / 2)"),
+    Edit(DELTA, "ulong(M) * (RANKS / 4)", "(RANKS / 4)"),
     Edit(DELTA, "if (Sizes::HELD)", "if (false)"),
     Edit(DELTA, "if (!Sizes::HELD)", "if (false)"),
     Edit(DELTA, "first_row + BLOCK * b, rank + BLOCK * i", "first_row, rank + BLOCK * i"),
     Edit(DELTA, "first_row + BLOCK * b, rank + BLOCK * i", "first_row + BLOCK * b, BLOCK * i"),
-    Edit(DELTA, "const uint count = n < run_end ? N - n : 0;", "const uint count = n < run_end ? RUN : 0;"),
+    Edit(DELTA, "const uint count = n < column_end ? N - n : 0;", "const uint count = n < column_end ? RUN : 0;"),
     Edit(DELTA, "if (is_last) {\n        B_loader.next_rows();", "if (false) {\n        B_loader.next_rows();"),
     Edit(DELTA, "B_loader.back(RANKS);", ""),
-    Edit(DELTA, "fetch_run<T>(target + WIDTH, 1", "fetch_run<T>(target, 1"),
+    Edit(DELTA, "(target + WIDTH + turn * step, 1", "(target + turn * step, 1"),
     Edit(DELTA, "if (!is_last || column + WIDTH < column_end)", "if (true)"),
     Edit(DELTA, "if (!is_last || column + WIDTH < column_end)", "if (column + WIDTH < column_end)"),
     Edit(DELTA, "first_column + BLOCK * j, BLOCK * i", "first_column, BLOCK * i"),
@@ -382,8 +392,9 @@ EDITS = [
     Edit(SOFTMAX, "grad_run - filled(sum)", "grad_run"),
 ]
 EQUIVALENT = {
-    Edit("tiles.h", "stride = COLS + PADDING", "stride = COLS"): "EQUIVALENT: every access to a tile goes through its "
-    "stride; the padding serves the memory banks alone",
+    Edit(
+        "tiles.h", "stride = COLS + 16 / sizeof(E)", "stride = COLS"
+    ): "EQUIVALENT: every access to a tile goes through its stride; the padding serves the memory banks alone",
     Edit("operands.h", "count >= uint(RUN)", "count >= uint(RUN - 1)", 1): "EQUIVALENT: a wide row of y has a multiple "
     "of four elements (launch plan) and a run starts at a multiple of eight: the count is four, or eight and more",
     Edit(DELTA, "if (first + i < OWN)", "if (true)"): "EQUIVALENT: in all numbers, as nothing past OWN is read of what "

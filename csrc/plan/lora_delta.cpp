@@ -24,7 +24,7 @@ struct Delta {
 };
 
 /// Threadgroups that a core has room for, so that they hide each other's waiting: the registers grow with the rank.
-uint64_t groups_a_core(const DeltaConfiguration& c) { return c.rank_blocks <= 4 ? 3 : 2; }
+uint64_t groups_a_core(const DeltaConfiguration& c) { return c.rank_blocks <= 4 ? 4 : 2; }
 
 /// An even share of so many tiles.
 uint64_t share(uint64_t tiles, uint64_t splits) { return std::max<uint64_t>(ceil_div(tiles, splits), 1); }
@@ -38,7 +38,10 @@ DeltaConfiguration choose(const Delta& delta) {
   // A few sizes of tiles for all ranks.
   c.rank_blocks =
       static_cast<uint32_t>(rank_blocks > DELTA_CHUNK ? ceil_div(rank_blocks, DELTA_CHUNK) * DELTA_CHUNK : rank_blocks);
-  c.row_blocks = unless(forced.row_blocks, M <= BLOCK ? 1 : M <= 2 * BLOCK ? 2 : 4);
+  // Tiles of 32 rows are too few for the cores, however K is split.
+  const bool is_few = M <= 2 * BLOCK || ceil_div(M, 4 * BLOCK) * kMostSplits < p.gpu_cores;
+  // So few rows as 8 are decoded, not trained with dropout: no kernels for that.
+  c.row_blocks = unless(forced.row_blocks, M <= BLOCK && delta.slice.p == 0 ? 1 : is_few ? 2 : 4);
 
   // As many threadgroups as the GPU has room for at once, in either stage: what the rows leave free, K and N fill.
   const auto short_ = [](uint32_t value) { return static_cast<short>(value); };
@@ -53,8 +56,8 @@ DeltaConfiguration choose(const Delta& delta) {
       static_cast<uint32_t>(share(k_tiles, splits(forced.k_splits, c.row_blocks, k_tiles, kMostSplits)) * width);
   c.k_splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(K, c.k_columns), 1));
   c.up_row_blocks = static_cast<uint32_t>(delta_up_rows(short_(c.row_blocks), short_(c.rank_blocks)));
-  const uint64_t tiles = ceil_div(N, DELTA_COLUMNS);
-  c.columns = static_cast<uint32_t>(share(tiles, splits(forced.splits, c.up_row_blocks, tiles, tiles)) * DELTA_COLUMNS);
+  const uint64_t columns = delta_columns(short_(c.row_blocks), short_(c.rank_blocks)), tiles = ceil_div(N, columns);
+  c.columns = static_cast<uint32_t>(share(tiles, splits(forced.splits, c.up_row_blocks, tiles, tiles)) * columns);
   c.splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(N, c.columns), 1));
   return c;
 }
@@ -68,6 +71,7 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Stage stage, Laun
   Operand down = delta.down, up = delta.up;
   down.offset += slice.begin * down.row_stride;
   up.offset += slice.begin * up.col_stride;
+  down.rows = up.cols = slice.end - slice.begin;
   if (aligned(p.in, p.dtype)) flags |= DELTA_WIDE_X;
   if (aligned(down, p.adapter_dtype)) flags |= DELTA_WIDE_A;
   if (aligned(up, p.adapter_dtype)) flags |= DELTA_WIDE_B;
@@ -76,14 +80,17 @@ void assemble(const Delta& delta, const DeltaConfiguration& c, Stage stage, Laun
 
   const bool is_down = stage == Stage::down, is_forward = p.pass == Pass::forward;
   const bool drops = slice.p > 0 && is_down == is_forward;  // the input forward, the result backward
-  Variant("lora_delta")
-      .add(msl(p.dtype))
+  const Operand y = {M, N, M, 0, N, 1, p.out_offset};
+  const bool by_rows = layout_of(is_down ? p.in : y, p.dtype) == Layout::rows;
+  Variant variant("lora_delta");
+  variant.add(msl(p.dtype))
       .add(msl(p.adapter_dtype))
       .add(is_down ? "tfl::Stage::down" : "tfl::Stage::up", is_down ? "down" : "up")
       .add(c.rank_blocks)
       .add(c.row_blocks)
-      .add(drops ? "true" : "false", drops ? "drop" : "plain")
-      .assemble(lora_delta_source, launch);
+      .add(drops ? "true" : "false", drops ? "drop" : "plain");
+  add_layout(variant, by_rows ? layout_of(is_down ? down : up, p.adapter_dtype) : Layout::any);
+  variant.assemble(lora_delta_source, launch);
   const uint64_t row_tiles = ceil_div(M, BLOCK * (is_down ? c.row_blocks : c.up_row_blocks));
   set_grid(launch, LANES * DELTA_SIMDGROUPS, is_down ? c.k_splits : c.splits, row_tiles);
   set_arguments(

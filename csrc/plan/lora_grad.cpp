@@ -57,13 +57,17 @@ void assemble(const GradProblem& p, const Slice& slice, const GradConfiguration&
   const uint32_t wide_small = wide_elements(p.adapter_dtype);
   const uint32_t flags = (aligned(p.x, p.dtype) ? GRAD_WIDE_X : 0) | (aligned(p.dy, p.dtype) ? GRAD_WIDE_DY : 0) |
       (p.r % wide_small == 0 && slice.begin % wide_small == 0 ? GRAD_WIDE_SMALL : 0);
-  Variant("lora_grad")
-      .add(msl(p.dtype))
+  const Operand small = {p.dy.rows, slice.end - slice.begin, p.dy.rows, 0, p.r, 1, slice.begin};
+  const bool by_rows = (!p.need_A || layout_of(p.x, p.dtype) == Layout::rows) &&
+      (!p.need_B || layout_of(p.dy, p.dtype) == Layout::rows) && layout_of(small, p.adapter_dtype) == Layout::rows;
+  Variant variant("lora_grad");
+  variant.add(msl(p.dtype))
       .add(msl(p.adapter_dtype))
       .add(c.splits > 1 ? "float" : msl(p.adapter_dtype))
       .add(c.rank_blocks)
-      .add(slice.p > 0 ? "true" : "false", slice.p > 0 ? "drop" : "plain")
-      .assemble(lora_grad_source, launch);
+      .add(slice.p > 0 ? "true" : "false", slice.p > 0 ? "drop" : "plain");
+  add_layout(variant, by_rows ? Layout::rows : Layout::any);
+  variant.assemble(lora_grad_source, launch);
   set_grid(launch, LANES * GRAD_SIMDGROUPS, tiles.A + tiles.B, c.splits, ceil_div(slice.end - slice.begin, MAX_RANKS));
   set_arguments(
       launch,

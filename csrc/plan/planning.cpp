@@ -27,6 +27,12 @@ bool aligned(const Operand& m, Scalar dtype) {
   return m.offset % quantum == 0 && across % quantum == 0 && outer % quantum == 0;
 }
 
+Layout layout_of(const Operand& m, Scalar dtype) {
+  if (!aligned(m, dtype) || m.inner < m.rows) return Layout::any;
+  if (m.col_stride == 1) return m.cols % RUN == 0 ? Layout::rows : Layout::any;
+  return m.rows % RUN == 0 ? Layout::columns : Layout::any;
+}
+
 Operand transposed(const Operand& m) { return {m.cols, m.rows, m.cols, 0, m.col_stride, m.row_stride, m.offset}; }
 
 std::string too_large(std::initializer_list<Named> operands) {
@@ -50,6 +56,12 @@ void Variant::assemble(const char* text, Launch& launch) const {
   }
   launch.kernel = found->first.c_str();
   launch.source = found->second.c_str();
+}
+
+void add_layout(Variant& variant, Layout layout) {
+  const char* const names[] = {"any", "rows", "columns"};
+  const std::string name = names[static_cast<int>(layout)];
+  variant.add("tfl::Layout::" + name, name);
 }
 
 void add_format(Variant& variant, const Weight& weight, Scalar dtype) {

@@ -34,6 +34,9 @@ inline uint32_t wide_elements(Scalar dtype) { return 16 / bytes(dtype); }
 /// multiple of `wide_elements`.
 bool aligned(const Operand& m, Scalar dtype);
 
+/// How the operand lies, to a kernel.
+tfl::Layout layout_of(const Operand& m, Scalar dtype);
+
 struct Named {
   const char* name;
   const Operand& operand;
@@ -68,6 +71,8 @@ class Variant {
  private:
   std::string family_, name_, arguments_;
 };
+
+void add_layout(Variant& variant, tfl::Layout layout);
 
 /// A weight's format, as metal/weights.h has it: the kernel's argument, and its `layout`.
 void add_format(Variant& variant, const Weight& weight, Scalar dtype);

@@ -45,9 +45,11 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[Launch]
     weight, A, B = empty(dtype, 160, K), empty(adapter, 16, K), empty(adapter, 160, 16)
     for M in (1, 2, 4, 8):
         launches += kernels.plan_decode(empty(dtype, M, K), weight, None, A, B)
-    # Few rows, and so many that they are split for the gradients.
-    for rank, M, dropout_p in itertools.product(RANKS, (8, 16, 1 << 16), ((), (0.5,))):
-        x, A, B = empty(dtype, M, K), empty(adapter, rank, K), empty(adapter, K, rank)
+    # Few rows, and so many that they are split for the gradients: these also one element behind 16 bytes.
+    for rank, (M, offset), dropout_p in itertools.product(
+        RANKS, ((8, 0), (16, 0), (1 << 16, 0), (1 << 16, 1)), ((), (0.5,))
+    ):
+        x, A, B = empty(dtype, M, K, offset), empty(adapter, rank, K), empty(adapter, K, rank)
         launches += kernels.plan_delta(x, x, A, B, dropout_p)
         launches += kernels.plan_delta_dx(x, x, A, B, dropout_p)
         launches += kernels.plan_delta_dx(None, x, A, B, dropout_p)

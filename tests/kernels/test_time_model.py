@@ -22,14 +22,14 @@ def empty(*shapes: tuple[int, int]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("K", "N", "r", "width"), [(256, 192, 16, 128), (640, 64, 40, 64), (640, 128, 72, 32)])
 def test_delta_s_chain_is_its_tiles(K, N, r, width):
-    """A step a tile of x, one a chunk of a tile of y, the first of them together with a thread's first pair of ranks of
-    h, and one for each other such pair; one multiply a block and rank block."""
+    """A step a tile of x, one a chunk of a tile of y, the first of them together with a thread's first four ranks of
+    h, and one for each other such four; one multiply a block and rank block."""
     y, x, A, B = empty((16, N), (16, K), (r, K), (N, r))
     with overridden("lora_delta.k_splits=1,lora_delta.splits=1"):
         down, up = counts(1, lambda kernels: kernels.delta(y, x, A, B, 1.0))
     rank_blocks = -(-r // 32) * 4 if r > 32 else -(-r // 8)
     rank_groups, chunks = (2, rank_blocks // 4) if r > 64 else (1, 1)
-    turns_of_h = -(-16 * 8 * rank_blocks // (2 * 256))
+    turns_of_h = -(-16 * 8 * rank_blocks // (4 * 256))
     assert down.longest_steps == K // width
     assert down.longest_multiplies == K // 8 // (8 // rank_groups) * 2 * rank_blocks // rank_groups
     assert up.longest_steps == N // 64 * chunks + turns_of_h - 1
@@ -58,7 +58,7 @@ def test_bytes_once_and_as_requested():
     assert up.requested == up.least + B.nbytes
 
 
-COUNTS = Counts("no kernel", 10, 256, 0, *[0] * 7)
+COUNTS = Counts("no kernel", 10, 256, 32, *[0] * 8)
 
 
 @pytest.mark.parametrize(

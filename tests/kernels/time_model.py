@@ -3,7 +3,8 @@
 A launch takes launch_us and the longest of: bytes over bandwidth, of device memory (each byte once) and of its cache
 (all requests); matrix multiplies over their rate on the cores that have a threadgroup; and the chain: threadgroup
 memory's bytes over its bandwidth, plus the steps that wait for each other on the longest way through a threadgroup,
-times the threadgroups that a core has one after the other. The executor counts all of it, in trace mode, on the
+times the threadgroups that a core has one after the other: as many at once as the estimated registers of this very
+variant (kernel_code.py) and its threadgroup memory leave room for. The executor counts all of it, in trace mode, on the
 launch's first threadgroup, which speaks for all. chips.tsv has the constants.
 
 Of the first kernels, launches, bytes, multiplies and steps alone put 22 of 28 within 1.5 of an H100's times and 12
@@ -12,7 +13,7 @@ memory's bytes, and how many threadgroups a core has room for. Still missing: in
 make the row kernels on few cores up to twice as slow as modelled.
 
 ``--check`` compares the model with what was measured on an H200 (docs/metal_on_an_nvidia_gpu.json), where kernels of
-the same names are launched now. The H200's constants were fitted to these very times: a fit, no prediction.
+the same names are launched now. The H200's constants were fitted to times of earlier kernels.
 ``--plot FILE`` draws the table.
 """
 
@@ -36,10 +37,10 @@ from torch import Tensor
 
 from tests import ROOT
 from tests.emulator import metal_on_cpu
+from tests.emulator.metal_on_cpu import codegen
 from tests.emulator.metal_on_cpu.toolchain import cached, runtime
 from tests.emulator.metal_on_gpu import times
 from tests.emulator.metal_on_gpu.library import Dispatches
-from tests.kernels.kernel_code import committed, shape
 from tests.kernels.launch_plan import Launch
 from torch_fused_lora.affine import Packed
 
@@ -86,6 +87,7 @@ class Counts:
     kernel: str
     threadgroups: int
     threads: int  # of a threadgroup
+    registers: int  # of a thread, estimated: kernel_code.py
     threadgroup_memory: int  # its bytes
     requested: int  # bytes of device memory, all requests
     least: int  # and each byte once
@@ -111,7 +113,7 @@ class Counts:
 
     def resident(self, chip: Chip) -> int:
         """Threadgroups that a core has room for."""
-        registers = committed().get(shape(self.kernel), 32) * 4 * self.threads
+        registers = self.registers * 4 * self.threads
         memory = chip.threadgroup_kb * 1024 / max(self.threadgroup_memory, 1)
         return max(int(min(chip.register_kb * 1024 / registers, chip.threads / self.threads, memory)), 1)
 
@@ -150,7 +152,8 @@ def count(launch: Launch, arguments: Sequence[Tensor | bytes | None]) -> Counts:
     parts = [source, kernel, repr(shapes), repr((list(launch.threads), list(launch.group))), str(runtime())]
     name = hashlib.sha256(kernel.encode()).hexdigest()[:8]
     found = json.loads(cached(f"counts-{name}", [*parts, inspect.getsource(count)], ".json", make).read_text())
-    return Counts(kernel=kernel, threadgroups=groups, threads=launch.group[0], **found)
+    registers = codegen.inspect(source)[kernel].live_registers
+    return Counts(kernel, groups, launch.group[0], registers, **found)
 
 
 def counts(gpu_cores: int, launch_all: Callable[[Dispatches], object]) -> list[Counts]:

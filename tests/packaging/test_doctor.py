@@ -83,12 +83,12 @@ def test_doctor_says_why_there_is_no_extension(built, mps, tmp_path):
 
 
 DELTA = """\
-  lora_delta_bfloat_float_down_2_4_plain
-    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
-    4 x 16 x 1 threadgroups of 256 threads, 131072 bytes of scratch
-  lora_delta_bfloat_float_up_2_4_plain
-    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 4, k_columns 256, splits 6, columns 192
-    6 x 16 x 1 threadgroups of 256 threads, no scratch
+  lora_delta_bfloat_float_down_2_4_plain_LAYOUT
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
+    8 x 16 x 1 threadgroups of 256 threads, 262144 bytes of scratch
+  lora_delta_bfloat_float_up_2_4_plain_LAYOUT
+    rank_blocks 2, width 128, row_blocks 4, up_row_blocks 4, k_splits 8, k_columns 128, splits 8, columns 128
+    8 x 16 x 1 threadgroups of 256 threads, no scratch
 """
 
 
@@ -98,8 +98,8 @@ def test_plan_of_many_rows(mps, capsys):
     expected = f"""\
 512 x 1024 x 1024, rank 16, bfloat16 + float32 adapters, 40 GPU cores
 forward, after torch's own x W^T + b:
-{DELTA}backward, after torch's own dy W:
-{DELTA}  lora_grad_bfloat_float_float_2_plain
+{DELTA.replace('LAYOUT', 'rows')}backward, after torch's own dy W:
+{DELTA.replace('LAYOUT', 'columns')}  lora_grad_bfloat_float_float_2_plain_rows
     rank_blocks 2, columns 128, depth 32, splits 8, split_rows 64
     16 x 8 x 1 threadgroups of 256 threads, 1048576 bytes of scratch
   sum_splits_float

@@ -65,12 +65,12 @@ void simdgroup_store(
     bool transpose = false) {
   opaque::store(matrix.elements, target, elements_per_row, origin, transpose);
 }
-template <typename T>
+template <typename D, typename A, typename B, typename C>
 void simdgroup_multiply_accumulate(
-    simdgroup_matrix<T, 8, 8>& d,
-    simdgroup_matrix<T, 8, 8> a,
-    simdgroup_matrix<T, 8, 8> b,
-    simdgroup_matrix<T, 8, 8> c) {
+    simdgroup_matrix<D, 8, 8>& d,
+    simdgroup_matrix<A, 8, 8> a,
+    simdgroup_matrix<B, 8, 8> b,
+    simdgroup_matrix<C, 8, 8> c) {
   d.elements = opaque::multiply_accumulate(a.elements, b.elements, c.elements);
 }
 
