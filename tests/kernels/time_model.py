@@ -13,7 +13,7 @@ memory's bytes, and how many threadgroups a core has room for. Still missing: in
 make the row kernels on few cores up to twice as slow as modelled.
 
 ``--check`` compares the model with what was measured on an H200 (docs/metal_on_an_nvidia_gpu.json), where kernels of
-the same names are launched now. The H200's constants were fitted to times of earlier kernels.
+the same names are launched now. The H200's constants are fitted to these very times.
 ``--plot FILE`` draws the table.
 """
 
