@@ -255,7 +255,8 @@ def delta_tiles(lora_delta_h: Any) -> Figure:
     box(axes, 0.95, 2.3, 0.65, 0.45, "tile", TILE)
     axes.annotate("", (2.85, 2.52), (1.62, 2.52), arrowprops={"arrowstyle": "->"})
     axes.text(0.33, 1.98, "32 rows x 128 columns a tile, to rank 16", fontsize=8.5)
-    axes.text(0.33, 1.42, "a threadgroup has 8, 16 or 32\nrows and a split of K", fontsize=8.5, color=MUTED)
+    text = f"a threadgroup, {lora_delta_h['DELTA_SIMDGROUPS']} simdgroups, has 8, 16\nor 32 rows and a split of K"
+    axes.text(0.33, 1.42, text, fontsize=8.5, color=MUTED)
     operand(0.3, 0.35, 2.6, 0.3, "A", "r x K")
     box(axes, 0.95, 0.35, 0.65, 0.3, "tile", TILE)
     operand(3.3, 1.3, 0.5, 1.9, "h", "M x r")
@@ -268,14 +269,14 @@ def delta_tiles(lora_delta_h: Any) -> Figure:
     box(axes, 4.8, 2.3, 0.5, 0.45, "h", HELD)
     axes.text(4.72, 1.0, "summed over the splits,\nheld in registers", fontsize=8.5, color=MUTED, va="top")
     operand(5.9, 1.3, 2.8, 1.9, "y", "M x N")
-    box(axes, 5.9, 2.3, 0.35, 0.45, "", HELD)
-    box(axes, 6.25, 2.3, 0.35, 0.45, "tile", TILE)
-    axes.annotate("", (8.6, 2.52), (6.62, 2.52), arrowprops={"arrowstyle": "->"})
-    axes.text(5.95, 1.98, f"32 rows x {lora_delta_h['DELTA_COLUMNS']} columns a tile", fontsize=8.5)
+    box(axes, 5.9, 2.3, 0.65, 0.45, "", HELD)
+    box(axes, 6.55, 2.3, 0.65, 0.45, "tile", TILE)
+    axes.annotate("", (8.6, 2.52), (7.22, 2.52), arrowprops={"arrowstyle": "->"})
+    axes.text(5.95, 1.98, "32 rows x 128 columns a tile, to rank 16", fontsize=8.5)
     text = "a threadgroup has as many, and a split\nof N; y is read and written once"
     axes.text(5.95, 1.42, text, fontsize=8.5, color=MUTED)
     operand(6.4, 0.35, 2.3, 0.3, "Bᵀ", "r x N")
-    box(axes, 6.68, 0.35, 0.35, 0.3, "tile", TILE)
+    box(axes, 6.95, 0.35, 0.55, 0.3, "tile", TILE)
     return figure
 
 
@@ -300,7 +301,7 @@ def gemm_tiles(lora_gemm_h: Any) -> Figure:
     box(axes, 4.9, 2.75, 0.6, 0.2, "", TILE)
     axes.annotate("", (5.2, 2.15), (5.2, 2.73), arrowprops={"arrowstyle": "->"})
     decoded = "decoded on\ntheir way from registers to threadgroup\nmemory; W exists nowhere else"
-    note(f"then K: tiles of {depth} x {columns}, {decoded}", 2.85)
+    note(f"then K, or a split of it: tiles of\n{depth} x {columns}, {decoded}", 2.85)
     operand(3.9, 0.4, 2.2, 1.3, "y  M x N")
     for i, j in itertools.product(range(2), range(2)):
         box(axes, 4.9 + 0.3 * i, 0.85 + 0.25 * (1 - j), 0.3, 0.25, str(2 * j + i), HELD)

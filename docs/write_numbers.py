@@ -241,9 +241,31 @@ def earlier(name: str) -> str:
     return table(["over stock, or as it says", *DIRECTIONS, "machine", "commit"], lines)
 
 
-def metal_on_gpu(name: str) -> str:
+def packed(name: str) -> str:
+    """Our 4 bits beside bitsandbytes' NF4 and bfloat16: whole steps, then layers."""
+    document = load(name)
+    headings = ["ms", "training, 4 x 1024", "its peak, MiB", "training, 1 x 256", "forward, 4 x 1024", "one token"]
+    steps = [
+        [who, f"{train:.1f}", str(document["peak_MiB"][who]), *(f"{time:.1f}" for time in others)]
+        for who, (train, *others) in document["steps_ms"].items()
+    ]
+    layers = [
+        [f"{found['rows']} x {shape}", *(f"{values[i]:.1f}" for who, values in found.items() if who != "rows")]
+        for found in document["layers_us"]
+        for i, shape in enumerate(document["shapes"])
+    ]
+    of_layers = table(["us, tokens x K x N", *list(document["layers_us"][0])[1:]], layers)
+    return f"{table(headings, steps)}\n\n{document['model']['name']}.\n\n{of_layers}\n\n{source(document)}"
+
+
+def metal_on_gpu(name: str, part: str = "times") -> str:
     """The Metal kernels on an NVIDIA GPU."""
-    return times.table(json.loads((DATA.parent / f"{name}.json").read_text())["times"])
+    return times.table(json.loads((DATA.parent / f"{name}.json").read_text())[part])
+
+
+def packed_on_gpu(name: str) -> str:
+    """And those over packed weights."""
+    return metal_on_gpu(name, "packed")
 
 
 def front(_: str) -> str:
@@ -259,10 +281,16 @@ def front(_: str) -> str:
     compared = [found["compared"] for found in load("nf4_model")["results"]]
     step, peak = ([c[key]["over_stock"]["patched"]["median"] for c in compared] for key in ("wall_ms", "peak_MiB"))
     lines.append(["CUDA, base in bitsandbytes' NF4", "–", "–", verdict(step), f"{min(peak):.2f}–{max(peak):.2f}, peak"])
+    beside, steps, peaks = (load("cuda_packed")[key] for key in ("layers_us", "steps_ms", "peak_MiB"))
+    ours, nf4 = "4-bit QuantLinear, patched", "NF4, stock PEFT"
+    forward = [a / b for found in beside for a, b in zip(found["4 bits + LoRA"], found["NF4 + PEFT"], strict=True)]
+    training = [a / b for a, b in zip(steps[ours][:2], steps[nf4][:2], strict=True)]
+    peak = f"{peaks[ours] / peaks[nf4]:.2f}, peak"
+    lines.append(["CUDA, our 4 bits against NF4", f"{verdict(forward)}, 1 and 8 tokens", "–", verdict(training), peak])
     gemma = load("gemma_4bit")
-    packed, twin = gemma["losses"]
-    slower = gemma["tokens_per_second"][twin] / gemma["tokens_per_second"][packed]
-    smaller = gemma["weight_bytes"][packed] / gemma["weight_bytes"][twin]
+    of_4_bits, twin = gemma["losses"]
+    slower = gemma["tokens_per_second"][twin] / gemma["tokens_per_second"][of_4_bits]
+    smaller = gemma["weight_bytes"][of_4_bits] / gemma["weight_bytes"][twin]
     lines.append(["CPU, our 4 bits against bf16", "–", "–", verdict([slower]), f"{smaller:.2f}, weights"])
     return table(["patched / stock PEFT", *DIRECTIONS, "a training step", "memory"], lines)
 
@@ -282,7 +310,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     block.__name__: block
     for block in (
         *(front, tax, rows, model, encoder, gemma, kept, decoder_layers, training, earlier),
-        *(metal_on_gpu, versions),
+        *(packed, metal_on_gpu, packed_on_gpu, versions),
     )
 }
 

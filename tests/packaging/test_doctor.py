@@ -98,8 +98,8 @@ def test_plan_of_many_rows(mps, capsys):
     expected = f"""\
 512 x 1024 x 1024, rank 16, bfloat16 + float32 adapters, 40 GPU cores
 forward, after torch's own x W^T + b:
-{DELTA.replace('LAYOUT', 'rows')}backward, after torch's own dy W:
-{DELTA.replace('LAYOUT', 'columns')}  lora_grad_bfloat_float_float_2_plain_rows
+{DELTA.replace("LAYOUT", "rows")}backward, after torch's own dy W:
+{DELTA.replace("LAYOUT", "columns")}  lora_grad_bfloat_float_float_2_plain_rows
     rank_blocks 2, columns 128, depth 32, splits 8, split_rows 64
     16 x 8 x 1 threadgroups of 256 threads, 1048576 bytes of scratch
   sum_splits_float
