@@ -442,8 +442,9 @@ def run(edits: list[Edit], jobs: int, console: Console) -> list[Edit]:
     """The edits that no test notices."""
     survivors = []
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        for tests in {edit.tests for edit in edits}:
-            if failed := pool.apply(first_failure, (tests, None)):
+        unedited = [pool.apply_async(first_failure, (tests, None)) for tests in {edit.tests for edit in edits}]
+        for result in unedited:
+            if failed := result.get():
                 raise SystemExit(f"{failed} fails without any edit")
         results = [pool.apply_async(first_failure, (edit.tests, edit)) for edit in edits]
         for edit, result in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
