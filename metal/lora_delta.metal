@@ -15,8 +15,7 @@
 //   registers; above, h stays in threadgroup memory, and a tile takes a step for every 32 ranks. In both, while one
 //   tile is multiplied, the next one is on its way into registers, as raw elements.
 // Tile. Down: x ROWS x WIDTH, A RANKS x WIDTH, WIDTH 128 up to rank 16, then 64, 32 and 16; at most 14 KB where both
-// are
-//   half, else 26. Up: B WIDTH x 64 at most, sums ROWS x WIDTH, WIDTH 128 for 32 rows up to rank 16, else 64, and h
+//   are half, else 26. Up: B WIDTH x 64 at most, sums ROWS x WIDTH, WIDTH 128 for 32 rows up to rank 16, else 64, and h
 //   ROWS x RANKS above rank 64; with half B 23 KB at rank 16, 18 KB at 64, at most 26; with float B at most 30.
 // Threads. 256. A thread has one or two runs of eight elements of a tile of x, of A, of y and of B.
 // Registers. A kernel for any strides and edges keeps a third more values than one whose operands are known to lie in

@@ -193,6 +193,8 @@ LowRankGradients low_rank_backward(
   if (need.B || need.scaling) (need.scaling ? unscaled_dB : dB) = fresh({N, r}, lora_B);
   if (x.has_value()) x_tensor = x->tensor;
   if (h.has_value()) h_tensor = as_contiguous(*h);
+  // A saved tensor that a hook brought back may begin anywhere; the plan takes h to begin at a run of elements.
+  if (h_tensor && h_tensor->storage_offset() % RUN != 0) h_tensor = torch::stable::clone(*h_tensor);
   const Rows A = rows_of(lora_A), B = rows_of(lora_B);
   const Tensor scale = constant(scaling);
   const OptionalTensor seed_constant = constant(seed);

@@ -28,7 +28,7 @@ GemmConfiguration choose(const GemmProblem& p, uint64_t columns, uint64_t terms)
   c.rows = unless(forced.rows, p.in.rows <= 32 || tiles(64) < 2 * p.gpu_cores ? 32 : 64);
   // As many threadgroups as the GPU has room for at once: what the tiles leave free, the terms fill.
   const uint64_t room = groups_a_core(p.pass, c) * p.gpu_cores / std::max<uint64_t>(tiles(c.rows), 1);
-  const uint64_t splits = unless(forced.splits, std::min({room, kMostSplits, terms / kLeastTerms}));
+  const uint64_t splits = std::min<uint64_t>(unless(forced.splits, std::min(room, terms / kLeastTerms)), kMostSplits);
   c.terms = static_cast<uint32_t>(ceil_div(ceil_div(terms, std::max<uint64_t>(splits, 1)), GEMM_DEPTH) * GEMM_DEPTH);
   c.splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(terms, std::max(c.terms, 1u)), 1));
   return c;

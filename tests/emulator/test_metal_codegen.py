@@ -14,10 +14,10 @@ from tests.kernels import kernel_code
 UNROLL = '_Pragma("clang loop unroll(full)")'
 VARIANTS = [
     "lora_decode_half_float_4",
-    "lora_delta_half_float_down_16_4_drop",
-    "lora_delta_half_float_up_16_4_drop",
-    "lora_gemm_half_float_affine4_half_64_backward_drop",
-    "lora_grad_half_float_float_8_drop",
+    "lora_delta_half_float_down_16_4_drop_any",
+    "lora_delta_half_float_up_16_4_drop_any",
+    "lora_gemm_half_float_half_affine4_half_64_backward_drop",
+    "lora_grad_half_float_float_8_drop_any",
     "rms_norm_half_float_16_1_looped_any",
     "rms_norm_backward_half_float_float_4_2_held_wide",
     "softmax_bfloat_16_1_looped_any",
