@@ -61,6 +61,8 @@ class Edit:
     def tests(self) -> Stages:
         if self.file in (GEMM, WEIGHTS):
             return PACKED_TESTS
+        if self.file == DECODE:
+            return LORA_TESTS + PACKED_TESTS[:2]
         if self.file == SUM:  # of two results, and of many parts
             return LORA_TESTS[:1] + ROW_TESTS[1:2]
         return ROW_TESTS if self.file in (ROWS, NORM, SOFTMAX) else LORA_TESTS
