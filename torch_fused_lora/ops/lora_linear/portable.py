@@ -53,18 +53,10 @@ def forward(
     return unflat(y, x), h
 
 
-def followed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Maybe,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float | Tensor,
-    seed: Maybe,
-    *others: Any,
-) -> Maybe:
+def followed(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Tensor, *options: Any) -> Maybe:
     """`forward`'s output where that is torch's own calls on the operands as they are, and autograd is to follow these;
     else None. They keep what the operator would, x and h; of half operands backward rounds where PEFT's does."""
+    scaling, seed, *_ = options
     if seed is not None or lora_A.dtype is not x.dtype or not autograd_follows(x) or x.is_inference():
         return None
     if type(scaling) is not float or not math.isfinite(scaling):
