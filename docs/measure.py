@@ -24,12 +24,15 @@ MEASURED = "torch_fused_lora", "csrc", "metal", "examples", "setup.py"  # what a
 BENCH = "-m torch_fused_lora bench"
 # By name: the command, without --out, and the file that it writes there.
 COMMANDS = {
-    "cpu_layers": (f"{BENCH} --device cpu --shapes small medium rows --seconds 2", "bench.json"),
+    "cpu_layers": (f"{BENCH} --device cpu --shapes small medium called rows --seconds 2", "bench.json"),
     "cpu_model": (f"{BENCH} --model --device cpu --threads 1 --seconds 3", "model.json"),
     "encoder": ("examples/finetune_encoder.py", "results.json"),
     "gemma_4bit": ("examples/finetune_4bit.py --steps 24 --batch-size 1 --held-out 8", "results.json"),
-    "cuda_layers": (f"{BENCH} --device cuda --shapes gpu rows", "bench.json"),
+    "cuda_layers": (f"{BENCH} --device cuda --shapes gpu rows --seconds 1", "bench.json"),
     "cuda_model": (f"{BENCH} --model --device cuda", "model.json"),
+    "cuda_packed": (f"{BENCH} --device cuda --shapes packed --seconds 1", "bench.json"),
+    "cuda_4bit_model": (f"{BENCH} --model --format 4bit --device cuda", "model.json"),
+    "cuda_nf4_model": (f"{BENCH} --model --format nf4 --device cuda", "model.json"),
 }
 CPU = "cpu_layers", "cpu_model", "encoder"
 

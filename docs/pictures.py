@@ -92,37 +92,46 @@ def operators(counted: Any) -> Figure:
 
 def tax(cpu_layers: Any) -> Figure:
     """LoRA tax by tokens, stock against patched."""
+    return _taxes(cpu_layers, "base", f"a CPU: {cpu_layers['environment']['machine']}")
+
+
+def tax_on_cuda(cuda_layers: Any) -> Figure:
+    """The same on a card, over a bfloat16 base."""
+    return _taxes(cuda_layers, "adapters", f"{cuda_layers['environment']['device']}, device time")
+
+
+def _taxes(layers: Any, marked: str, machine: str) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, direction in zip(panels, ("forward", "forward+backward"), strict=True):
-        for result in cpu_layers["results"]:
-            if result["direction"] != direction:
-                continue
+        for result in layers["results"]:
             case = result["case"]
-            tokens = case["M"] * (0.86 if case["base"] == "float32" else 1.16) * (0.93 if case["K"] < 4096 else 1.07)
+            if result["direction"] != direction or case["format"] or case["dropout"]:
+                continue
+            is_float = case[marked] == "float32"
+            tokens = case["M"] * (0.86 if is_float else 1.16) * (0.93 if case["K"] < 4096 else 1.07)
             stock, ours = (result[f"{who}_tax"]["median"] for who in ("peft", "patched"))
             slower = result["patched_over_peft"]["median"] > 1
-            marker = "o" if case["base"] == "float32" else "s"
+            marker = "o" if is_float else "s"
             axes.plot([tokens, tokens], [stock, ours], color=WORSE if slower else OURS, linewidth=1.2, zorder=1)
             axes.plot(tokens, stock, marker, color="white", markeredgecolor=MUTED, markersize=6)
             axes.plot(tokens, ours, marker, color=WORSE if slower else OURS, markersize=6)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.set_xticks((1, 64, 512, 4096), ("1", "64", "512", "4096"))
+        axes.set_xticks((1, 8, 64, 512, 4096), ("1", "8", "64", "512", "4096"))
         axes.minorticks_off()
         axes.set(title=direction.replace("+", " + "), xlabel="tokens")
-        axes.set_xlim(0.5, 9000)
+        axes.set_xlim(0.5, 16000)
     panels[0].set_ylabel("time / the plain linear layer's")
     handles = [
         panels[1].plot([], [], "o", color="white", markeredgecolor=MUTED, label="stock PEFT")[0],
         panels[1].plot([], [], "o", color=OURS, label="patched")[0],
         panels[1].plot([], [], "o", color=WORSE, label="patched, slower than stock")[0],
-        panels[1].plot([], [], "o", color="black", markerfacecolor="none", label="fp32 base")[0],
-        panels[1].plot([], [], "s", color="black", markerfacecolor="none", label="bf16 base")[0],
+        panels[1].plot([], [], "o", color="black", markerfacecolor="none", label=f"fp32 {marked}")[0],
+        panels[1].plot([], [], "s", color="black", markerfacecolor="none", label=f"bf16 {marked}")[0],
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9)
-    machine = cpu_layers["environment"]["machine"]
-    figure.suptitle(f"LoRA tax on a CPU: {machine}. 1.0 is a layer without LoRA", fontsize=10)
+    figure.suptitle(f"LoRA tax on {machine}. 1.0 is a layer without LoRA", fontsize=10)
     return figure
 
 
@@ -145,10 +154,10 @@ def kept(counted: Any) -> Figure:
     return figure
 
 
-def step(cpu_model: Any, cuda_model: Any, nf4_model: Any) -> Figure:
+def step(cpu_model: Any, cuda_model: Any, cuda_nf4_model: Any) -> Figure:
     """Whole training steps, patched over stock."""
     bars = []
-    for document, where in ((cpu_model, "CPU"), (cuda_model, "H200"), (nf4_model, "H200, NF4 base")):
+    for document, where in ((cpu_model, "CPU"), (cuda_model, "H200"), (cuda_nf4_model, "H200, NF4 base")):
         for result in document["results"]:
             case, ours = result["case"], result["compared"]["wall_ms"]["over_stock"]
             dropout = ", dropout" if case["dropout"] else ""
@@ -315,7 +324,10 @@ def gemm_tiles(lora_gemm_h: Any) -> Figure:
     return figure
 
 
-FIGURES: tuple[Callable[..., Figure], ...] = (operators, tax, kept, step, modelled, losses, delta_tiles, gemm_tiles)
+FIGURES: tuple[Callable[..., Figure], ...] = (
+    *(operators, tax, tax_on_cuda, kept, step, modelled),
+    *(losses, delta_tiles, gemm_tiles),
+)
 
 
 def digest(function: Callable[..., Figure]) -> str:

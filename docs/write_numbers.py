@@ -89,7 +89,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def layer(case: Document) -> str:
     adapters = f" + {SHORT[case['adapters']]}" if case["adapters"] != case["base"] else ""
     dropout = f", dropout {case['dropout']:g}" if case["dropout"] else ""
-    return f"{case['M']} x {case['K']} x {case['N']}, r {case['r']}, {SHORT[case['base']]}{adapters}{dropout}"
+    format = f", {case['format']}" if case.get("format") else ""
+    return f"{case['M']} x {case['K']} x {case['N']}, r {case['r']}, {SHORT[case['base']]}{adapters}{format}{dropout}"
 
 
 # ---------------------------------------------------------------------------------------------------------- blocks
@@ -145,7 +146,8 @@ def model(name: str) -> str:
             lines.append([of, quantity.rpartition("_")[0], *ratios])
     parameters = document["model"]["parameters"] / 1e6
     headings = ["lines x tokens, adapters", "", "patched / stock", "and norms / stock"]
-    note = f"{document['model']['name']}, {parameters:.0f} M parameters, bfloat16; no optimizer's step."
+    held = f" in {document['model']['format']}" if document["model"].get("format") else ""
+    note = f"{document['model']['name']}, {parameters:.0f} M parameters, bfloat16{held}; no optimizer's step."
     return f"{table(headings, lines)}\n\n{note} {source(document)}"
 
 
@@ -226,38 +228,6 @@ def training(name: str) -> str:
     return table(["GiB, modelled", "base", "adapters", *(f"{length} tokens" for length in found["tokens"])], rows)
 
 
-def earlier(name: str) -> str:
-    """What was measured once, by scripts that were not kept, and by no command of today's."""
-    lines = [
-        [
-            found["what"],
-            *("–" if found[way] is None else bold(found[way]) for way in DIRECTIONS),
-            found["machine"],
-            commit,
-        ]
-        for found in load(name)["results"]
-        for commit in [f"to {found['commit']}"]
-    ]
-    return table(["over stock, or as it says", *DIRECTIONS, "machine", "commit"], lines)
-
-
-def packed(name: str) -> str:
-    """Our 4 bits beside bitsandbytes' NF4 and bfloat16: whole steps, then layers."""
-    document = load(name)
-    headings = ["ms", "training, 4 x 1024", "its peak, MiB", "training, 1 x 256", "forward, 4 x 1024", "one token"]
-    steps = [
-        [who, f"{train:.1f}", str(document["peak_MiB"][who]), *(f"{time:.1f}" for time in others)]
-        for who, (train, *others) in document["steps_ms"].items()
-    ]
-    layers = [
-        [f"{found['rows']} x {shape}", *(f"{values[i]:.1f}" for who, values in found.items() if who != "rows")]
-        for found in document["layers_us"]
-        for i, shape in enumerate(document["shapes"])
-    ]
-    of_layers = table(["us, tokens x K x N", *list(document["layers_us"][0])[1:]], layers)
-    return f"{table(headings, steps)}\n\n{document['model']['name']}.\n\n{of_layers}\n\n{source(document)}"
-
-
 def metal_on_gpu(name: str, part: str = "times") -> str:
     """The Metal kernels on an NVIDIA GPU."""
     return times.table(json.loads((DATA.parent / f"{name}.json").read_text())[part])
@@ -278,15 +248,8 @@ def front(_: str) -> str:
         for tokens, holds in (("1 to 64", lambda n: n <= 64), ("512 and more", lambda n: n >= 512))
     ]
     lines.append(["Mac", *["*unmeasured*"] * 3, kept])
-    compared = [found["compared"] for found in load("nf4_model")["results"]]
-    step, peak = ([c[key]["over_stock"]["patched"]["median"] for c in compared] for key in ("wall_ms", "peak_MiB"))
-    lines.append(["CUDA, base in bitsandbytes' NF4", "–", "–", verdict(step), f"{min(peak):.2f}–{max(peak):.2f}, peak"])
-    beside, steps, peaks = (load("cuda_packed")[key] for key in ("layers_us", "steps_ms", "peak_MiB"))
-    ours, nf4 = "4-bit QuantLinear, patched", "NF4, stock PEFT"
-    forward = [a / b for found in beside for a, b in zip(found["4 bits + LoRA"], found["NF4 + PEFT"], strict=True)]
-    training = [a / b for a, b in zip(steps[ours][:2], steps[nf4][:2], strict=True)]
-    peak = f"{peaks[ours] / peaks[nf4]:.2f}, peak"
-    lines.append(["CUDA, our 4 bits against NF4", f"{verdict(forward)}, 1 and 8 tokens", "–", verdict(training), peak])
+    lines.append(["CUDA, base in bitsandbytes' NF4", *_over_nf4("nf4")])
+    lines.append(["CUDA, our 4 bits against NF4", *_over_nf4("4bit")])
     gemma = load("gemma_4bit")
     of_4_bits, twin = gemma["losses"]
     slower = gemma["tokens_per_second"][twin] / gemma["tokens_per_second"][of_4_bits]
@@ -297,20 +260,36 @@ def front(_: str) -> str:
 
 def _verdicts(layers: str, steps: str, holds: Callable[[int], bool]) -> list[str]:
     """Of a layer each way and of a whole step, over the cases whose tokens it holds for."""
-    results = [result for result in load(layers)["results"] if holds(result["case"]["M"])]
-    cells = [
-        verdict(r["patched_over_peft"]["median"] for r in results if r["direction"] == way and "patched_over_peft" in r)
-        for way in DIRECTIONS
-    ]
+    results = [r for r in load(layers)["results"] if holds(r["case"]["M"]) and not r["case"]["format"]]
+    cells = [verdict(r["patched_over_peft"]["median"] for r in results if r["direction"] == way) for way in DIRECTIONS]
     found = [r for r in load(steps)["results"] if holds(r["case"]["lines"] * r["case"]["tokens"])]
     return [*cells, verdict(r["compared"]["wall_ms"]["over_stock"]["patched"]["median"] for r in found)]
+
+
+def _over_nf4(format: str) -> list[str]:
+    """A patched model with its base in a format, over stock PEFT's with it in NF4: both are known over bfloat16."""
+
+    def taxes(of: str, which: str, way: str) -> list[float]:
+        results = load("cuda_packed")["results"]
+        return [r[which]["median"] for r in results if (r["case"]["format"], r["direction"]) == (of, way)]
+
+    def steps(of: str, who: str, quantity: str) -> list[float]:
+        results = load(f"cuda_{of}_model")["results"]
+        return [r["compared"][quantity]["over_floor"][who]["median"] for r in results]
+
+    def over(ours: list[float], stock: list[float]) -> list[float]:
+        return [a / b for a, b in zip(ours, stock, strict=True)]
+
+    layers = [verdict(over(taxes(format, "patched_tax", way), taxes("nf4", "peft_tax", way))) for way in DIRECTIONS]
+    wall, peak = (over(steps(format, "patched", q), steps("nf4", "stock", q)) for q in ("wall_ms", "peak_MiB"))
+    return [*layers, verdict(wall), f"{min(peak):.2f}–{max(peak):.2f}, peak"]
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     block.__name__: block
     for block in (
-        *(front, tax, rows, model, encoder, gemma, kept, decoder_layers, training, earlier),
-        *(packed, metal_on_gpu, packed_on_gpu, versions),
+        *(front, tax, rows, model, encoder, gemma, kept, decoder_layers, training),
+        *(metal_on_gpu, packed_on_gpu, versions),
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from .plan import DTYPES
@@ -29,9 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument(
         "--shapes",
         nargs="+",
-        choices=("small", "medium", "large", "gpu", "rows"),
-        help="LoRA layers by size; gpu: those a card is compared by; rows: RMS norm and softmax (default: gpu rows on "
-        "CUDA, else small medium rows). large, up to 8192 x 4096 x 14336, takes half an hour on two CPU cores",
+        choices=("small", "medium", "large", "gpu", "packed", "called", "rows"),
+        help="LoRA layers by size; gpu: those a card is compared by; packed: over our 4 bits and bitsandbytes' NF4; "
+        "called: over a base of a class of its own; rows: RMS norm and softmax (default: gpu rows on CUDA, else small "
+        "medium rows). large, up to 8192 x 4096 x 14336, takes half an hour on two CPU cores",
     )
     what.add_argument(
         "--model",
@@ -59,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     with_model.add_argument("--rank", type=_positive, help="of every adapter (default: 16)")
     with_model.add_argument("--dropout", nargs="+", type=float, help="of every adapter (default: 0 0.05)")
+    with_model.add_argument(
+        "--format", choices=("4bit", "nf4"), default="", help="of the base under the adapters (default: bfloat16)"
+    )
     tune = commands.add_parser("tune", help="measure launch configurations on this machine and keep the best")
     of = tune.add_mutually_exclusive_group(required=True)
     of.add_argument("--model", type=Path, metavar="FOLDER", help="with its config.json: its linear layers")
@@ -80,8 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
         return run_doctor(options.json)
     if options.command == "tune" and options.shapes and options.rows:
         tune.error("--rows goes with --model: a shape has its own")
-    if options.command == "bench" and not options.model and (options.batches or options.rank or options.dropout):
-        bench.error("--batches, --rank and --dropout go with --model")
+    if options.command == "bench":
+        if not options.model and (options.batches or options.rank or options.dropout or options.format):
+            bench.error("--batches, --rank, --dropout and --format go with --model")
+        wanted = options.format == "nf4" or "packed" in (options.shapes or ())
+        if wanted and find_spec("bitsandbytes") is None:
+            bench.error("NF4 is bitsandbytes', which is not installed: pip install bitsandbytes")
     try:
         from .bench.report import bench as run_bench
 
@@ -107,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.compare:
         return compare(*options.compare)
     if options.model:
-        model = options.model, options.batches, options.rank or 16, options.dropout or [0.0, 0.05]
+        model = options.model, options.format, options.batches, options.rank or 16, options.dropout or [0.0, 0.05]
         bench_model(options.device, *model, options.seconds, options.threads, options.out)
         return 0
     run_bench(options.device, options.shapes, options.seconds, options.threads, options.out)

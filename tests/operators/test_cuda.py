@@ -295,6 +295,32 @@ def test_a_captured_step_that_carries_the_rank(carried, dropout_p):
     assert len(carried) == 8
 
 
+def test_half_adapters_meet_tritons_kernels_first_in_a_capture(monkeypatch):
+    """The calls before it are torch's own, so that it is the capture that compiles and loads them. Of small whole
+    numbers nothing is rounded."""
+    kernels, launched = ways.triton_kernels(), []
+    for name in ("forward", "backward"):
+        way = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, way=way, name=name: launched.append(name) or way(*a))
+    a = [torch.randint_like(t, -1, 2).detach().bfloat16().requires_grad_() for t in layer_operands(52)]
+    grad = torch.randint(-1, 2, (52, 48), device=CUDA, dtype=torch.bfloat16)
+
+    def step():
+        y = tfl.lora_linear(*a, 1.0)
+        return y, *torch.autograd.grad(y, a, grad)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = step()
+    torch.cuda.synchronize()
+    assert not launched
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert launched == ["forward", "backward"]
+    assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
+
+
 def check_captured(a, dropout_p):
 
     def step():

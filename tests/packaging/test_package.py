@@ -7,17 +7,21 @@ import os
 import subprocess
 import sys
 from importlib.resources import files
+from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import nn
 
 from tests import ROOT
 from torch_fused_lora.__main__ import main
 from torch_fused_lora.bench import measure, model
+from torch_fused_lora.bench.formats import held
 from torch_fused_lora.mps import extension
 from torch_fused_lora.originals import Patched
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a Mac has MPS, and the real one")
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 
 
 def run_python(*arguments: object, **environment: str) -> tuple[int, str]:
@@ -136,6 +140,7 @@ def test_bench_of_a_model_writes_table_and_json(device, capsys, monkeypatch, tmp
     assert document["model"] == TINY | {
         "name": "small",
         "dtype": "bfloat16",
+        "format": "",
         "parameters": attention + mlp + norms + 2 * 16 * 16,  # the embeddings and the head
     }
     assert [tuple(result["case"].values()) for result in document["results"]] == [
@@ -157,7 +162,7 @@ def test_models_of_the_bench_share_tensors_and_compute_the_same(device, monkeypa
     """All but the floor, whose adapters are not there; only what a variant is named for is patched."""
     monkeypatch.setitem(model.SIZES, "small", TINY)
     base = model.build("small", device)
-    variants = model.variants(base, model.ModelCase(1, 4, 2, "float32", 0.0))
+    variants = model.variants((base, base), model.ModelCase(1, 4, 2, "float32", 0.0))
     tensors = {name: {id(p) for p in variant.parameters()} for name, variant in variants.items()}
     assert tensors["floor"] < tensors["stock"] == tensors["patched"] == tensors["patched+norms"]
     trained = [p.dtype for p in variants["patched"].parameters() if p.requires_grad]
@@ -185,6 +190,41 @@ def test_models_of_the_bench_share_tensors_and_compute_the_same(device, monkeypa
         assert all(tensor.grad is None for tensor in (embeddings, *variant.parameters()))
 
 
+@pytest.mark.parametrize("format", ["4bit", "called", pytest.param("nf4", marks=needs_bitsandbytes)])
+def test_a_model_of_the_bench_over_another_format(format, monkeypatch):
+    """The base without adapters is as it was, embeddings and head are shared; ours computes what stock PEFT does."""
+    monkeypatch.setitem(model.SIZES, "small", TINY | dict.fromkeys(("hidden_size", "intermediate_size"), 64))
+    base = model.build("small", torch.device("cpu"))
+    under = held(model._sharing(base), format)
+    kept = {id(p) for p in (base.lm_head.weight, base.get_input_embeddings().weight)}
+    assert kept <= {id(p) for p in under.parameters()}
+    named = {"4bit": "QuantLinear", "called": "Called", "nf4": "Linear4bit"}
+    assert {type(module).__name__ for module in under.modules() if isinstance(module, nn.Linear)} == {
+        named[format],
+        "Linear",  # the head
+    }
+    assert {type(module) for module in base.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    variants = model.variants((base, under), model.ModelCase(1, 4, 2, "float32", 0.0))
+    embeddings = torch.randn(1, 4, 64, dtype=torch.bfloat16)
+    logits = {name: variant(inputs_embeds=embeddings).logits.float() for name, variant in variants.items()}
+    torch.testing.assert_close(logits["patched"], logits["stock"], rtol=0.05, atol=0.01)
+
+
+def test_bench_of_a_base_that_is_called(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "CALLED", [measure.Case(4, 64, 8, 2, format="called")])
+    arguments = "--device", "cpu", "--shapes", "called", "--seconds", "0", "--out", str(tmp_path)
+    assert main(["bench", *arguments]) == 0
+    assert "4 x 64 x 8, r 2, fp32, called" in capsys.readouterr().out
+
+
+def test_bench_says_that_bitsandbytes_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr("torch_fused_lora.__main__.find_spec", lambda name: None)
+    for arguments in (["--shapes", "packed"], ["--model", "--format", "nf4"]):
+        with pytest.raises(SystemExit):
+            main(["bench", *arguments])
+        assert "pip install bitsandbytes" in capsys.readouterr().err
+
+
 def test_ratios_of_a_model_are_of_the_same_round():
     samples = {"patched": [9.0, 3.0], "floor": [3.0, 1.0], "stock": [6.0, 4.0], "patched+norms": [3.0, 1.0]}
     found = model.Compared.of(samples, 1e-3)
@@ -204,7 +244,8 @@ def test_ratios_of_a_model_are_of_the_same_round():
 def test_bench_of_a_model_on_cudahas_kernels_and_memory(monkeypatch):
     monkeypatch.setitem(model.SIZES, "small", TINY | dict.fromkeys(("hidden_size", "intermediate_size"), 256))
     base = model.build("small", torch.device("cuda"))
-    result = model.counted(base, model.timed(base, model.ModelCase(4, 512, 8, "float32", 0.0), 0))
+    bases = base, base
+    result = model.counted(bases, model.timed(bases, model.ModelCase(4, 512, 8, "float32", 0.0), 0))
     assert list(result.compared) == ["wall_ms", "kernels_ms", "peak_MiB"]
     assert 0 < result.compared["kernels_ms"].floor < result.compared["wall_ms"].floor
     assert result.compared["peak_MiB"].floor > 4 * 512 * 256 * 2 / 2**20  # one activation
@@ -227,7 +268,7 @@ def test_bench_of_a_model_names_the_extra_that_is_missing(package, capsys, monke
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--rank", "4"], "--batches, --rank and --dropout go with --model"),
+        (["--rank", "4"], "--batches, --rank, --dropout and --format go with --model"),
         (["--model", "--shapes", "small"], "not allowed with argument"),
         (["--model", "7B"], "invalid choice: '7B'"),
         (["--model", "--batches", "4"], "expected LINESxTOKENS, such as 4x1024, got '4'"),

@@ -35,12 +35,15 @@ from torch_fused_lora.peft import patch_peft
 from torch_fused_lora.plan import Dispatch, plan
 from torch_fused_lora.torch_private import base_of
 
+from .formats import FORMATS
+
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """M tokens through a (N, K) layer with a rank-r adapter, base and adapters in the dtypes given."""
+    """M tokens through a (N, K) layer with a rank-r adapter, base and adapters in the dtypes given; the adapters' base
+    in another format, of `FORMATS`, if one is named."""
 
     M: int
     K: int
@@ -49,10 +52,12 @@ class Case:
     base: str = "float32"
     adapters: str = "float32"
     dropout: float = 0.0
+    format: str = ""
 
     def __str__(self) -> str:
         text = f"{self.M} x {self.K} x {self.N}, r {self.r}, {SHORT[self.base]}"
         text += f" + {SHORT[self.adapters]}" if self.adapters != self.base else ""
+        text += f", {self.format}" if self.format else ""
         return text + (f", dropout {self.dropout}" if self.dropout else "")
 
 
@@ -75,6 +80,17 @@ GPU = [
     for adapters in ("float32", "bfloat16")
     for dropout in ((0.0, 0.1) if shape[0] >= 512 else (0.0,))
 ]
+
+PACKED = [
+    Case(*shape, "bfloat16", "float32", format=format)
+    for shape in (
+        *((rows, *layer, 16) for layer in ((4096, 4096), (4096, 14336), (14336, 4096)) for rows in (1, 8)),
+        (512, 4096, 4096, 16),
+        (4096, 4096, 4096, 16),
+    )
+    for format in ("4bit", "nf4")
+]
+CALLED = [Case(rows, 1024, 1024, 16, base, format="called") for base in ("float32", "bfloat16") for rows in (64, 512)]
 
 
 def cases(shapes: Sequence[tuple[int, int, int, int]]) -> list[Case]:
@@ -117,9 +133,10 @@ class Result:
 
 
 def layers(case: Case, device: torch.device) -> dict[str, nn.Module]:
-    """The plain frozen layer, stock PEFT's and the patched one, all over the same base weight."""
-    base = nn.Linear(case.K, case.N, device=device, dtype=getattr(torch, case.base)).requires_grad_(False)
-    found: dict[str, nn.Module] = {"linear": base}
+    """The plain frozen layer, stock PEFT's and the patched one, all over the same weight, or what that is held in."""
+    linear = nn.Linear(case.K, case.N, device=device, dtype=getattr(torch, case.base)).requires_grad_(False)
+    base = FORMATS[case.format](linear) if case.format else linear
+    found: dict[str, nn.Module] = {"linear": linear}
     for name in ("peft", "patched"):
         model = with_adapters(nn.Sequential(base), ["0"], case.r, case.adapters, case.dropout)
         if name == "patched":
@@ -168,7 +185,8 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
 
 def _copies(case: Case) -> int:
     """Of a layer and its input, so that they come to twice what L2 holds; but 16 at most."""
-    size = getattr(torch, case.base).itemsize * (case.N * case.K + case.M * (case.N + case.K))
+    itemsize = getattr(torch, case.base).itemsize
+    size = case.N * case.K * (0.5 if case.format else itemsize) + case.M * (case.N + case.K) * itemsize
     return min(math.ceil(2 * L2_BYTES / size), 16)
 
 

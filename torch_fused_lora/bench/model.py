@@ -2,8 +2,9 @@
 
 Four models share one base's tensors, and the last three of them their adapters': the base without adapters, which is
 the floor (its input requires a gradient, or it would have no backward), stock PEFT's, the same patched, and with its
-norms patched as well. They are timed in one process, interleaved, as `measure` does. Every one of them gets the same
-input embeddings, which require a gradient. An optimizer's step is not part of it, as it is the same for all.
+norms patched as well. Under the adapters the base may be in another format. They are timed in one process, interleaved,
+as `measure` does. Every one of them gets the same input embeddings, which require a gradient. An optimizer's step is
+not part of it, as it is the same for all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from rich.box import SIMPLE
@@ -28,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..norms import patch_norms
 from ..peft import patch_peft
+from .formats import held
 from .measure import SHORT, Ratio, interleaved, peak_bytes, ratio, with_adapters
 from .report import environment_of, one_line, start, write
 
@@ -50,6 +53,7 @@ SIZES = {
     },
 }
 BATCHES = {"small": [[4, 128], [1, 64]], "1.1B": [[4, 1024], [1, 512]]}
+Bases: TypeAlias = tuple[PreTrainedModel, PreTrainedModel]  # without adapters, and what is under them
 ADAPTED = ("stock", "patched", "patched+norms")
 PROFILED_ROUNDS = 5
 
@@ -98,6 +102,7 @@ class ModelResult:
 def bench_model(
     device: str | None,
     size: str,
+    format: str,
     batches: list[list[int]] | None,
     rank: int,
     dropouts: list[float],
@@ -110,6 +115,7 @@ def bench_model(
     Args:
         device: torch device; None for the accelerator if there is one, else the CPU.
         size: a name in `SIZES`, or "auto": 1.1B on CUDA, else small.
+        format: of the base under the adapters, "" for the model's own, which is bfloat16.
         batches: (lines, tokens a line) each; None for the size's `BATCHES`.
         rank: of every adapter.
         dropouts: of every adapter.
@@ -121,22 +127,24 @@ def bench_model(
     if size == "auto":
         size = "1.1B" if chosen.type == "cuda" else "small"
     base = build(size, chosen)
+    bases = base, held(_sharing(base), format) if format else base
     cases = [
         ModelCase(lines, tokens, rank, adapters, dropout)
         for lines, tokens in batches or BATCHES[size]
-        for adapters in ("bfloat16", "float32")
+        for adapters in (("float32",) if format else ("bfloat16", "float32"))  # over packed words PEFT makes no others
         for dropout in dropouts
     ]
-    results = [timed(base, case, seconds) for case in track(cases, "measuring", console=console)]
+    results = [timed(bases, case, seconds) for case in track(cases, "measuring", console=console)]
     if chosen.type == "cuda":  # last: a profiler may leave launches slower
-        results = [counted(base, result) for result in track(results, "profiling", console=console)]
+        results = [counted(bases, result) for result in track(results, "profiling", console=console)]
     environment = environment_of(chosen)
     console.print(one_line(environment))
     parameters = sum(p.numel() for p in base.parameters())
-    console.print(_table(f"Llama of {parameters / 1e6:.0f} M parameters, bf16, LoRA of rank {rank}", results))
+    of = f"Llama of {parameters / 1e6:.0f} M parameters, {format or 'bf16'}, LoRA of rank {rank}"
+    console.print(_table(of, results))
     document = {
         "environment": environment,
-        "model": {"name": size, "parameters": parameters, "dtype": "bfloat16", **SIZES[size]},
+        "model": {"name": size, "parameters": parameters, "dtype": "bfloat16", "format": format, **SIZES[size]},
         "results": [dataclasses.asdict(result) for result in results],
     }
     write(document, out / "model.json")
@@ -150,44 +158,46 @@ def build(size: str, device: torch.device) -> PreTrainedModel:
     return model.to(torch.bfloat16).requires_grad_(False).train()
 
 
-def timed(base: PreTrainedModel, case: ModelCase, seconds: float) -> ModelResult:
+def timed(bases: Bases, case: ModelCase, seconds: float) -> ModelResult:
     """Time one case: rounds until ``seconds`` are spent, 5 at least."""
-    times = interleaved(_steps(base, case), base.device, seconds, min_rounds=5)
+    times = interleaved(_steps(bases, case), bases[0].device, seconds, min_rounds=5)
     return ModelResult(case, len(times["floor"]), {"wall_ms": Compared.of(times, 1e-3)})
 
 
-def counted(base: PreTrainedModel, result: ModelResult) -> ModelResult:
+def counted(bases: Bases, result: ModelResult) -> ModelResult:
     """A case's result, with its kernels and memory on CUDA."""
-    steps = _steps(base, result.case)
+    steps = _steps(bases, result.case)
     kernels: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(PROFILED_ROUNDS):
         for name in random.sample(list(steps), len(steps)):
-            microseconds, peak = _on_cuda(steps[name], base.device)
+            microseconds, peak = _on_cuda(steps[name], bases[0].device)
             kernels[name].append(microseconds)
             peaks[name].append(peak)
     more = {"kernels_ms": Compared.of(kernels, 1e3), "peak_MiB": Compared.of(peaks, 2**20)}
     return dataclasses.replace(result, compared=result.compared | more)
 
 
-def _steps(base: PreTrainedModel, case: ModelCase) -> dict[str, Callable[[], Tensor]]:
+def _steps(bases: Bases, case: ModelCase) -> dict[str, Callable[[], Tensor]]:
     """A step of every variant, each made once already."""
+    base = bases[0]
     labels = torch.randint(base.config.vocab_size, (case.lines, case.tokens), device=base.device)
     embeddings = base.get_input_embeddings()(labels).detach().requires_grad_()
-    steps = {name: _step(model, embeddings, labels) for name, model in variants(base, case).items()}
+    steps = {name: _step(model, embeddings, labels) for name, model in variants(bases, case).items()}
     for name, step in steps.items():
         assert math.isfinite(loss := step()), f"{name}: the loss is {loss}"
     return steps
 
 
-def variants(base: PreTrainedModel, case: ModelCase) -> dict[str, torch.nn.Module]:
+def variants(bases: Bases, case: ModelCase) -> dict[str, torch.nn.Module]:
     """The floor and the three with adapters, by name."""
-    stock = with_adapters(_sharing(base), "all-linear", case.r, case.adapters, case.dropout)
+    floor, under = bases
+    stock = with_adapters(_sharing(under), "all-linear", case.r, case.adapters, case.dropout)
     patched, with_norms = _sharing(stock), _sharing(stock)
     for report in (patch_peft(patched), patch_peft(with_norms), patch_norms(with_norms)):
         assert report.patched, report
         assert not report.declined, report
-    return {"floor": base, **dict(zip(ADAPTED, (stock, patched, with_norms), strict=True))}
+    return {"floor": floor, **dict(zip(ADAPTED, (stock, patched, with_norms), strict=True))}
 
 
 def _sharing(model: torch.nn.Module) -> torch.nn.Module:

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import platform
 import statistics
+import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,19 @@ def bench(device: str | None, shapes: list[str] | None, seconds: float, threads:
 
     Args:
         device: torch device; None for the accelerator if there is one, else the CPU.
-        shapes: of "small", "medium", "large" LoRA layers, "gpu" for those of a card, "rows" for RMS norm and softmax;
-            None for gpu and rows on CUDA, small, medium and rows elsewhere.
+        shapes: of "small", "medium", "large" LoRA layers, "gpu" for those of a card, "packed" and "called" for bases in
+            4 bits and those that a patched layer calls, "rows" for RMS norm and softmax; None for gpu and rows on CUDA,
+            small, medium and rows elsewhere.
         seconds: for each case and direction.
         threads: CPU threads, None for torch's default.
         out: folder that gets bench.json and bench.png.
     """
     chosen, console = start(device, threads)
     shapes = shapes or (["gpu", "rows"] if chosen.type == "cuda" else ["small", "medium", "rows"])
-    by_size = [name for name in shapes if name not in ("gpu", "rows")]
+    by_size = [name for name in shapes if name in ("small", "medium", "large")]
     cases: list[Any] = [
         *measure.cases([shape for name in by_size for shape in getattr(measure, name.upper())]),
-        *(measure.GPU if "gpu" in shapes else ()),
+        *(case for name in ("gpu", "packed", "called") if name in shapes for case in getattr(measure, name.upper())),
         *measure.row_cases(measure.ROWS if "rows" in shapes else ()),
     ]
     jobs = [(case, direction) for case in cases for direction in DIRECTIONS]
@@ -165,10 +166,10 @@ def _plot(results: list[Result], path: Path) -> None:
 
 def environment_of(device: torch.device) -> dict[str, str]:
     overridden = {"plan overridden": extension.overrides} if extension.overrides else {}
-    with_triton = {"triton": version("triton")} if device.type == "cuda" and find_spec("triton") else {}
+    used = [name for name in ("triton", "bitsandbytes") if name in sys.modules]
     return (
         overridden
-        | with_triton
+        | {name: version(name) for name in used}
         | {
             "device": f"{device} ({device_name(device)})",
             "tuned": tuned_on(device),

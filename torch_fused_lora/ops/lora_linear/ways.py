@@ -32,10 +32,10 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
-    meet adapters in Triton kernels, with float32 adapters, with dropout, or up to `FEW` of them. ``carrying``: from how
-    many bfloat16 rows on the base product carries the rank, on Hopper; of half adapters, without dropout, from `LARGE`
-    on. ``follows``: whether a layer that is torch's own calls as they are is left to autograd: in a whole
-    step that takes less of the host's time than a node of ours."""
+    meet adapters in Triton kernels: with float32 adapters, with dropout, up to `FEW` of them, and all while a CUDA graph
+    is captured. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on Hopper; of half
+    adapters, without dropout, from `LARGE` on. ``follows``: whether a layer that is torch's own calls as they are is
+    left to autograd: in a whole step that takes less of the host's time than a node of ours."""
 
     block: int
     triton: bool = False
@@ -135,8 +135,8 @@ def choose(
                 fits = K % 8 == 0  # tiles begin at whole counters of 8 elements
             elif tuned:
                 fits = tuned != 2
-            elif dtype is rows.dtype and M > FEW:  # torch's own calls take less of the host's time
-                fits = M * K * N >= LARGE and _carries(rows)
+            elif dtype is rows.dtype and M > FEW:  # torch's own calls take less of the host's time, which a graph saves
+                fits = _is_captured(rows) or (M * K * N >= LARGE and _carries(rows))
             else:
                 fits = True
             if fits:
@@ -149,6 +149,10 @@ def choose(
         return BLOCKS, lora_A, lora_B
     few = rows.dtype is dtype or (count := rows.shape[0]) <= FEW
     return WHOLE if few or count <= block_rows(lora_A, lora_B) else BLOCKS, lora_A, lora_B
+
+
+def _is_captured(rows: Tensor) -> bool:
+    return rows.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def autograd_follows(x: Tensor) -> bool:
