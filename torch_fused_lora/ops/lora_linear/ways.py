@@ -32,8 +32,8 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
-    meet adapters in Triton kernels: with float32 adapters, with dropout, up to `FEW` of them, and all while a CUDA graph
-    is captured. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on Hopper; of half
+    meet adapters in Triton kernels: with float32 adapters, with dropout, up to `FEW` of them, and all in a CUDA graph's
+    capture. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on Hopper; of half
     adapters, without dropout, from `LARGE` on. ``follows``: whether a layer that is torch's own calls as they are is
     left to autograd: in a whole step that takes less of the host's time than a node of ours."""
 
