@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,10 +68,10 @@ def _cpu_mask(seed: int, stream: int, first: int, count: int, threshold: int) ->
 
     def draw(chunk: int) -> None:
         out = keep[chunk : chunk + _CHUNK]
-        bits = np.random.Philox(key=np.array((seed, stream), np.uint64), counter=begin + chunk // 16)
+        bits = _philox64(seed, stream, begin + chunk // 16)
         halves = bits.random_raw(len(out) // 4).view(np.uint16)
         np.greater(halves, high, out=out)
-        ties = np.flatnonzero(halves == high)
+        ties = (halves == high).nonzero()[0]
         if len(ties):
             out[ties] = halves[ties ^ 1] >= low
 
@@ -81,6 +82,20 @@ def _cpu_mask(seed: int, stream: int, first: int, count: int, threshold: int) ->
         for chunk in chunks:
             draw(chunk)
     return keep[first % 16 : first % 16 + count]
+
+
+_of_thread = threading.local()
+_EMPTY = {"bit_generator": "Philox", "buffer": np.zeros(4, np.uint64), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+
+
+def _philox64(seed: int, stream: int, counter: int) -> np.random.Philox:
+    """NumPy's generator before the words of a counter: to give the thread's own a state takes a tenth of the time that
+    a new one does."""
+    if (bits := getattr(_of_thread, "bits", None)) is None:
+        bits = _of_thread.bits = np.random.Philox(0)
+    key, at = np.array((seed, stream), np.uint64), np.array((counter, 0, 0, 0), np.uint64)
+    bits.state = _EMPTY | {"state": {"counter": at, "key": key}}
+    return bits
 
 
 @functools.cache
