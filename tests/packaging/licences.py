@@ -1,6 +1,6 @@
 """The licences of what the tests and the examples install, of the packages' own metadata, into docs/licences.md:
 
-pip install -e '.[bases,gemma]' && python -m tests.packaging.licences
+pip install -e '.[bases,gemma,docs]' && python -m tests.packaging.licences
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ EXTRAS = {  # each with what those before it have not
     "test": "The tests",
     "conformance": "PEFT's own tests",
     "bases": "The tests of other libraries' bases",
+    "docs": "The pages",
 }
 HEAD = """\
 # Licences of what the tests and the examples install
