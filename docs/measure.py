@@ -28,11 +28,11 @@ COMMANDS = {
     "cpu_model": (f"{BENCH} --model --device cpu --threads 1 --seconds 3", "model.json"),
     "encoder": ("examples/finetune_encoder.py", "results.json"),
     "gemma_4bit": ("examples/finetune_4bit.py --steps 24 --batch-size 1 --held-out 8", "results.json"),
-    "cuda_layers": (f"{BENCH} --device cuda --shapes gpu rows --seconds 1", "bench.json"),
-    "cuda_model": (f"{BENCH} --model --device cuda", "model.json"),
-    "cuda_packed": (f"{BENCH} --device cuda --shapes packed --seconds 1", "bench.json"),
-    "cuda_4bit_model": (f"{BENCH} --model --format 4bit --device cuda", "model.json"),
-    "cuda_nf4_model": (f"{BENCH} --model --format nf4 --device cuda", "model.json"),
+    "cuda_layers": (f"{BENCH} --device cuda --shapes gpu rows --seconds 0.7", "bench.json"),
+    "cuda_model": (f"{BENCH} --model --device cuda --seconds 2", "model.json"),
+    "cuda_packed": (f"{BENCH} --device cuda --shapes packed --seconds 0.7", "bench.json"),
+    "cuda_4bit_model": (f"{BENCH} --model --format 4bit --device cuda --dropout 0.05 --seconds 2", "model.json"),
+    "cuda_nf4_model": (f"{BENCH} --model --format nf4 --device cuda --dropout 0.05 --seconds 2", "model.json"),
 }
 CPU = "cpu_layers", "cpu_model", "encoder"
 

@@ -55,7 +55,7 @@ SIZES = {
 BATCHES = {"small": [[4, 128], [1, 64]], "1.1B": [[4, 1024], [1, 512]]}
 Bases: TypeAlias = tuple[PreTrainedModel, PreTrainedModel]  # without adapters, and what is under them
 ADAPTED = ("stock", "patched", "patched+norms")
-PROFILED_ROUNDS = 5
+PROFILED_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
