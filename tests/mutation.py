@@ -413,7 +413,7 @@ class Failures:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and self.first is None:
-            self.first = report.nodeid.split("::")[-1]
+            self.first = report.nodeid.removeprefix("tests/kernels/")
 
 
 def first_failure(tests: Stages, edit: Edit | None) -> str | None:
@@ -443,18 +443,19 @@ def first_failure(tests: Stages, edit: Edit | None) -> str | None:
 def run(edits: list[Edit], jobs: int, console: Console) -> list[Edit]:
     """The edits that no test notices."""
     survivors = []
+    noticed: dict[str, None] = {}  # the tests that caught an edit
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        unedited = [pool.apply_async(first_failure, (tests, None)) for tests in {edit.tests for edit in edits}]
-        for result in unedited:
-            if failed := result.get():
-                raise SystemExit(f"{failed} fails without any edit")
         results = [pool.apply_async(first_failure, (edit.tests, edit)) for edit in edits]
         for edit, result in track(zip(edits, results, strict=True), "mutations", len(edits), console=console):
             test = result.get()
-            verdict = f"caught by {test}" if test else EQUIVALENT.get(edit, "SURVIVED")
+            verdict = f"caught by {test.partition('::')[2]}" if test else EQUIVALENT.get(edit, "SURVIVED")
             console.print(f"{edit}\n    {verdict}", markup=False, highlight=False, soft_wrap=True)
             if test is None:
                 survivors.append(edit)
+            else:
+                noticed[test] = None
+        if noticed and (failed := pool.apply(first_failure, (tuple((test,) for test in noticed), None))):
+            raise SystemExit(f"{failed} fails without any edit")
     return survivors
 
 

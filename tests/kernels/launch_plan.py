@@ -222,7 +222,7 @@ class Launcher:
 
     def _dispatch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
         assert len(tensors) == launch.tensors
-        kernel = metal_on_cpu.compile(launch.source.decode())[launch.kernel.decode()]
+        kernel = metal_on_cpu.compile(launch.source.decode(), trace=self.trace)[launch.kernel.decode()]
         report = kernel.dispatch(
             threads=launch.threads,
             group=launch.group,

@@ -58,11 +58,12 @@ class Source:
 class Kernel:
     """A kernel by its host name. ``arguments`` are its buffer parameters by index."""
 
-    def __init__(self, source: Source, name: str) -> None:
+    def __init__(self, source: Source, name: str, code: ctypes.CDLL) -> None:
+        """``code`` is either of the source's builds: both describe a kernel alike."""
         self.source, self.name = source, name
         self.entry = source.entries[name]
         self.arguments: list[Argument] = self.entry.arguments
-        describe = getattr(source.fast[1], f"{self.entry.symbol}_describe")
+        describe = getattr(code, f"{self.entry.symbol}_describe")
         parameters = (abi.Parameter * abi.BUFFERS)()
         self.max_total_threads: int = describe(parameters)
         self.parameters = {parameters[i].index: parameters[i] for i in range(len(self.arguments))}
@@ -170,9 +171,10 @@ class Kernel:
 class Library(Mapping[str, Kernel]):
     """The kernels of one source text by host name."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, trace: bool) -> None:
         self.source = source
-        self.kernels = {name: Kernel(source, name) for name in source.entries}
+        code = (source.traced if trace else source.fast)[1]
+        self.kernels = {name: Kernel(source, name, code) for name in source.entries}
 
     def __getitem__(self, name: str) -> Kernel:
         try:
@@ -188,11 +190,12 @@ class Library(Mapping[str, Kernel]):
 
 
 @lru_cache(maxsize=64)
-def compile(source: str, name: str = "metal", *, strict: bool = False) -> Library:
+def compile(source: str, name: str = "metal", *, strict: bool = False, trace: bool = False) -> Library:
     """Compile Metal 3.1 source to kernels for this CPU.
 
     ``strict`` also refuses what clang takes and Metal does not, and checks the ``thread`` address space; off, it is for
-    Metal that others wrote. Raises CompileError with the source's lines.
+    Metal that others wrote. ``trace`` builds the instrumented code now and the fast one once it is dispatched, instead
+    of the other way about. Raises CompileError with the source's lines.
     """
     if not source.isascii():
         raise CompileError(f"{name}: Metal source is ASCII")
@@ -204,7 +207,7 @@ def compile(source: str, name: str = "metal", *, strict: bool = False) -> Librar
         raise CompileError(str(error)) from None
     except RewriteError as error:
         raise CompileError(f"{name}:{error}") from None
-    return Library(Source(name, rewritten.text, strict, rewritten.entries, rewritten.variables))
+    return Library(Source(name, rewritten.text, strict, rewritten.entries, rewritten.variables), trace=trace)
 
 
 def without_standard_includes(source: str) -> str:

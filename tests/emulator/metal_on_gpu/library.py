@@ -143,7 +143,9 @@ class Modules:
     def _kernel(self, source: str, name: str, variant: str = "exact") -> Kernel:
         return Kernel(self.archive.read(key(source, variant)), name, self.entry(source, name, variant))
 
-    def compile(self, source: str, name: str = "metal", *, strict: bool = False) -> dict[str, Kernel]:
+    def compile(
+        self, source: str, name: str = "metal", *, strict: bool = False, trace: bool = False
+    ) -> dict[str, Kernel]:
         """As metal_on_cpu.compile, of what was built before."""
         if (found := key(source, "exact")) not in self.index:
             raise LookupError(f"no module was built of this source, the kernels of which end: {source[-200:]}")
