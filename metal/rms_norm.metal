@@ -64,20 +64,24 @@ void rms_norm(
   device const TW* const first_weight = weights.at(0, column);
   const ulong x_pass = x_rows.across(PASS), weight_pass = weights.across(PASS);
 
+  Walk<T> walk = walk_from(x_rows, place.row(group), column, groups * ROWS);
+  device T* first_y = y + ulong(place.row(group)) * H + column;
+  const ulong y_step = ulong(groups * ROWS) * H;
   Runs<T, NORM_RUNS, STEP> own, ahead;
   Runs<TW, NORM_RUNS, STEP> weight_runs;
   if (HELD) {
     fetch_weight<WIDE>(weight_runs, weights, first_weight, column);
-    ahead.template fetch_at<WIDE>(x_rows, place.row(group), column);
+    ahead.template fetch<WIDE>(x_rows, walk.place, column, place.row(group) < M ? H : 0);
   }
   short turn = 0;
-  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
+  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1, first_y += y_step) {
     const uint row = place.row(block), end = row < M ? H : 0;
+    device const T* const first_x = walk.place;
+    walk.down(x_rows);
     if (HELD) {
       own = ahead;
-      ahead.template fetch_at<WIDE>(x_rows, place.row(block + groups), column);
+      ahead.template fetch<WIDE>(x_rows, walk.place, column, place.row(block + groups) < M ? H : 0);
     }
-    device const T* const first_x = x_rows.at(row, column);
     device const T* x_place = first_x;
     float squares = 0.0f;
     for (uint c = column; has_more<HELD>(c, column, end); c += PASS, x_place += x_pass) {
@@ -97,7 +101,7 @@ void rms_norm(
     }
     x_place = first_x;
     device const TW* weight_place = first_weight;
-    device T* y_place = y + ulong(row) * H + column;
+    device T* y_place = first_y;
     for (uint c = column; has_more<HELD>(c, column, end); c += PASS, y_place += PASS) {
       if (!HELD) {
         own.template fetch<WIDE>(x_rows, x_place, c, end);
@@ -122,10 +126,18 @@ struct Ahead {
 
   template <bool HELD, bool WIDE>
   METAL_FUNC void fetch(
-      Matrix<T> grads, Matrix<T> x_rows, device const float* all_rstd, uint row, uint column, ushort lane) thread {
+      Matrix<T> grads,
+      Matrix<T> x_rows,
+      device const float* all_rstd,
+      device const T* grad_place,
+      device const T* x_place,
+      uint row,
+      uint column,
+      ushort lane) thread {
     if (HELD) {
-      grad.template fetch_at<WIDE>(grads, row, column);
-      x.template fetch_at<WIDE>(x_rows, row, column);
+      const uint end = row < x_rows.rows ? x_rows.cols : 0;
+      grad.template fetch<WIDE>(grads, grad_place, column, end);
+      x.template fetch<WIDE>(x_rows, x_place, column, end);
     }
     rstd = lane == 0 && row < x_rows.rows ? all_rstd[row] : 0.0f;
   }
@@ -177,15 +189,22 @@ void rms_norm_backward(
     }
   }
   Ahead<T, STEP> ahead, own;
-  ahead.template fetch<HELD, WIDE>(grads, x_rows, rstd, place.row(group), column, lane);
+  Walk<T> grad_walk = walk_from(grads, place.row(group), column, groups * ROWS);
+  Walk<T> x_walk = walk_from(x_rows, place.row(group), column, groups * ROWS);
+  device T* first_dx = dx + ulong(place.row(group)) * H + column;
+  const ulong dx_step = ulong(groups * ROWS) * H;
+  ahead.template fetch<HELD, WIDE>(grads, x_rows, rstd, grad_walk.place, x_walk.place, place.row(group), column, lane);
   short turn = 0;
-  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1) {
+  for (uint block = group; block < blocks_flags.x; block += groups, turn ^= 1, first_dx += dx_step) {
     const uint row = place.row(block), end = row < M ? H : 0;
+    device const T* const first_grad = grad_walk.place;
+    device const T* const first_x = x_walk.place;
+    grad_walk.down(grads);
+    x_walk.down(x_rows);
     own = ahead;
-    ahead.template fetch<HELD, WIDE>(grads, x_rows, rstd, place.row(block + groups), column, lane);
+    ahead.template fetch<HELD, WIDE>(
+        grads, x_rows, rstd, grad_walk.place, x_walk.place, place.row(block + groups), column, lane);
     const float scale = simd_broadcast_first(own.rstd);
-    device const T* const first_grad = grads.at(row, column);
-    device const T* const first_x = x_rows.at(row, column);
     device const T* grad_place = first_grad;
     device const T* x_place = first_x;
     device const TW* weight_place = first_weight;
@@ -207,7 +226,7 @@ void rms_norm_backward(
     grad_place = first_grad;
     x_place = first_x;
     weight_place = first_weight;
-    device T* dx_place = dx + ulong(row) * H + column;
+    device T* dx_place = first_dx;
     device OUT* sum_place = first_sum;
     for (uint c = column; has_more<HELD>(c, column, end); c += PASS, dx_place += PASS, sum_place += PASS) {
       if (!HELD) {

@@ -63,13 +63,33 @@ struct Runs {
       place += matrix.across(STEP);
     }
   }
+};
 
-  /// Of this row; zeros past the matrix.
-  template <bool WIDE>
-  METAL_FUNC void fetch_at(Matrix<T> matrix, uint row, uint column) thread {
-    fetch<WIDE>(matrix, matrix.at(row, column), column, row < matrix.rows ? matrix.cols : 0);
+/// A place in a matrix that goes down by the same number of rows again and again.
+template <typename T>
+struct Walk {
+  device const T* place;
+  uint level_row, level_step;  // the row within its level, and by how much it grows
+  long step, next_level;  // what a step adds, and what one into the next level adds to that
+
+  METAL_FUNC void down(thread const Matrix<T>& matrix) thread {
+    place += step;
+    const uint left_of_level = matrix.inner - level_row;
+    level_row += level_step;
+    if (level_step >= left_of_level) {
+      level_row -= matrix.inner;
+      place += next_level;
+    }
   }
 };
+
+template <typename T>
+METAL_FUNC Walk<T> walk_from(thread const Matrix<T>& matrix, uint row, uint column, uint rows) {
+  const uint rest = rows % matrix.inner;
+  const ulong step = ulong(rows / matrix.inner) * matrix.outer_stride + ulong(rest) * matrix.row_stride;
+  const long next_level = long(matrix.outer_stride) - long(ulong(matrix.inner) * matrix.row_stride);
+  return {matrix.at(row, column), row % matrix.inner, rest, long(step), next_level};
+}
 
 METAL_FUNC Run filled(float value) { return {float4(value), float4(value)}; }
 

@@ -78,13 +78,15 @@ void softmax(
   const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   const uint M = m_h.x, H = m_h.y;
   const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, WIDE);
-  const ulong x_pass = x_rows.across(PASS);
+  const ulong x_pass = x_rows.across(PASS), y_step = ulong(groups * ROWS) * H;
+  const uint column = place.column();
+  Walk<T> walk = walk_from(x_rows, place.row(group), column, groups * ROWS);
+  device T* first_y = y + ulong(place.row(group)) * H + column;
 
   short turn = 0;
-  for (uint block = group; block < blocks; block += groups, turn ^= 1) {
-    const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
-    device const T* const first_x = x_rows.at(row, column);
-    device const T* x_place = first_x;
+  for (uint block = group; block < blocks; block += groups, turn ^= 1, first_y += y_step) {
+    const uint end = place.row(block) < M ? H : 0;
+    device const T* x_place = walk.place;
     Runs<float, SOFTMAX_RUNS, STEP> own_runs;
     Part own = {LOWEST, 0.0f};
     for (uint c = column; has_more<HELD>(c, column, end); c += PASS, x_place += x_pass) {
@@ -114,8 +116,9 @@ void softmax(
       all = joined(all);
     }
     const float scale = precise::exp(own.maximum - all.maximum) * (1.0f / all.sum);
-    x_place = first_x;
-    device T* y_place = y + ulong(row) * H + column;
+    x_place = walk.place;
+    walk.down(x_rows);
+    device T* y_place = first_y;
     for (uint c = column; has_more<HELD>(c, column, end); c += PASS, y_place += PASS) {
       if (!HELD) {
         own_runs = load_logits<STEP, WIDE>(x_rows, x_place, c, end);
@@ -156,16 +159,18 @@ void softmax_backward(
   const uint M = m_h.x, H = m_h.y;
   const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, WIDE);
   const Matrix<T> y_rows = matrix_of(y, M, H, y_levels, y_strides, WIDE);
-  const ulong grad_pass = grads.across(PASS), y_pass = y_rows.across(PASS);
+  const ulong grad_pass = grads.across(PASS), y_pass = y_rows.across(PASS), dx_step = ulong(groups * ROWS) * H;
+  const uint column = place.column();
+  Walk<T> grad_walk = walk_from(grads, place.row(group), column, groups * ROWS);
+  Walk<T> y_walk = walk_from(y_rows, place.row(group), column, groups * ROWS);
+  device T* first_dx = dx + ulong(place.row(group)) * H + column;
 
   Runs<T, SOFTMAX_BACKWARD_RUNS, STEP> grad_runs, y_runs;
   short turn = 0;
-  for (uint block = group; block < blocks; block += groups, turn ^= 1) {
-    const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
-    device const T* const first_grad = grads.at(row, column);
-    device const T* const first_y = y_rows.at(row, column);
-    device const T* grad_place = first_grad;
-    device const T* y_place = first_y;
+  for (uint block = group; block < blocks; block += groups, turn ^= 1, first_dx += dx_step) {
+    const uint end = place.row(block) < M ? H : 0;
+    device const T* grad_place = grad_walk.place;
+    device const T* y_place = y_walk.place;
     float products = 0.0f;
     for (uint c = column; has_more<HELD>(c, column, end); c += PASS, grad_place += grad_pass, y_place += y_pass) {
       grad_runs.template fetch<WIDE>(grads, grad_place, c, end);
@@ -176,9 +181,11 @@ void softmax_backward(
       }
     }
     const float sum = place.sum(products, shared[turn]);
-    grad_place = first_grad;
-    y_place = first_y;
-    device T* dx_place = dx + ulong(row) * H + column;
+    grad_place = grad_walk.place;
+    y_place = y_walk.place;
+    grad_walk.down(grads);
+    y_walk.down(y_rows);
+    device T* dx_place = first_dx;
     for (uint c = column; has_more<HELD>(c, column, end); c += PASS, dx_place += PASS) {
       if (!HELD) {
         grad_runs.template fetch<WIDE>(grads, grad_place, c, end);

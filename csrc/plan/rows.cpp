@@ -19,8 +19,8 @@ namespace {
 constexpr uint32_t kRowSimdgroups = 8;       // of a row at most; longer rows are looped over
 constexpr uint32_t kGroupSimdgroups = 16;    // of a threadgroup at most
 constexpr uint32_t kLeastSimdgroups = 4;     // shorter rows share a threadgroup
-constexpr uint32_t kCoreSimdgroups = 32;     // that walk over rows, each with a row on its way while it has another
-constexpr uint32_t kBackwardSimdgroups = 16;  // the same of rms_norm_backward, whose threads have twice the registers
+constexpr uint32_t kCoreSimdgroups = 24;     // that walk over rows, each with a row on its way while it has another
+constexpr uint32_t kBackwardSimdgroups = 8;  // the same of rms_norm_backward, whose threads take twice the registers
 constexpr uint64_t kMostGroups = 1 << 20;  // keeps a grid's threads below 2**32
 
 /// Threadgroups that have all rows at once; fewer walk over the rows.
