@@ -31,6 +31,9 @@ enum NormBackwardBuffers {
   NORM_BACKWARD_WEIGHT_STRIDE,
 };
 
+/// Runs that a thread has of a row at a time: they are on their way at once, and share the sum over the row.
+enum NormSizes { NORM_RUNS = 2 };
+
 enum NormFlags { NORM_HAS_WEIGHT = 1, NORM_NEED_X = 2, NORM_NEED_WEIGHT = 4 };
 
 }  // namespace tfl

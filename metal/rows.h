@@ -36,16 +36,59 @@ struct Place {
   }
 };
 
-/// How many elements of a row of H there are in the run at a column; WIDE: all or none.
-template <bool WIDE>
-METAL_FUNC uint run_count(uint column, uint H) {
-  return column < H ? (WIDE ? RUN : H - column) : 0;
+/// Whether a thread whose first column is `first` has more of a row at column c. HELD: it has the row at once, and a
+/// compiler sees that a loop with this condition runs once.
+template <bool HELD>
+METAL_FUNC bool has_more(uint c, uint first, uint end) {
+  return HELD ? c == first : c < end;
 }
 
-/// The run of a row at a column, zeros past the matrix.
-template <bool WIDE, typename T>
-METAL_FUNC RunOf<T> fetch_at(Matrix<T> matrix, uint row, uint column) {
-  return matrix.fetch(matrix.at(row, column), row < matrix.rows ? run_count<WIDE>(column, matrix.cols) : 0);
+/// How many elements there are in the run at a column of a row that ends at `end`; WIDE: all or none.
+template <bool WIDE>
+METAL_FUNC uint run_count(uint column, uint end) {
+  return column < end ? (WIDE ? RUN : end - column) : 0;
+}
+
+/// What a thread has of a row at a time: COUNT runs, STEP elements apart.
+template <typename T, short COUNT, uint STEP>
+struct Runs {
+  RunOf<T> runs[COUNT];
+
+  /// From a column on, which lies at `place`; zeros from `end` on.
+  template <bool WIDE>
+  METAL_FUNC void fetch(Matrix<T> matrix, device const T* place, uint column, uint end) thread {
+    TFL_UNROLL
+    for (short i = 0; i < COUNT; ++i) {
+      runs[i] = matrix.fetch(place, run_count<WIDE>(column + i * STEP, end));
+      place += matrix.across(STEP);
+    }
+  }
+};
+
+/// A place in a matrix that goes down by the same number of rows again and again.
+template <typename T>
+struct Walk {
+  device const T* place;
+  uint level_row, level_step;  // the row within its level, and by how much it grows
+  long step, next_level;  // what a step adds, and what one into the next level adds to that
+
+  METAL_FUNC void down(thread const Matrix<T>& matrix) thread {
+    place += step;
+    const uint left_of_level = matrix.inner - level_row;
+    level_row += level_step;
+    if (level_step >= left_of_level) {
+      level_row -= matrix.inner;
+      place += next_level;
+    }
+  }
+};
+
+template <typename T>
+METAL_FUNC Walk<T> walk_from(thread const Matrix<T>& matrix, uint row, uint column, uint rows) {
+  const uint rest = rows % matrix.inner;
+  const ulong step = ulong(rows / matrix.inner) * matrix.outer_stride + ulong(rest) * matrix.row_stride;
+  const long next_level = long(matrix.outer_stride) - long(ulong(matrix.inner) * matrix.row_stride);
+  return {matrix.at(row, column), row % matrix.inner, rest, long(step), next_level};
 }
 
 METAL_FUNC Run filled(float value) { return {float4(value), float4(value)}; }

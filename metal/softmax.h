@@ -24,4 +24,7 @@ enum SoftmaxBackwardBuffers {
   SOFTMAX_BACKWARD_Y_STRIDES,
 };
 
+/// Runs that a thread has of a row at a time: they are on their way at once, and share the sum over the row.
+enum SoftmaxSizes { SOFTMAX_RUNS = 4, SOFTMAX_BACKWARD_RUNS = 2 };
+
 }  // namespace tfl

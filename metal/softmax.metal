@@ -2,13 +2,13 @@
 // softmax_backward: dx = y * (grad - sum of y * grad).
 //
 // Algorithm. Each thread takes exp of its elements against a maximum of its own, which rises as it goes (online: one
-//   loop finds maximum and sum); the threads' sums are then brought to the row's maximum and added. HELD: a thread has
-//   one run of the row and keeps it in registers; longer rows are looped over once more.
+//   loop finds maximum and sum); the threads' sums are then brought to the row's maximum and added. HELD: a thread
+//   keeps its runs of the row in registers; longer rows are looped over once more.
 //   A maximum starts at the lowest finite number, so that no exp(-inf - -inf) arises while all that was seen is -inf.
 //   A row that is -inf throughout has the sum 0, and 0 * (1 / 0) is NaN; one with a NaN or +inf has the sum NaN: as
 //   torch's.
 // Tile. None: two floats a simdgroup in threadgroup memory, twice.
-// Threads. A run of eight elements each: 1 to 16 simdgroups a row, 8 to 16 a group.
+// Threads. Four runs of eight elements each, two in backward: 1 to 8 simdgroups a row, 4 to 8 a group.
 // Bytes (counted by the executor). HELD: every operand is touched once, the least possible. Looped rows: what is read
 //   is read twice.
 // Rounding. Once: sums and products are float32.
@@ -30,22 +30,29 @@ METAL_FUNC Part joined(Part part) {
   return {maximum, simd_sum(part.sum * precise::exp(part.maximum - maximum))};
 }
 
-/// The run of a row at `place`, of which `count` elements exist, -inf beyond its end.
-template <typename T>
-METAL_FUNC Run load_logits(Matrix<T> x, device const T* place, uint count) {
-  Run run = x.load(place, count);
+/// A thread's runs of a row from a column on, which lies at `place`; -inf from `end` on.
+template <uint STEP, bool WIDE, typename T>
+METAL_FUNC Runs<float, SOFTMAX_RUNS, STEP> load_logits(Matrix<T> x, device const T* place, uint column, uint end) {
+  Runs<T, SOFTMAX_RUNS, STEP> found;
+  found.template fetch<WIDE>(x, place, column, end);
+  Runs<float, SOFTMAX_RUNS, STEP> logits;
   TFL_UNROLL
-  for (short i = 0; i < RUN; ++i) {
-    if (uint(i) >= count) {
-      run.set(i, -INFINITY);
+  for (short i = 0; i < SOFTMAX_RUNS; ++i) {
+    const uint count = run_count<WIDE>(column + i * STEP, end);
+    logits.runs[i] = widened(found.runs[i]);
+    TFL_UNROLL
+    for (short j = 0; j < RUN; ++j) {
+      if (uint(j) >= count) {
+        logits.runs[i].set(j, -INFINITY);
+      }
     }
   }
-  return run;
+  return logits;
 }
 
-METAL_FUNC float largest(Run run) {
+METAL_FUNC float largest(float maximum, Run run) {
   const float4 maxima = max(run.low, run.high);
-  return max(max(maxima.x, maxima.y), max(maxima.z, maxima.w));
+  return max(maximum, max(max(maxima.x, maxima.y), max(maxima.z, maxima.w)));
 }
 
 METAL_FUNC Run exponentials(Run run, float maximum) {
@@ -66,25 +73,35 @@ void softmax(
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
+  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP, PASS = SOFTMAX_RUNS * STEP;
   threadgroup Part shared[2][SIMDGROUPS * ROWS];
   const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   const uint M = m_h.x, H = m_h.y;
   const Matrix<T> x_rows = matrix_of(x, M, H, x_levels, x_strides, WIDE);
-  const ulong x_step = x_rows.across(STEP);
+  const ulong x_pass = x_rows.across(PASS), y_step = ulong(groups * ROWS) * H;
+  const uint column = place.column();
+  Walk<T> walk = walk_from(x_rows, place.row(group), column, groups * ROWS);
+  device T* first_y = y + ulong(place.row(group)) * H + column;
 
   short turn = 0;
-  for (uint block = group; block < blocks; block += groups, turn ^= 1) {
-    const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
-    device const T* const first_x = x_rows.at(row, column);
-    device const T* x_place = first_x;
-    Run run = filled(0.0f);
+  for (uint block = group; block < blocks; block += groups, turn ^= 1, first_y += y_step) {
+    const uint end = place.row(block) < M ? H : 0;
+    device const T* x_place = walk.place;
+    Runs<float, SOFTMAX_RUNS, STEP> own_runs;
     Part own = {LOWEST, 0.0f};
-    for (uint c = column; c < end; c += STEP, x_place += x_step) {
-      run = load_logits(x_rows, x_place, run_count<WIDE>(c, H));
-      const float maximum = max(own.maximum, largest(run));
-      run = exponentials(run, maximum);
-      own = {maximum, own.sum * precise::exp(own.maximum - maximum) + total(run)};
+    for (uint c = column; has_more<HELD>(c, column, end); c += PASS, x_place += x_pass) {
+      own_runs = load_logits<STEP, WIDE>(x_rows, x_place, c, end);
+      float maximum = own.maximum;
+      TFL_UNROLL
+      for (short i = 0; i < SOFTMAX_RUNS; ++i) {
+        maximum = largest(maximum, own_runs.runs[i]);
+      }
+      own = {maximum, own.sum * precise::exp(own.maximum - maximum)};
+      TFL_UNROLL
+      for (short i = 0; i < SOFTMAX_RUNS; ++i) {
+        own_runs.runs[i] = exponentials(own_runs.runs[i], maximum);
+        own.sum += total(own_runs.runs[i]);
+      }
     }
     Part all = joined(own);
     if (SIMDGROUPS > 1) {
@@ -99,14 +116,22 @@ void softmax(
       all = joined(all);
     }
     const float scale = precise::exp(own.maximum - all.maximum) * (1.0f / all.sum);
-    x_place = first_x;
-    device T* y_place = y + ulong(row) * H + column;
-    for (uint c = column; c < end; c += STEP, y_place += STEP) {
+    x_place = walk.place;
+    walk.down(x_rows);
+    device T* y_place = first_y;
+    for (uint c = column; has_more<HELD>(c, column, end); c += PASS, y_place += PASS) {
       if (!HELD) {
-        run = exponentials(load_logits(x_rows, x_place, run_count<WIDE>(c, H)), own.maximum);
-        x_place += x_step;
+        own_runs = load_logits<STEP, WIDE>(x_rows, x_place, c, end);
+        x_place += x_pass;
       }
-      store_run(y_place, run * scale, run_count<WIDE>(c, H), WIDE);
+      TFL_UNROLL
+      for (short i = 0; i < SOFTMAX_RUNS; ++i) {
+        Run run = own_runs.runs[i];
+        if (!HELD) {
+          run = exponentials(run, own.maximum);
+        }
+        store_run(y_place + i * STEP, run * scale, run_count<WIDE>(c + i * STEP, end), WIDE);
+      }
     }
   }
 }
@@ -128,40 +153,51 @@ void softmax_backward(
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simdgroup_index [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP;
+  constexpr uint STEP = Place<SIMDGROUPS, ROWS>::STEP, PASS = SOFTMAX_BACKWARD_RUNS * STEP;
   threadgroup float shared[2][SIMDGROUPS * ROWS];
   const Place<SIMDGROUPS, ROWS> place = {thread_index, simdgroup_index, lane};
   const uint M = m_h.x, H = m_h.y;
   const Matrix<T> grads = matrix_of(grad, M, H, grad_levels, grad_strides, WIDE);
   const Matrix<T> y_rows = matrix_of(y, M, H, y_levels, y_strides, WIDE);
-  const ulong grad_step = grads.across(STEP), y_step = y_rows.across(STEP);
+  const ulong grad_pass = grads.across(PASS), y_pass = y_rows.across(PASS), dx_step = ulong(groups * ROWS) * H;
+  const uint column = place.column();
+  Walk<T> grad_walk = walk_from(grads, place.row(group), column, groups * ROWS);
+  Walk<T> y_walk = walk_from(y_rows, place.row(group), column, groups * ROWS);
+  device T* first_dx = dx + ulong(place.row(group)) * H + column;
 
-  Run grad_run = filled(0.0f), y_run = filled(0.0f);
+  Runs<T, SOFTMAX_BACKWARD_RUNS, STEP> grad_runs, y_runs;
   short turn = 0;
-  for (uint block = group; block < blocks; block += groups, turn ^= 1) {
-    const uint row = place.row(block), column = place.column(), end = row < M ? H : 0;
-    device const T* const first_grad = grads.at(row, column);
-    device const T* const first_y = y_rows.at(row, column);
-    device const T* grad_place = first_grad;
-    device const T* y_place = first_y;
+  for (uint block = group; block < blocks; block += groups, turn ^= 1, first_dx += dx_step) {
+    const uint end = place.row(block) < M ? H : 0;
+    device const T* grad_place = grad_walk.place;
+    device const T* y_place = y_walk.place;
     float products = 0.0f;
-    for (uint c = column; c < end; c += STEP, grad_place += grad_step, y_place += y_step) {
-      grad_run = grads.load(grad_place, run_count<WIDE>(c, H));
-      y_run = y_rows.load(y_place, run_count<WIDE>(c, H));
-      products += total(grad_run * y_run);
+    for (uint c = column; has_more<HELD>(c, column, end); c += PASS, grad_place += grad_pass, y_place += y_pass) {
+      grad_runs.template fetch<WIDE>(grads, grad_place, c, end);
+      y_runs.template fetch<WIDE>(y_rows, y_place, c, end);
+      TFL_UNROLL
+      for (short i = 0; i < SOFTMAX_BACKWARD_RUNS; ++i) {
+        products += total(widened(grad_runs.runs[i]) * widened(y_runs.runs[i]));
+      }
     }
     const float sum = place.sum(products, shared[turn]);
-    grad_place = first_grad;
-    y_place = first_y;
-    device T* dx_place = dx + ulong(row) * H + column;
-    for (uint c = column; c < end; c += STEP, dx_place += STEP) {
+    grad_place = grad_walk.place;
+    y_place = y_walk.place;
+    grad_walk.down(grads);
+    y_walk.down(y_rows);
+    device T* dx_place = first_dx;
+    for (uint c = column; has_more<HELD>(c, column, end); c += PASS, dx_place += PASS) {
       if (!HELD) {
-        grad_run = grads.load(grad_place, run_count<WIDE>(c, H));
-        y_run = y_rows.load(y_place, run_count<WIDE>(c, H));
-        grad_place += grad_step;
-        y_place += y_step;
+        grad_runs.template fetch<WIDE>(grads, grad_place, c, end);
+        y_runs.template fetch<WIDE>(y_rows, y_place, c, end);
+        grad_place += grad_pass;
+        y_place += y_pass;
       }
-      store_run(dx_place, y_run * (grad_run - filled(sum)), run_count<WIDE>(c, H), WIDE);
+      TFL_UNROLL
+      for (short i = 0; i < SOFTMAX_BACKWARD_RUNS; ++i) {
+        const Run dx_run = widened(y_runs.runs[i]) * (widened(grad_runs.runs[i]) - filled(sum));
+        store_run(dx_place + i * STEP, dx_run, run_count<WIDE>(c + i * STEP, end), WIDE);
+      }
     }
   }
 }

@@ -15,6 +15,7 @@ using namespace tfl;  // what metal/ says
 namespace {
 
 constexpr uint64_t kMostSplits = 16;  // of K: every threadgroup of the second dispatch adds them up
+constexpr uint64_t kMostSplitsOfMany = 32;  // the same above rank 32, where a step along K takes longer
 
 /// out += s (in down^T) up^T for a slice of the ranks. `down` is r x K, `up` N x r.
 struct Delta {
@@ -51,9 +52,9 @@ DeltaConfiguration choose(const Delta& delta) {
     return within(unless(forced, std::min(groups / row_tiles, most)), 1, std::max<uint64_t>(tiles, 1));
   };
   const uint64_t width = delta_width(short_(c.rank_blocks)), k_tiles = ceil_div(K, width);
+  const uint64_t most = c.rank_blocks <= 4 ? kMostSplits : kMostSplitsOfMany;
   c.width = static_cast<uint32_t>(width);
-  c.k_columns =
-      static_cast<uint32_t>(share(k_tiles, splits(forced.k_splits, c.row_blocks, k_tiles, kMostSplits)) * width);
+  c.k_columns = static_cast<uint32_t>(share(k_tiles, splits(forced.k_splits, c.row_blocks, k_tiles, most)) * width);
   c.k_splits = static_cast<uint32_t>(std::max<uint64_t>(ceil_div(K, c.k_columns), 1));
   c.up_row_blocks = static_cast<uint32_t>(delta_up_rows(short_(c.row_blocks), short_(c.rank_blocks)));
   const uint64_t columns = delta_columns(short_(c.row_blocks), short_(c.rank_blocks)), tiles = ceil_div(N, columns);

@@ -16,24 +16,29 @@ using namespace tfl;  // what metal/ says
 
 namespace {
 
-constexpr uint32_t kGroupSimdgroups = 16;  // of a threadgroup at most; longer rows are looped over
-constexpr uint32_t kLeastSimdgroups = 8;   // shorter rows share a threadgroup
-constexpr uint32_t kCoreSimdgroups = 32;   // that walk over rows, each with a row on its way while it has another
+constexpr uint32_t kRowSimdgroups = 8;       // of a row at most; longer rows are looped over
+constexpr uint32_t kGroupSimdgroups = 16;    // of a threadgroup at most
+constexpr uint32_t kLeastSimdgroups = 4;     // shorter rows share a threadgroup
+constexpr uint32_t kCoreSimdgroups = 24;     // that walk over rows, each with a row on its way while it has another
+constexpr uint32_t kBackwardSimdgroups = 8;  // the same of rms_norm_backward, whose threads take twice the registers
 constexpr uint64_t kMostGroups = 1 << 20;  // keeps a grid's threads below 2**32
 
 /// Threadgroups that have all rows at once; fewer walk over the rows.
 uint64_t blocks(const Operand& x, const RowConfiguration& c) { return ceil_div(x.rows, c.rows); }
 
-/// How rows lie in threadgroups, all but the number of them.
-RowConfiguration layout(const RowConfiguration& forced, const Operand& x) {
-  const auto step = [](uint32_t simdgroups) { return static_cast<uint64_t>(row_step(static_cast<short>(simdgroups))); };
+/// How rows lie in threadgroups of at least so many simdgroups, whose threads have so many runs of a row at a time: all
+/// but the number of threadgroups.
+RowConfiguration layout(const RowConfiguration& forced, const Operand& x, uint32_t runs, uint32_t least) {
+  const auto pass = [&](uint32_t simdgroups) {
+    return uint64_t{runs} * static_cast<uint32_t>(row_step(static_cast<short>(simdgroups)));
+  };
   RowConfiguration c;
   c.row_simdgroups = 1;
-  while (c.row_simdgroups < kGroupSimdgroups && step(c.row_simdgroups) < x.cols) c.row_simdgroups *= 2;
+  while (c.row_simdgroups < kRowSimdgroups && pass(c.row_simdgroups) < x.cols) c.row_simdgroups *= 2;
   c.row_simdgroups = unless(forced.row_simdgroups, c.row_simdgroups);
-  c.rows = unless(forced.rows, std::max(kLeastSimdgroups / c.row_simdgroups, 1u));
+  c.rows = unless(forced.rows, std::max(least / c.row_simdgroups, 1u));
   c.rows = std::min(c.rows, kGroupSimdgroups / c.row_simdgroups);
-  c.held = x.cols <= step(c.row_simdgroups);
+  c.held = x.cols <= pass(c.row_simdgroups);
   return c;
 }
 
@@ -43,32 +48,34 @@ uint32_t groups(
   return static_cast<uint32_t>(within(unless(forced.groups, chosen), least, std::min({all, kMostGroups, walk})));
 }
 
-/// Groups that fill the GPU and walk over the rows.
-uint64_t walking(const RowConfiguration& c, uint32_t gpu_cores) {
-  return std::max<uint64_t>(gpu_cores * kCoreSimdgroups / (c.row_simdgroups * c.rows), 1);
+/// Groups that walk over the rows, so many simdgroups on every core.
+uint64_t walking(const RowConfiguration& c, uint32_t gpu_cores, uint32_t simdgroups) {
+  return std::max<uint64_t>(gpu_cores * simdgroups / (c.row_simdgroups * c.rows), 1);
 }
 
 RowConfiguration choose(const RmsNormProblem& p) {
   const RowConfiguration& forced = overrides().rms_norm;
-  RowConfiguration c = layout(forced, p.x);
-  c.groups = groups(forced, c, p.x, walking(c, p.gpu_cores));
+  RowConfiguration c = layout(forced, p.x, NORM_RUNS, kLeastSimdgroups);
+  c.groups = groups(forced, c, p.x, walking(c, p.gpu_cores, kCoreSimdgroups));
   return c;
 }
 
 RowConfiguration choose(const RmsNormBackwardProblem& p) {
   const RowConfiguration& forced = overrides().rms_norm_backward;
-  RowConfiguration c = layout(forced, p.x);
+  // A threadgroup adds up dweight over its rows: twice as many of them leave half the partial sums.
+  RowConfiguration c = layout(forced, p.x, NORM_RUNS, 2 * kLeastSimdgroups);
   if (!c.held) c.rows = 1;  // the threadgroup's sums of dweight lie in memory, which one row at a time adds to
   // With dweight a group is a split, which writes H sums that are read once more. One that adds up in memory does so in
   // float32, in partial sums: two of them at least where the weight is narrower.
   const bool narrow = p.need_weight && !c.held && p.weight.dtype != Scalar::float32;
   const uint64_t least = narrow ? std::min<uint64_t>(2, p.x.rows) : 1;
-  c.groups = groups(forced, c, p.x, walking(c, p.gpu_cores), least);
+  c.groups = groups(forced, c, p.x, walking(c, p.gpu_cores, kBackwardSimdgroups), least);
   return c;
 }
 
-RowConfiguration choose(const RowConfiguration& forced, const Operand& x) {
-  RowConfiguration c = layout(forced, x);
+/// Of a kernel that has every row in a place of its own.
+RowConfiguration choose(const RowConfiguration& forced, const Operand& x, uint32_t runs) {
+  RowConfiguration c = layout(forced, x, runs, kLeastSimdgroups);
   c.groups = groups(forced, c, x, blocks(x, c));
   return c;
 }
@@ -159,7 +166,7 @@ Plan<RowConfiguration> plan(const SoftmaxProblem& p) {
   Plan<RowConfiguration> plan = {check({{"x", p.x}})};
   if (!plan.error.empty() || is_empty(p.x)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
-  c = choose(overrides().softmax, p.x);
+  c = choose(overrides().softmax, p.x, SOFTMAX_RUNS);
   assemble(Variant("softmax").add(msl(p.dtype)), softmax_source, c, wide(p.x, p.dtype), launch);
   set_arguments(
       launch,
@@ -174,7 +181,7 @@ Plan<RowConfiguration> plan(const SoftmaxBackwardProblem& p) {
   Plan<RowConfiguration> plan = {check({{"y", p.y}, {"grad", p.grad}})};
   if (!plan.error.empty() || is_empty(p.y)) return plan;
   auto& [launch, c] = plan.steps.emplace_back();
-  c = choose(overrides().softmax_backward, p.y);
+  c = choose(overrides().softmax_backward, p.y, SOFTMAX_BACKWARD_RUNS);
   assemble(
       Variant("softmax_backward").add(msl(p.dtype)), softmax_source, c, wide(p.y, p.dtype) && wide(p.grad, p.dtype),
       launch);

@@ -1,8 +1,8 @@
 """The row kernels of metal/, executed as csrc/plan/rows.cpp says, against float64.
 
 Bounds: a sum by a tree of some depth is within depth * u of the sum of magnitudes (Higham, section 4.2), so that depth
-takes the place of the number of terms in `reference.Exact`. Here a thread adds eight elements of every 4096, then the
-lanes of a simdgroup, then the simdgroups.
+takes the place of the number of terms in `reference.Exact`. Here a thread adds the sums of its runs, of which it has
+two in 4096 elements, then come the lanes of a simdgroup, then the simdgroups.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = NARROW
 WEIGHTED = [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]
 EPS = 1e-5
-# Rows and length: every number of simdgroups a row, full and not; held, and looped over once to ten times.
+# Rows and length: every number of simdgroups a row, full and not; held, and looped over twice to ten times.
 SHAPES = [
     *[(9, 1), (3, 7), (70, 8), (9, 64), (1, 100), (70, 128), (3, 255), (17, 256)],
     *[(9, 257), (5, 512), (3, 1000), (3, 2048), (3, 4096)],
-    *[(3, 4097), (1, 5000), (2, 10001), (1, 40000)],
+    *[(3, 4097), (1, 5000), (1, 8192), (2, 8200), (2, 10001), (1, 40000)],
 ]
 
 
@@ -178,6 +178,7 @@ WALKED = [
     ((35, 4100), F16, F16),
     ((12, 4104), F16, F16),
     ((5, 8197), F32, F32),
+    ((5, 8200), F16, F16),
 ]
 
 

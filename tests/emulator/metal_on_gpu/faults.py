@@ -40,7 +40,7 @@ def try_rows(kernels: Dispatches, H: int = 700) -> None:
 FAULTS: list[tuple[str, Edit, Attempt]] = [
     ("no barrier after a tile is filled", Edit(DELTA, BARRIER, "", 1), try_lora),
     ("a store past the last column", Edit("operands.h", "uint(i) < count", "uint(i) <= count", 1), try_lora),
-    ("no check of the last rows", Edit(DELTA, "r < ROWS && m < M ?", "r < ROWS ?"), try_lora),
+    ("no check of the last rows", Edit(DELTA, " && m + STEP * turn < M", ""), try_lora),
     ("no barrier in a row's sum", Edit(ROWS, BARRIER, ""), try_rows),
     ("one buffer for two sums", Edit(NORM, "turn ^= 1", "turn = 0"), try_rows),
     ("no barrier of a simdgroup", Edit(GRAD, "simdgroup_barrier(mem_flags::mem_threadgroup);", ""), try_lora),
