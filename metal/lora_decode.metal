@@ -49,17 +49,17 @@ struct Rows {
     return WIDE ? fetch_eight(begin[i] + place) : fetch_run(begin[i] + place, stride, count, false);
   }
 
-  static METAL_FUNC Run decode(thread const Held& held, short) { return widened(held); }
+  METAL_FUNC Run decode(thread const Held& held, short) const thread { return widened(held); }
 };
 
 /// The same of packed rows, decoded on the way into registers.
-template <short BITS, typename S, short COUNT, short RUNS>
-struct Rows<Affine<BITS, S>, COUNT, RUNS> {
-  using Held = PackedRuns<BITS, S, RUNS>;
+template <typename CODES, short COUNT, short RUNS>
+struct Rows<Packed<CODES>, COUNT, RUNS> {
+  using Held = PackedRuns<CODES, RUNS>;
 
-  Affine<BITS, S> begin[COUNT];
+  Packed<CODES> begin[COUNT];
 
-  METAL_FUNC Rows(Affine<BITS, S> matrix, uint first) {
+  METAL_FUNC Rows(Packed<CODES> matrix, uint first) {
     TFL_UNROLL
     for (short i = 0; i < COUNT; ++i) {
       begin[i] = matrix.from_row(min(first + i, matrix.rows - 1));
@@ -76,7 +76,7 @@ struct Rows<Affine<BITS, S>, COUNT, RUNS> {
     return begin[i].template fetch<RUNS>(uint(column));
   }
 
-  static METAL_FUNC Run decode(thread const Held& held, short run) { return held.decode(run); }
+  METAL_FUNC Run decode(thread const Held& held, short run) const thread { return held.decode(begin[0].codes, run); }
 };
 
 /// A 64-bit offset that a loop steps, in halves: one in whole compilers step for each of the elements that are read
@@ -115,7 +115,7 @@ struct Sums {
         Run w[DECODE_W_ROWS];
         TFL_UNROLL
         for (short j = 0; j < DECODE_W_ROWS; ++j) {
-          w[j] = R::decode(held[j], run);
+          w[j] = rows.decode(held[j], run);
         }
         TFL_UNROLL
         for (short m = 0; m < M; ++m) {
@@ -187,6 +187,7 @@ void lora_decode(
     ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup float sums[DECODE_SIMDGROUPS][DECODE_MOST_H];
   threadgroup float h_own[DECODE_MOST_H];
+  threadgroup typename FORMAT::Scale table[FORMAT::ENTRIES];
 
   const uint K = k_n.x, N = k_n.y, r = rank_rows.x, rows = rank_rows.y, flags = flags_bias_stride.x;
   const bool down = (flags & DECODE_DOWN) != 0, up = (flags & DECODE_UP) != 0;
@@ -223,6 +224,7 @@ void lora_decode(
   }
 
   if (up) {
+    FORMAT::load_table(table, biases, thread_index);
     const ushort slice = simdgroup_index % slices;
     const uint group_rows = DECODE_SIMDGROUPS / slices * DECODE_W_ROWS, first_row = group * group_rows;
     const uint first = first_row + simdgroup_index / slices * DECODE_W_ROWS;
@@ -230,7 +232,7 @@ void lora_decode(
       Sums<M> own = {};
       constexpr short RUNS = FORMAT::PACKED ? decode_packed_runs(M) : 1;
       const Rows<typename FORMAT::Element, DECODE_W_ROWS, RUNS> W_rows(
-          FORMAT::of(weight, scales, biases, N, K, W_layout, false), first);
+          FORMAT::of(weight, scales, biases, table, N, K, W_layout, false), first);
       own.template add<RUNS>(W_rows, x_rows, K, (flags & DECODE_WIDE_W) != 0, ushort2(slice, ushort(slices)), lane);
       const Rows<TA, DECODE_W_ROWS> B_rows(matrix_of(lora_B, N, r, B_strides, false), first);
       uint rank = slice * LANES + lane;

@@ -149,6 +149,8 @@ void lora_gemm(
   using Sums = Quarter<ROWS, BACKWARD>;
   constexpr short THREADS = LANES * GEMM_SIMDGROUPS;
   threadgroup float4 memory[Sums::SIZE / 4];
+  threadgroup typename FORMAT::Scale table[FORMAT::ENTRIES];
+  FORMAT::load_table(table, biases, thread_index);
   Sums sums(reinterpret_cast<threadgroup float*>(memory), simdgroup_index, lane);
   const uint M = rows_terms.x, terms = rows_terms.y, columns = columns_ranks.x, ranks = columns_ranks.y;
   const uint row = group.y * ROWS, column = group.x * GEMM_COLUMNS, flags = flags_bias_stride.x;
@@ -189,7 +191,7 @@ void lora_gemm(
   Loader<T, ROWS, GEMM_DEPTH, THREADS> x_loader(x_matrix, row, first, thread_index);
   typename FORMAT::template BlockLoader<Sums::RIGHT_ROWS, Sums::RIGHT_COLS, THREADS> W_loader(
       FORMAT::of(
-          weight, scales, biases, BACKWARD ? terms : columns, BACKWARD ? columns : terms, W_layout,
+          weight, scales, biases, table, BACKWARD ? terms : columns, BACKWARD ? columns : terms, W_layout,
           (flags & GEMM_WIDE_W) != 0),
       BACKWARD ? first : right_row, BACKWARD ? right_col : first, thread_index);
   sums.add_product(x_loader, W_loader, min(split_terms.x, left(first, terms)));

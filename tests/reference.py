@@ -243,9 +243,7 @@ class QuantizedLayer(Layer):
 
     @classmethod
     def of(cls, x: Tensor, packed: Packed, bias: Tensor | None, *rest: Any, **options: Any) -> QuantizedLayer:
-        codes = unpacked(packed)
-        scales, biases = (_double(t).repeat_interleave(packed.group_size, 1) for t in (packed.scales, packed.biases))
-        weight, formed = scales * codes + biases, scales.abs() * codes + biases.abs()
+        weight, formed = dequantized(packed)
         return cls(x, weight, bias, *rest, **options, formed=formed)
 
     def output(self) -> Exact:
@@ -264,5 +262,29 @@ class QuantizedLayer(Layer):
 
 def unpacked(packed: Packed) -> Tensor:
     """The whole numbers (N, K), as float64."""
-    shifts = torch.arange(0, 32, packed.bits)
+    shifts = torch.tensor([4, 0]) if packed.has_table else torch.arange(0, 32, packed.bits)
     return ((packed.words.cpu().to(torch.int64)[..., None] >> shifts) % (1 << packed.bits)).flatten(-2).double()
+
+
+def dequantized(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The weight (N, K) in float64, and the magnitudes it is made of."""
+    codes, scales = unpacked(packed), _double(packed.scales).repeat_interleave(packed.group_size, 1)
+    if packed.has_table:
+        weight = scales * _double(packed.biases)[codes.long()]
+        return weight, weight.abs()
+    biases = _double(packed.biases).repeat_interleave(packed.group_size, 1)
+    return scales * codes + biases, scales.abs() * codes + biases.abs()
+
+
+def nf4_table() -> Tensor:
+    """NF4 as its paper defines it (QLoRA, appendix E): quantiles of the normal distribution, eight above zero and seven
+    below, over the largest, and zero."""
+    above, below = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n).double())[:-1] for n in (9, 8))
+    return (torch.cat([-below, torch.zeros(1).double(), above.flip(0)]) / above[0]).float()
+
+
+def with_table(N: int, K: int, group_size: int = 64, std: float = 1.0) -> Packed:
+    """A random weight in NF4, as bitsandbytes holds it."""
+    words = torch.randint(256, (N, K // 2), dtype=torch.uint8)
+    scales = std * (0.5 + torch.rand(N, K // group_size))
+    return Packed(words, scales, nf4_table(), 4, group_size)

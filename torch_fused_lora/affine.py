@@ -2,6 +2,9 @@
 
 A weight (N, K) is held as ``words``, uint32 (N, K · bits / 32), the first element of a word in its lowest bits, with
 ``scales`` and ``biases`` (N, K / group_size) of the weight's own half dtype or float32: w = scale · q + bias.
+
+And, to be read alone, bitsandbytes' NF4 and FP4: ``words`` are uint8 (N, K / 2), the first element of a byte in its
+high bits, ``scales`` are float32, and in the biases' place is a table of 16 float32: w = scale · table[q].
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from .ops.rows import wide_dtype
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ENTRIES = 16  # of a table
 _LEAST_SCALE = 1e-7
 
 
@@ -28,35 +32,50 @@ def why_not(bits: int, group_size: int) -> tuple[str, int, str] | None:
     return None
 
 
+def has_table(words: Tensor) -> bool:
+    """Whether these are of the format whose codes are looked up in a table."""
+    return words.dtype is torch.uint8
+
+
 class Packed(NamedTuple):
-    """A weight (N, K) in the format."""
+    """A weight (N, K) in one of the formats."""
 
     words: Tensor
     scales: Tensor
-    biases: Tensor
+    biases: Tensor  # or the table
     bits: int
     group_size: int
+
+    @property
+    def has_table(self) -> bool:
+        return has_table(self.words)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, formed in float32 (float64 for float64), then rounded to ``dtype``."""
         wide = wide_dtype(dtype)
-        held = self.words.view(torch.int32).contiguous().view(torch.uint8)  # few operators take uint32
-        if self.bits == 8:
+        held = self.words if self.has_table else self.words.view(torch.int32)  # few operators take uint32
+        held = held.contiguous().view(torch.uint8)
+        if self.has_table:
+            table = self.biases.to(wide)
+            codes = torch.stack((table[held.int() >> 4], table[held.int() & 15]), -1)
+        elif self.bits == 8:
             codes = held.to(wide)
         else:  # on a CPU in an eighth of the time that it takes to stack the two
             codes = held.new_empty((*held.shape, 2), dtype=wide)
             codes[..., 0] = held & 15
             codes[..., 1] = held >> 4
         groups = codes.view(*self.scales.shape, self.group_size)
-        groups.mul_(self.scales.to(wide)[..., None]).add_(self.biases.to(wide)[..., None])
+        groups.mul_(self.scales.to(wide)[..., None])
+        if not self.has_table:
+            groups.add_(self.biases.to(wide)[..., None])
         return groups.flatten(-2).to(dtype)
 
     def part(self, rows: slice, groups: slice) -> Packed:
         """Of these rows, and of these groups of each, both slices with an end."""
-        words = slice(*(group * self.group_size * self.bits // 32 for group in (groups.start, groups.stop)))
-        return self._replace(
-            words=self.words[rows, words], scales=self.scales[rows, groups], biases=self.biases[rows, groups]
-        )
+        in_word = 8 * self.words.element_size() // self.bits
+        words = slice(*(group * self.group_size // in_word for group in (groups.start, groups.stop)))
+        biases = self.biases if self.has_table else self.biases[rows, groups]
+        return self._replace(words=self.words[rows, words], scales=self.scales[rows, groups], biases=biases)
 
 
 def quantize(weight: Tensor, bits: int, group_size: int) -> Packed:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hooks, peft
+from . import hooks, linear4bit, peft
 from .affine import Packed
-from .decide import plain_base
+from .decide import bytes_of, plain_base
 from .ops.dispatch import autocast_enabled
 from .ops.rows import HALF, wide_dtype
 from .report import Calls, pattern
@@ -161,6 +161,8 @@ def _share(ours: Tensor, theirs: Tensor, *, bound: Tensor) -> float:
 def _bounds(layer: Any, names: list[str], x: Tensor, y: Tensor, grad_x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """How far the two ways may be apart, by tensor."""
     dtypes = {x.dtype, y.dtype, *(layer.lora_A[name].weight.dtype for name in names)}
+    if isinstance(read := bytes_of(layer.base_layer), linear4bit.Read):
+        dtypes |= {read.dtype, read.stored} - {None}
     if autocast_enabled(x.device.type):
         dtypes.add(torch.get_autocast_dtype(x.device.type))
     wide = wide_dtype(x.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from . import linear4bit
 from .affine import Packed
 from .ops.dispatch import BY_DISPATCHER, BY_TORCH, OWN_TYPES, Maybe, Route, autocast_enabled, route
 from .ops.rows import DTYPES, HALF
@@ -94,6 +95,10 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
             return f"lora_A is {adapter_dtype}, lora_B {adapter[1].dtype}"
     if not adapters:
         return INACTIVE
+    if base is not None and linear4bit.is_one(type(modules["base_layer"])):  # it may round what goes in and comes out
+        computed_in = modules["base_layer"].compute_dtype or dtype
+        if computed_in is not dtype or (autocast and dtype is not torch.get_autocast_dtype(x.device.type)):
+            base = None
     if autocast:
         others = {dtype, *(weight.dtype for adapter in adapters for weight in adapter[:2])} - _AUTOCAST
         return f"{others.pop()} under autocast" if others else Call(way, base, adapters, False)
@@ -129,13 +134,21 @@ def plain_base(base: Any) -> tuple[Any, Any] | None:
     """The weight and bias of a base that is nothing but a product; None where it has to be called."""
     kind = type(base)
     if kind is not _LINEAR and kind is not Conv1D and kind is not QuantLinear:
-        return None
+        read = bytes_of(base)
+        return None if read is None or isinstance(read, str) else (read.packed, read.bias)
     found = _weight_and_bias(base)
     if isinstance(found, str):
         return None
     if kind is QuantLinear:
         return base.packed, found[1]
     return found if kind is _LINEAR else (found[0].t(), found[1])
+
+
+def bytes_of(base: Any) -> linear4bit.Read | str | None:
+    """What is read of a base of bitsandbytes', or why it has to be called; None for any other base."""
+    if not linear4bit.is_one(type(base)):
+        return None
+    return HOOKS if _is_hooked(base.__dict__, False) else linear4bit.read(base)
 
 
 def adapter_of(layer: Any, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module, hooks_run: bool) -> Adapter | str:

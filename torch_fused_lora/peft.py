@@ -25,7 +25,7 @@ except ImportError as error:
         "torch_fused_lora.patch_peft needs PEFT: pip install 'torch-fused-lora[peft]' (or pip install peft)"
     ) from error
 
-from . import decide, hooks
+from . import decide, hooks, linear4bit
 from .affine import Packed
 from .ops.dispatch import BY_DISPATCHER, PLAIN_TYPES, Maybe, autocast_enabled
 from .ops.lora_delta.operator import lora_delta_stacked
@@ -79,7 +79,7 @@ class Fused(Patched):
 
 def _over_any_base(layer: Any, x: Tensor, call: decide.Call) -> Tensor:
     """Call the base, and fuse the rest if that is possible with what it makes of x."""
-    y = layer._modules["base_layer"](x)
+    y = _of_base(layer, x)
     way, _, adapters, cast = call
     if len(adapters) == 1:
         lora_A, lora_B, _, scaling, p = adapters[0]
@@ -101,6 +101,16 @@ def _over_any_base(layer: Any, x: Tensor, call: decide.Call) -> Tensor:
         y = y + lora_bias
     found = lora_delta_stacked(y, rows, lora_A, lora_B, scaling, dropouts, ranks, layer._patched_name, way, True)
     return found if found.dtype is y.dtype else found.to(y.dtype)
+
+
+def _of_base(layer: Any, x: Tensor) -> Any:
+    """What the base makes of x: called, or by the operator that reads its bytes where they are bitsandbytes'."""
+    base = layer._modules["base_layer"]
+    if x.is_mps and (found := decide.bytes_of(base)) is not None:
+        if not isinstance(found, str):
+            return linear4bit.product(found, x)
+        layer._calls.base = found
+    return base(x)
 
 
 def _between_hooks(layer: Any, x: Tensor, reason: str) -> Tensor | str:

@@ -72,10 +72,14 @@ class PackedWeight(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("scales", "biases"):  # in the dtype that they were saved in
-            saved = state_dict.get(prefix + name)
-            if isinstance(saved, Tensor) and saved.dtype in SCALE_DTYPES:
-                setattr(self, name, getattr(self, name).to(saved.dtype))
+        loaded = {name: state_dict[prefix + name] for name in ("scales", "biases") if prefix + name in state_dict}
+        dtypes = {saved.dtype for saved in loaded.values()}
+        if len(dtypes) > 1 or not dtypes.issubset(SCALE_DTYPES):
+            found = " and ".join(f"{prefix}{name} {saved.dtype}" for name, saved in loaded.items())
+            args[-1].append(f"expected scales and biases of one dtype, float16, bfloat16 or float32, got {found}")
+            return
+        for name, saved in loaded.items():  # in the dtype that they were saved in
+            setattr(self, name, getattr(self, name).to(saved.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:

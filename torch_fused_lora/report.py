@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from . import linear4bit
 from .torch_private import has_compiled
 
 
@@ -41,16 +42,19 @@ class PatchReport:
 @dataclasses.dataclass(slots=True)
 class Calls:
     """Of one layer: how many calls the operators computed and how many were left to PEFT, and why the last of those.
+    ``base``: why a base of bitsandbytes' was called last, if it was, where the operators could have read its bytes.
     Calls of compiled code are not counted."""
 
     fused: int = 0
     declined: int = 0
     reason: str | None = None
+    base: str | None = None
 
     def __str__(self) -> str:
         if not self.fused and not self.declined:
             return "compiled, or not called" if has_compiled() else "not called"
-        return f"{self.fused} calls fused" + (f", {self.declined} not: {self.reason}" if self.declined else "")
+        base = f" over a called base: {self.base}" if self.base else ""
+        return f"{self.fused} calls fused{base}" + (f", {self.declined} not: {self.reason}" if self.declined else "")
 
 
 class CallReport(dict[str, Calls]):
@@ -99,7 +103,10 @@ class LoRAReport(PatchReport):
 def _of_base(base: Any) -> str:
     kind = type(base)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    return f"{base.bits} bits" if name == "torch_fused_lora.quantized.QuantLinear" else f"{name}, which is called"
+    if name == "torch_fused_lora.quantized.QuantLinear":
+        return f"{base.bits} bits"
+    read = linear4bit.is_one(kind) and not isinstance(linear4bit.read(base), str)
+    return f"{name}, which is {'read' if read else 'called'}"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

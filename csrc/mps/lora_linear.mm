@@ -49,25 +49,39 @@ Base packed(
     const Tensor& biases,
     int64_t bits,
     int64_t group) {
-  STD_TORCH_CHECK(bits == 4 || bits == 8, expect.op, ": bits: expected 4 or 8, got ", bits);
+  const bool has_table = weight.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(
+      bits == 4 || (bits == 8 && !has_table), expect.op, ": bits: expected ", has_table ? "4" : "4 or 8", ", got ",
+      bits);
   STD_TORCH_CHECK(
       group == 32 || group == 64 || group == 128, expect.op, ": group_size: expected 32, 64 or 128, got ", group);
-  const int64_t in_word = 32 / bits;
+  const int64_t in_word = (has_table ? 8 : 32) / bits, word_bytes = sizeof(uint32_t);
   expect(
-      !weight.is_cpu() && weight.scalar_type() == ScalarType::UInt32 && weight.dim() == 2 && weight.is_contiguous() &&
-          weight.size(1) * in_word % group == 0,
-      "weight", weight, "shape (N, K / ", in_word, "), torch.uint32, contiguous, on mps, K a multiple of ", group);
+      !weight.is_cpu() && (has_table || weight.scalar_type() == ScalarType::UInt32) && weight.dim() == 2 &&
+          weight.is_contiguous() && weight.size(1) * in_word % group == 0,
+      "weight", weight, "shape (N, K / ", in_word, "), ", has_table ? "torch.uint8" : "torch.uint32",
+      ", contiguous, on mps, K a multiple of ", group);
   const int64_t N = weight.size(0), K = weight.size(1) * in_word, groups = K / group;
   const auto fits = [&](const Tensor& t) { return !t.is_cpu() && has_shape(t, {N, groups}); };
   const ScalarType dtype = scales.scalar_type();
-  expect(fits(scales) && is_supported(dtype), "scales", scales, "shape (", N, ", ", groups, "), ", kSupported);
-  expect(fits(biases) && biases.scalar_type() == dtype, "biases", biases, "scales's shape, dtype and device");
+  expect(
+      fits(scales) && (has_table ? dtype == ScalarType::Float : is_supported(dtype)), "scales", scales, "shape (", N,
+      ", ", groups, "), ", has_table ? "torch.float32" : kSupported);
+  const bool biases_fit = has_table ? !biases.is_cpu() && has_shape(biases, {16}) : fits(biases);
+  expect(
+      biases_fit && biases.scalar_type() == dtype, "biases", biases,
+      has_table ? "a table of shape (16,), scales's" : "scales's shape,", " dtype and device");
   const auto u = [](int64_t value) { return static_cast<uint64_t>(value); };
+  const bool begins_a_word = !has_table || weight.storage_offset() % word_bytes == 0;  // as the kernels read them
   return {
-      weight,
+      begins_a_word ? weight : torch::stable::clone(weight),
       as_contiguous(scales),
       as_contiguous(biases),
-      {{u(N), u(K), u(N), 0, u(K), 1}, static_cast<uint32_t>(bits), static_cast<uint32_t>(group), scalar(dtype)}};
+      {{u(N), u(K), u(N), 0, u(K), 1},
+       static_cast<uint32_t>(bits),
+       static_cast<uint32_t>(group),
+       scalar(dtype),
+       has_table}};
 }
 
 /// An adapter's matrix as the plans and kernels take it; nothing of it where there is no adapter.

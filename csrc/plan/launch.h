@@ -30,6 +30,7 @@ struct Weight {
   uint32_t bits;  // 0: elements of x's dtype
   uint32_t group_size;
   Scalar scale_dtype;
+  bool has_table;  // that the codes are looked up in
 };
 
 constexpr uint32_t kMostTensors = 11, kMostWords = 12;

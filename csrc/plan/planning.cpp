@@ -68,8 +68,10 @@ void add_format(Variant& variant, const Weight& weight, Scalar dtype) {
   const std::string bits = std::to_string(weight.bits), scale = msl(weight.scale_dtype);
   if (weight.bits == 0) {
     variant.add(std::string("tfl::Plain<") + msl(dtype) + ">", "");
+  } else if (weight.has_table) {
+    variant.add("tfl::Packed<tfl::Table>", "table" + bits);
   } else {
-    variant.add("tfl::Affine<" + bits + ", " + scale + ">", "affine" + bits + "_" + scale);
+    variant.add("tfl::Packed<tfl::Affine<" + bits + ", " + scale + ">>", "affine" + bits + "_" + scale);
   }
 }
 

@@ -61,7 +61,7 @@ def quantized(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[La
     """Over packed weights, and lora_gemm over plain ones, too."""
     kernels, launches = Kernels(), []
     formats = [*((4, scale_dtype) for scale_dtype in NARROW), (8, torch.float16)]
-    weights = [empty(dtype, K, K), *(packed(K, bits, scale_dtype) for bits, scale_dtype in formats)]
+    weights = [empty(dtype, K, K), *(packed(K, bits, scale_dtype) for bits, scale_dtype in formats), with_table(K)]
     A, B = empty(adapter, 16, K), empty(adapter, K, 16)
     for M, weight in itertools.product((1, 2, 4, 8), weights[1:]):
         launches += kernels.plan_decode(empty(dtype, M, K), weight, None, A, B)
@@ -77,6 +77,11 @@ def quantized(dtype: torch.dtype, adapter: torch.dtype, K: int = 512) -> list[La
 def packed(K: int, bits: int, scale_dtype: torch.dtype, group_size: int = 64) -> Packed:
     scales = empty(scale_dtype, K, K // group_size)
     return Packed(empty(torch.uint32, K, K * bits // 32), scales, scales, bits, group_size)
+
+
+def with_table(K: int) -> Packed:
+    words, scales, table = (torch.uint8, K, K // 2), (torch.float32, K, K // 64), (torch.float32, 1, 16)
+    return Packed(*(empty(*shape) for shape in (words, scales, table)), 4, 64)
 
 
 def rows(dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Launch]:

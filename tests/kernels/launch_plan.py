@@ -54,6 +54,7 @@ class Weight(ctypes.Structure):
         ("bits", ctypes.c_uint32),
         ("group_size", ctypes.c_uint32),
         ("scale_dtype", ctypes.c_int32),
+        ("has_table", ctypes.c_bool),
     ]
 
 
@@ -192,7 +193,8 @@ def weight_of(weight: Tensor | Packed) -> Weight:
     if isinstance(weight, Tensor):
         return Weight(operand(weight))
     N, K = shape_of(weight)
-    return Weight(Operand(N, K, N, 0, K, 1, 0), weight.bits, weight.group_size, DTYPES[weight.scales.dtype])
+    whole, scale_dtype = Operand(N, K, N, 0, K, 1, 0), DTYPES[weight.scales.dtype]
+    return Weight(whole, weight.bits, weight.group_size, scale_dtype, weight.has_table)
 
 
 @dataclasses.dataclass

@@ -1,6 +1,6 @@
-"""lora_gemm over weights of 4 bits, of 8 bits and of elements, as the launch plan has it, against float64.
+"""lora_gemm over weights of 4 bits, of 8 bits, of NF4 and of elements, as the launch plan has it, against float64.
 
-What the words stand for is taken from torch_fused_lora/affine.py, in float64. Bounds are those of `reference.Exact`:
+What the words stand for is taken from tests/reference.py, in float64. Bounds are those of `reference.Exact`:
 all is summed in float32 and rounded once, h and z being given. A decoded element is rounded to float32, which the
 terms that `Exact.bound` adds cover.
 """
@@ -27,16 +27,19 @@ from tests.kernels.test_metal_kernels import (
     masks,
     randn,
 )
-from tests.reference import Exact
+from tests.reference import Exact, dequantized, with_table
 from torch_fused_lora.affine import Packed
 
-Format = tuple[int, int, torch.dtype]  # bits, group size, dtype of the scales
+Format = tuple[int | str, int, torch.dtype]  # bits, group size, dtype of the scales
 PLAIN = (0, 0, F32)
+NF4 = "NF4"  # as `bits`
 
 
 def weight_in(format: Format, N: int, K: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor | Packed:
     """A weight of random words, with scales of either sign; or of elements."""
     bits, group_size, scale_dtype = format
+    if bits == NF4:
+        return with_table(N, K, group_size)
     if not bits:
         return randn(N, K, dtype=dtype, layout=layout)
     words = torch.randint(256, (N, K * bits // 8)).to(torch.uint8).view(torch.uint32)
@@ -46,7 +49,7 @@ def weight_in(format: Format, N: int, K: int, dtype: torch.dtype, layout: str = 
 
 def whole(weight: Tensor | Packed) -> Tensor:
     """In float64."""
-    return weight.double() if isinstance(weight, Tensor) else weight.dequantize(torch.float64)
+    return weight.double() if isinstance(weight, Tensor) else dequantized(weight)[0]
 
 
 def layer(M, K, N, r, dtype=F32, adapter_dtype=F32, format=PLAIN, layout="contiguous"):
@@ -99,6 +102,9 @@ CASES = [
     ((1, 32, 1, 1), (F16, F16), (8, 32, F16), 0.5),
     ((65, 384, 40, 3), (F32, F32), (8, 128, F32), 0.0),
     ((129, 64, 192, 17), (BF16, F32), (4, 64, F32), 0.6),
+    ((70, 192, 100, 16), (F16, F32), (NF4, 64, F32), 0.0),
+    ((9, 96, 67, 5), (BF16, BF16), (NF4, 32, F32), 0.4),
+    ((130, 256, 65, 8), (F32, F32), (NF4, 128, F32), 0.0),
     ((150, 65, 131, 9), (F16, F32), PLAIN, 0.4),
     ((34, 33, 70, 24), (BF16, BF16), PLAIN, 0.0),
     ((66, 128, 64, 300), (F32, F32), PLAIN, 0.0),
@@ -129,6 +135,7 @@ SPLIT = [
     ((9, 96, 67, 5), (BF16, BF16), (8, 32, F32), 0.5),
     ((33, 160, 130, 40), (F16, F32), (4, 32, BF16), 0.0),
     ((34, 100, 70, 24), (F32, F32), PLAIN, 0.3),
+    ((20, 192, 70, 8), (F16, F16), (NF4, 64, F32), 0.0),
 ]
 
 
@@ -219,6 +226,19 @@ def test_every_code_of_every_place_is_decoded(bits):
     assert torch.equal(Kernels().gemm(torch.eye(128), weight, None, None, None, 1.0), expected.T)
 
 
+def test_every_entry_of_a_table_is_looked_up_in_every_place():
+    codes = torch.arange(4 * 128).view(4, 128).roll(3, 1) % 16
+    codes += torch.arange(4).view(4, 1) * 5 % 16
+    codes = (codes % 16).to(torch.uint8)
+    table, scales = torch.randn(16), torch.tensor([[0.5, -0.25]]).repeat(4, 1) * torch.arange(1, 5).view(4, 1)
+    weight = Packed(codes[:, ::2] << 4 | codes[:, 1::2], scales, table, 4, 64)
+    expected = table[codes.long()] * scales.repeat_interleave(64, 1)
+    assert torch.equal(Kernels().gemm_dx(torch.eye(4), weight, None, None, 1.0), expected)
+    assert torch.equal(Kernels().gemm(torch.eye(128), weight, None, None, None, 1.0), expected.T)
+    rows = [Kernels().decode(row[None], weight, None, None, None, 1.0)[0] for row in torch.eye(128)[:24]]
+    assert torch.equal(torch.cat(rows), expected.T[:24])
+
+
 # -------------------------------------------------------------------------------------------- few rows, by lora_decode
 
 
@@ -241,6 +261,9 @@ DECODED = [
     ((8, 640, 33, 130), (BF16, F32), (4, 128, BF16)),
     ((5, 32, 1, 1), (F16, F16), (8, 32, F16)),
     ((1, 4352, 260, 8), (F16, F16), (8, 64, F16)),
+    ((1, 1088, 70, 16), (F16, F32), (NF4, 64, F32)),
+    ((4, 256, 33, 5), (BF16, BF16), (NF4, 128, F32)),
+    ((7, 96, 40, 3), (F32, F32), (NF4, 32, F32)),
 ]
 
 

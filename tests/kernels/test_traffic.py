@@ -40,7 +40,13 @@ def test_decode_formula(case, dispatches):
     assert (moved["partial"] == (0, 0)) == (dispatches == 1 and case.M < 7)
 
 
-PACKED = [Case(1, 1024, 1000, 16, bits=4), Case(2, 256, 132, 3, F32, F32, bits=8), Case(7, 512, 64, 64, bits=4)]
+PACKED = [
+    Case(1, 1024, 1000, 16, bits=4),
+    Case(2, 256, 132, 3, F32, F32, bits=8),
+    Case(7, 512, 64, 64, bits=4),
+    Case(1, 1024, 1000, 16, bits=4, has_table=True),
+    Case(7, 512, 64, 64, bits=4, has_table=True),
+]
 
 
 @pytest.mark.parametrize("case", PACKED, ids=str)
@@ -57,11 +63,12 @@ def test_packed_words_are_read_once_for_few_rows(case):
         Case(70, 128, 200, 16, bits=4),
         Case(300, 192, 70, 40, F32, F32, 1, 8),
         Case(33, 1024, 1024, 5, bits=4),  # split
+        Case(33, 1024, 256, 5, bits=4, has_table=True),  # split
     ],
     ids=str,
 )
 def test_packed_and_plain_gemm_formula(case, is_backward):
-    for one in (case, dataclasses.replace(case, bits=0)):
+    for one in (case, dataclasses.replace(case, bits=0, has_table=False)):
         moved = traffic.count_gemm(one, is_backward)
         assert moved == traffic.model_gemm(one, is_backward)
         assert moved["weight"][0] == -(-case.M // (64 if case.gpu_cores == 1 else 32)) * one.bytes("weight")

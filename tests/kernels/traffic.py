@@ -37,11 +37,16 @@ class Case:
     adapter_dtype: torch.dtype = torch.float16
     gpu_cores: int = 40
     bits: int = 0  # of a packed weight, in groups of 64
+    has_table: bool = False
 
     def __str__(self) -> str:
         adapters = "" if self.adapter_dtype == self.dtype else f" + {_short(self.adapter_dtype)}"
-        packed = f", {self.bits}-bit" if self.bits else ""
+        packed = ", NF4" if self.has_table else f", {self.bits}-bit" if self.bits else ""
         return f"{self.M} x {self.K} x {self.N}, r {self.r}, {_short(self.dtype)}{adapters}{packed}"
+
+    @property
+    def scale_bytes(self) -> int:
+        return 4 if self.has_table else self.dtype.itemsize
 
     def bytes(self, operand: str) -> int:
         """Of one operand, read or written once."""
@@ -51,8 +56,8 @@ class Case:
             "partial": 0,
             "x": M * K * size,
             "weight": N * K * self.bits // 8 or N * K * size,
-            "scales": N * K // 64 * size if self.bits else 0,
-            "biases": N * K // 64 * size if self.bits else 0,
+            "scales": N * K // 64 * self.scale_bytes if self.bits else 0,
+            "biases": 64 if self.has_table else N * K // 64 * size if self.bits else 0,
             "bias": N * size,
             "lora_A": r * K * adapter,
             "lora_B": N * r * adapter,
@@ -92,6 +97,9 @@ def packed(case: Case, scales: Tensor, biases: Tensor) -> Packed | None:
     """A weight of so many bits, of zeros."""
     if not case.bits:
         return None
+    if case.has_table:
+        words = torch.zeros(case.N, case.K // 2, dtype=torch.uint8, device=scales.device)
+        return Packed(words, scales.float(), torch.zeros(16, device=scales.device), case.bits, 64)
     words = torch.zeros(case.N, case.K * case.bits // 32, dtype=torch.int32, device=scales.device)
     return Packed(words.view(torch.uint32), scales, biases, case.bits, 64)
 
@@ -156,14 +164,15 @@ def model_decode(case: Case) -> Moved:
     W_blocks, A_blocks = -(-case.N // W_ROWS), -(-case.r // W_ROWS)
     a_row = case.K * case.bits // 8 or case.K * size
     runs = 4 if rows <= 2 else 2  # that have a scale and a bias together
-    factors = (W_blocks * W_ROWS * case.K // (8 * runs) * size if case.bits else 0, 0)
+    scales = W_blocks * W_ROWS * case.K // (8 * runs) * case.scale_bytes if case.bits else 0
+    groups = launches[-1].threads[0] // launches[-1].group[0]
     again = launches[0].threads[0] // launches[0].group[0] if h_sums is None else 1
     scratch = 0 if h_sums is None else h_sums.nbytes
     return {
         "x": ((W_blocks + again * A_blocks) * rows * case.K * size, 0),
         "weight": (W_blocks * W_ROWS * a_row, 0),
-        "scales": factors,
-        "biases": factors,
+        "scales": (scales, 0),
+        "biases": (64 * groups if case.has_table else scales, 0),
         "bias": (case.M * case.bytes("bias"), 0),
         "lora_A": (again * A_blocks * W_ROWS * case.K * adapter, 0),
         "lora_B": (W_blocks * W_ROWS * case.r * adapter, 0),
@@ -195,12 +204,13 @@ def model_gemm(case: Case, is_backward: bool) -> Moved:
     (launch, *_), splits = Kernels(case.gpu_cores)._plan_gemm(is_backward, *arguments, 0.0)
     column_tiles, row_tiles = launch.threads[0] // launch.group[0], launch.threads[1]
     left, _, _, _, _, h, factor, y = GEMM_OPERANDS[is_backward]
-    scales = row_tiles * case.N * case.K // 8 * case.dtype.itemsize if case.bits else 0  # one a run
+    scales = row_tiles * case.N * case.K // 8 * case.scale_bytes if case.bits else 0  # one a run
+    groups = column_tiles * row_tiles * splits
     return {
         left: (column_tiles * case.bytes(left), 0),
         "weight": (row_tiles * case.bytes("weight"), 0),
         "scales": (scales, 0),
-        "biases": (scales, 0),
+        "biases": (64 * groups if case.has_table else scales, 0),
         "bias": (0 if is_backward else 16 * row_tiles * case.bytes("bias"), 0),  # by eight lanes of two simdgroups
         h: (column_tiles * case.bytes(h), 0),
         factor: (row_tiles * case.bytes(factor), 0),
@@ -341,7 +351,10 @@ def model_rows(operator: str, case: RowCase) -> Moved:
 COUNTED = {
     "lora_decode": (count_decode, [Case(1, 4096, 4096, 16), Case(4, 2048, 2048, 16), Case(1, 512, 512, 8)]),
     "lora_delta": (count_delta, [Case(1024, 512, 512, 16), Case(64, 1024, 1024, 16), Case(16, 1024, 1024, 64)]),
-    "lora_decode, packed": (count_decode, [Case(1, 4096, 4096, 16, bits=4), Case(1, 4096, 4096, 16, bits=8)]),
+    "lora_decode, packed": (
+        count_decode,
+        [Case(1, 4096, 4096, 16, bits=bits, has_table=table) for bits, table in ((4, False), (8, False), (4, True))],
+    ),
     "lora_gemm": (
         lambda case: count_gemm(case, False),
         [Case(256, 512, 512, 16, bits=4), Case(256, 512, 512, 16), Case(32, 4096, 512, 16, bits=4)],

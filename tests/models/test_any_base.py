@@ -6,8 +6,11 @@ both, so a bound needs only what stands around it: the low-rank term, its roundi
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -17,8 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torch_fused_lora as tfl
+from tests.emulator import mps_on_linux
 from tests.models import two_processes
-from tests.reference import HALF, SMALLEST, UNIT
+from tests.operators.test_quantized_mps import Fused
+from tests.reference import HALF, SMALLEST, UNIT, nf4_table
+from torch_fused_lora import linear4bit
+from torch_fused_lora.affine import Packed
 
 K, N, R, ROWS = 128, 64, 4, 512
 
@@ -239,6 +246,197 @@ def test_a_model_quantised_as_it_is_loaded(name, tmp_path):
     patched = train()
     assert_all_fused(report, 2 * 2 * 7)  # each layer's seven, in forward and again for backward
     assert_same_step(patched, stock, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------- bitsandbytes' bytes, read by the kernels of mps
+
+
+def on_mps(kind, dtype, compute_dtype=None, K=K, **options):
+    """A Linear4bit, quantised on the CPU, with LoRA on it, on mps."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(
+        K,
+        N,
+        compute_dtype=compute_dtype or dtype,
+        quant_type=kind.split()[0],
+        compress_statistics="nested" in kind,
+    )
+    base.weight.blocksize = options.pop("blocksize", 64)
+    base.load_state_dict(nn.Linear(K, N).state_dict())
+    base = base.to("cpu")
+    base.bias.data = base.bias.data.to(compute_dtype or dtype)
+    model = nn.Sequential(nn.Linear(K, K, dtype=dtype), base)
+    model.is_loaded_in_4bit = True
+    model = lora(model, "1", **options).to("mps")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def exact_of(layer, x):
+    """The layer over its bytes, in float64, as the kernels round it."""
+    weight = layer.base_layer.weight
+    state, words = weight.quant_state, weight.data.cpu().view(torch.uint8).view(N, -1)
+    scales = state.absmax.cpu().float()
+    if state.nested:
+        codes, blocks = state.state2.code.cpu(), state.state2.absmax.cpu().repeat_interleave(state.state2.blocksize)
+        scales = codes[state.absmax.cpu().long()] * blocks[: len(scales)] + state.offset.cpu()
+    table = nf4_table() if state.quant_type == "nf4" else state.code.cpu()
+    torch.testing.assert_close(table, state.code.cpu())
+    packed = Packed(words, scales.view(N, -1), state.code.cpu(), 4, state.blocksize)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return Fused.over(x, packed, layer.base_layer.bias, A, B, layer.scaling["default"])
+
+
+def dispatched(*words):
+    """Of the kernels that have run, how many are called so."""
+    return sum(n for name, n in mps_on_linux.counters().dispatches.items() if all(word in name for word in words))
+
+
+@pytest.mark.usefixtures("mps")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rows"),
+    [
+        ("nf4", torch.float16, 1),
+        ("nf4 nested", torch.bfloat16, 5),
+        ("fp4", torch.float32, 8),
+        ("nf4", torch.float32, 20),
+        ("nf4 nested", torch.float16, 40),
+        ("fp4 nested", torch.bfloat16, 20),
+    ],
+)
+def test_bytes_are_read_on_mps(kind, dtype, rows):
+    model = on_mps(kind, dtype)
+    layer, x = layer_of(model), torch.randn(rows, K).to(dtype)
+    report = tfl.patch_peft(model)
+    assert "Linear4bit, which is read" in str(report)
+    leaf = x.to("mps").requires_grad_()
+    mps_on_linux.reset_counters()
+    y = layer(leaf)
+    exact, grad = exact_of(layer, x), torch.randn(rows, N).to(dtype)
+    exact.output().check(y.detach())
+    y.backward(grad.to("mps"))
+    assert dispatched("lora_decode" if rows <= 8 else "lora_gemm", "table4") >= 1
+    assert dispatched("lora_gemm", "table4", "backward") == 1
+    found = {
+        "x": leaf.grad,
+        "lora_A": layer.lora_A["default"].weight.grad,
+        "lora_B": layer.lora_B["default"].weight.grad,
+    }
+    for name, of in exact.gradients(grad).items():
+        if name in found:
+            of.check(found[name], name)
+    assert_all_fused(report, 1)
+    assert tfl.check_peft(model, torch.randn(rows, K, dtype=dtype, device="mps")).ok
+
+
+@pytest.mark.usefixtures("mps")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype", "autocast"),
+    [
+        (torch.float32, torch.bfloat16, False),
+        (torch.float32, torch.bfloat16, True),
+        (torch.float16, torch.float32, False),
+    ],
+)
+def test_a_base_that_computes_in_another_dtype(dtype, compute_dtype, autocast, dropout):
+    """x goes to its dtype and what comes out to x's, as in its own forward; then the low-rank term is added."""
+    model = on_mps("nf4", dtype, compute_dtype, lora_dropout=dropout)
+    layer, x = layer_of(model), torch.randn(12, K, dtype=dtype, device="mps")
+    with torch.autocast("mps", torch.bfloat16, enabled=autocast):
+        stock = layer(x).dtype
+        report = tfl.patch_peft(model)
+        mps_on_linux.reset_counters()
+        assert layer(x).dtype == stock
+        assert dispatched("lora_gemm", "table4") == 1
+        assert dispatched("lora_delta") == 2
+        assert tfl.check_peft(model, x).ok
+    assert_all_fused(report, 2)  # the check's, too
+
+
+@pytest.mark.usefixtures("mps")
+@pytest.mark.filterwarnings("ignore")
+def test_autocast_to_the_dtype_that_x_has_already():
+    model = on_mps("nf4", torch.bfloat16)
+    layer, x = layer_of(model), torch.randn(3, K, dtype=torch.bfloat16, device="mps")
+    tfl.patch_peft(model)
+    mps_on_linux.reset_counters()
+    with torch.autocast("mps", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert dispatched("") == dispatched("lora_decode", "table4") == 1
+        assert tfl.check_peft(model, x).ok
+
+
+def first_call_sets_dtype(base):
+    base.compute_dtype, base.compute_type_is_set = None, False
+
+
+def bias_in_another_dtype(base):
+    base.bias.data = base.bias.data.half()
+
+
+def another_forward_of_the_class(base):
+    type(base).forward = lambda self, x: -nn.functional.linear(x, x.new_ones(N, x.shape[1]))
+
+
+CALLED = {  # what is done to the base, what its row and blocks are, and the reason
+    "rows that end within blocks": (lambda base: None, {"K": 96}, "a row of 96 elements is no whole number of blocks"),
+    "long blocks": (lambda base: None, {"K": 256, "blocksize": 256}, "is no whole number of blocks.*: 256"),
+    "dtype to come": (first_call_sets_dtype, {}, "its first call sets its compute_dtype"),
+    "bias to be cast": (bias_in_another_dtype, {}, "its next call casts its bias to torch.float32"),
+    "hook": (lambda base: with_hook(base), {}, "hooks or a replaced forward"),
+    "class": (another_forward_of_the_class, {}, "its forward is replaced for the whole process"),
+}
+
+
+@pytest.mark.usefixtures("mps")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CALLED)
+def test_what_is_not_read_is_called(case, monkeypatch):
+    change, sizes, reason = CALLED[case]
+    model = on_mps("nf4", torch.float32, **sizes)
+    layer, x = layer_of(model), torch.randn(3, sizes.get("K", K), device="mps")
+    kind = type(layer.base_layer)
+    monkeypatch.setattr(kind, "forward", kind.forward)
+    report = tfl.patch_peft(model)
+    change(layer.base_layer)
+    mps_on_linux.reset_counters()
+    y = layer(x)
+    assert dispatched("table4") == 0
+    assert_all_fused(report, 1)
+    (calls,) = report.calls().values()
+    assert re.search(reason, calls.base)
+    assert re.search(f"1 calls fused over a called base: .*{reason}", str(report))
+    layer.base_layer.compute_type_is_set = True
+    tfl.unpatch_peft(model)
+    torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("mps")
+@pytest.mark.filterwarnings("ignore")
+def test_bytes_that_change_are_read_anew_and_not_kept():
+    model = on_mps("nf4 nested", torch.float32)
+    layer, x = layer_of(model), torch.randn(3, K)
+    tfl.patch_peft(model)
+    before = layer(x.to("mps"))
+    layer.merge(), layer.unmerge()  # which packs the weight again
+    with torch.inference_mode():
+        exact_of(layer, x).output().check(layer(x.to("mps")))
+    layer(x.to("mps").requires_grad_()).sum().backward()
+    twin = copy.deepcopy(model)
+    layer.base_layer.weight.data.zero_()
+    exact_of(layer, x).output().check(layer(x.to("mps")).detach())
+    exact_of(layer_of(twin), x).output().check(layer_of(twin)(x.to("mps")).detach())
+    assert not torch.equal(layer(x.to("mps")), before)
+    model.to("cpu")
+    gc.collect()
+    assert len(linear4bit._known) == 1
+    del twin
+    gc.collect()
+    assert len(linear4bit._known) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- any other module

@@ -185,6 +185,17 @@ def test_loading_keeps_the_scales_dtype():
         layer.load_state_dict(linear().state_dict() | {"scales": layer.scales, "biases": layer.biases})
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float16, torch.float32)])
+def test_scales_and_biases_that_no_kernel_takes_are_refused_when_loaded(dtypes):
+    layer = tfl.QuantLinear.from_linear(linear())
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    both = zip(KEYS[2:], dtypes, strict=True)
+    saved = {name: state[name].to(dtype) for name, dtype in both}
+    with pytest.raises(RuntimeError, match=rf"0\.scales {dtypes[0]} and 0\.biases {dtypes[1]}"):
+        nn.Sequential(layer).load_state_dict({f"0.{name}": value for name, value in (state | saved).items()})
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------- quantize_ and dequantize_
 
 

@@ -18,7 +18,7 @@ import torch_fused_lora as tfl
 from tests.budget import examples
 from tests.operators.test_autograd import check_batched_gradients, check_forward_mode
 from tests.operators.test_lora_linear import AllocationsOf, laid_out, seeded_masks
-from tests.reference import MIXED, UNIT, QuantizedLayer, unpacked
+from tests.reference import MIXED, UNIT, QuantizedLayer, unpacked, with_table
 from torch_fused_lora.affine import BITS, GROUP_SIZES, SCALE_DTYPES, Packed, quantize
 from torch_fused_lora.ops.lora_linear_quantized import portable
 from torch_fused_lora.ops.lora_linear_quantized.operator import lora_linear_quantized_stacked
@@ -193,6 +193,34 @@ def test_stacked_adapters(dtype, adapter_dtype, dropout_p):
     grad = torch.randn(6, 10).to(dtype)
     for name, g in zip(NAMES[:4], torch.autograd.grad(y, (x, bias, A, B), grad), strict=True):
         layer.gradients(grad)[name].check(g, name)
+
+
+@pytest.mark.parametrize("block", [1, 700, 1 << 20])
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(torch.float64, torch.float64), *MIXED])
+def test_a_weight_of_codes_of_a_table(dtype, adapter_dtype, adapters, block, monkeypatch):
+    monkeypatch.setattr(portable, "_BLOCK", block)
+    x, _, *others = operands(4, 64, (6,), (192, 10, 3), dtype, adapter_dtype)
+    packed = with_table(10, 192, 64, 0.1)
+    leaves = dict(zip(NAMES, (x, *others) if adapters else (x, others[0]), strict=False))
+    adapter = (*others[1:3], others[3].item()) if adapters else (torch.zeros(1, 192), torch.zeros(10, 1), 0.0)
+    layer = QuantizedLayer.of(x, packed, others[0], *adapter)
+    y = call(packed=packed, **{"lora_A": None, "lora_B": None} | leaves)
+    layer.output().check(y.detach())
+    grad = torch.randn(6, 10).to(dtype)
+    for name, found in zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True):
+        layer.gradients(grad)[name].check(found, name)
+
+
+def test_opcheck_of_a_table():
+    x, _, bias, A, B, s = operands(4, 64, (3,), (128, 5, 2), torch.float32)
+    words, scales, table, *its_format = with_table(5, 128)
+    torch.library.opcheck(
+        ops.lora_linear_quantized_forward, (x, words, scales, table, bias, A, B, s, None, [], [], *its_format, False)
+    )
+    grad, h = torch.randn(3, 5), torch.randn(3, 2)
+    arguments = grad, x, words, scales, table, A, B, s, h, None, [], [], *its_format, [True] * 5
+    torch.library.opcheck(ops.lora_linear_quantized_backward, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -377,7 +405,12 @@ def test_flops():
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
+TABLE = dict(zip(("weight", "scales", "biases"), with_table(5, 64, 32), strict=False))
 BAD = {
+    "bytes in 8 bits": (TABLE | {"bits": 8}, "bits: expected 4, since weight is torch.uint8"),
+    "bytes of no group": (TABLE | {"weight": TABLE["weight"][:, 1:]}, r"weight: .*\(N, K / 2\), K a multiple of 32"),
+    "half scales of a table": (TABLE | {"scales": TABLE["scales"].half()}, "scales: .* torch.float32, since weight"),
+    "a table of 8": (TABLE | {"biases": TABLE["biases"][:8]}, r"biases: expected a table of shape \(16,\)"),
     "x too narrow": (
         {"x": torch.randn(4, 32)},
         r"x: expected shape \(\.\.\., 64\), since weight is \(5, 64\) in 4 bits",

@@ -13,7 +13,7 @@ import torch_fused_lora as tfl
 from tests.emulator.mps_on_linux import counters, reset_counters
 from tests.operators import families
 from tests.operators.test_lora_linear import laid_out, seeded_masks
-from tests.reference import MIXED, Exact, Layer
+from tests.reference import MIXED, Exact, Layer, dequantized, with_table
 from torch_fused_lora.affine import GROUP_SIZES, SCALE_DTYPES, Packed, quantize
 from torch_fused_lora.mps import extension
 from torch_fused_lora.ops.lora_linear_quantized.operator import lora_linear_quantized_stacked
@@ -21,15 +21,19 @@ from torch_fused_lora.ops.lora_linear_quantized.operator import lora_linear_quan
 pytestmark = pytest.mark.usefixtures("mps")
 on_the_emulator = pytest.mark.skipif(sys.platform != "linux", reason="only the emulator counts dispatches")
 NAMES = ("x", "bias", "lora_A", "lora_B", "scaling")
+NF4 = "NF4"  # as the bits of a format
 
 
 def operands(lead, K, N, r, its_format=(4, 64, torch.float16), dtypes=(torch.float32,) * 2, layout="contiguous"):
     """x, the packed weight, bias, lora_A, lora_B; all that is differentiable asks for its gradient."""
     bits, group_size, scale_dtype = its_format
-    packed = quantize((torch.randn(N, K) * K**-0.5).to(scale_dtype), bits, group_size)
+    if bits == NF4:
+        packed = with_table(N, K, group_size, K**-0.5)
+    else:
+        packed = quantize((torch.randn(N, K) * K**-0.5).to(scale_dtype), bits, group_size)
     shapes = ((*lead, K), dtypes[0]), ((N,), dtypes[0]), ((r, K), dtypes[1]), ((N, r), dtypes[1])
     x, *others = (laid_out(shape, dtype, layout).to("mps").requires_grad_() for shape, dtype in shapes)
-    return x, Packed(*(t.to("mps") for t in packed[:3]), bits, group_size), *others
+    return x, Packed(*(t.to("mps") for t in packed[:3]), packed.bits, group_size), *others
 
 
 class Fused(Layer):
@@ -37,13 +41,7 @@ class Fused(Layer):
 
     @classmethod
     def over(cls, x, packed: Packed, *others, **options) -> Fused:
-        words, scales, biases, *its_format = packed
-        return cls(
-            x,
-            Packed(words.cpu(), scales.cpu(), biases.cpu(), *its_format).dequantize(torch.float64),
-            *others,
-            **options,
-        )
+        return cls(x, dequantized(packed)[0], *others, **options)
 
     def output(self) -> Exact:
         return dataclasses.replace(super().output(), rounded=self._if_half(self.low_rank()[1]).view(self.shape(0)))
@@ -63,6 +61,8 @@ CASES = [
     ((2, 20), (256, 33, 17), (4, 128, torch.bfloat16), (torch.bfloat16, torch.float32), "transposed"),
     ((70,), (96, 130, 3), (4, 32, torch.float16), (torch.float16, torch.float32), "offset"),
     ((2, 3, 5), (128, 40, 300), (8, 128, torch.float32), (torch.bfloat16, torch.bfloat16), "expanded"),
+    ((3,), (192, 70, 8), (NF4, 64, torch.float32), (torch.bfloat16, torch.float32), "contiguous"),
+    ((20,), (96, 33, 5), (NF4, 32, torch.float32), (torch.float16, torch.float16), "strided"),
 ]
 
 
@@ -120,6 +120,17 @@ def counted(run):
     found = counters()
     del kept
     return found
+
+
+@pytest.mark.parametrize("M", [2, 12])
+def test_bytes_that_begin_within_a_word(M):
+    """As a checkpoint's may: the kernels read whole words."""
+    x, packed, bias, A, B = operands((M,), 128, 20, 4, (NF4, 64, torch.float32))
+    moved = torch.cat([torch.zeros(3, dtype=torch.uint8, device="mps"), packed.words.flatten()])[3:]
+    packed = packed._replace(words=moved.view(20, 64))
+    assert packed.words.storage_offset() == 3
+    y = lora_linear_quantized_stacked(x, packed, bias, A, B, 0.5)
+    Fused.over(x, packed, bias, A, B, 0.5).output().check(y.detach())
 
 
 @on_the_emulator
@@ -191,6 +202,7 @@ def test_nothing_to_compute(rows):
         assert not found.any()
 
 
+WITH_TABLE = {"weight": torch.zeros(5, 32, dtype=torch.uint8), "scales": torch.ones(5, 1), "biases": torch.zeros(16)}
 REFUSED = {
     "bits: expected 4 or 8, got 3": {"bits": 3},
     "group_size: expected 32, 64 or 128, got 16": {"group_size": 16},
@@ -200,6 +212,10 @@ REFUSED = {
     "x: expected shape .*64., since weight is .5, 64.": {"x": torch.zeros(3, 65)},
     "bias: expected shape .5,., x's dtype": {"bias": torch.zeros(4)},
     "lora_A, lora_B: expected both or neither": {"lora_B": None},
+    "bits: expected 4, got 8": WITH_TABLE | {"bits": 8},
+    "weight: expected shape .N, K / 2.*K a multiple of 64": WITH_TABLE | {"weight": WITH_TABLE["weight"][:, 1:]},
+    "scales: expected shape .5, 1., torch.float32": WITH_TABLE | {"scales": torch.ones(5, 1).half()},
+    "biases: expected a table of shape .16,., scales's dtype": WITH_TABLE | {"biases": torch.zeros(5, 1)},
 }
 
 

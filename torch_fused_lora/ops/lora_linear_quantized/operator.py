@@ -1,4 +1,4 @@
-"""`lora_linear` over a weight in MLX's affine format (`affine.py`), with its adapter or without, as one operator.
+"""`lora_linear` over a packed weight (`affine.py`), with its adapter or without, as one operator.
 
 ``lora_linear_quantized_forward(..., seed, dropout_p[], ranks[], bits, group_size, save_h) -> (y, h)``
     As ``lora_linear_forward``, with packed words, scales and biases in the place of the weight. With neither lora_A nor
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ...affine import SCALE_DTYPES, Packed, why_not
+from ...affine import ENTRIES, SCALE_DTYPES, Packed, has_table, why_not
 from .. import dispatch
 from ..dispatch import (
     NAMESPACE,
@@ -77,15 +77,17 @@ def lora_linear_quantized(
     group_size: int = 64,
 ) -> Tensor:
     """`lora_linear` over a frozen weight in 4 or 8 bits: ``x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ``, where an element of
-    W is its group's ``scale · q + bias``.
+    W is its group's ``scale · q + bias``; or, as of bitsandbytes' NF4 and FP4, ``scale · table[q]``.
 
     Args:
         x: (..., K), 1-D or more, any strides; half, float32 or float64.
-        weight: uint32 (N, K · bits / 32), the first element in the lowest bits, as `mlx.core.quantize` has it.
-        scales, biases: (N, K / group_size), both float16, bfloat16 or float32, whatever x's dtype.
+        weight: uint32 (N, K · bits / 32), the first element in the lowest bits, as `mlx.core.quantize` has it; or, with
+            a table, uint8 (N, K / 2), the first element in the high bits, as bitsandbytes has it.
+        scales, biases: (N, K / group_size), both float16, bfloat16 or float32, whatever x's dtype; with a table, which
+            is given as biases, float32 (16,), the scales are float32.
         bias: (N,) of x's dtype, or None.
         lora_A, lora_B, scaling, dropout_p, training: as those of `lora_linear`.
-        bits: 4 or 8. group_size: 32, 64 or 128, of which K is a multiple.
+        bits: 4 or 8, with a table 4. group_size: 32, 64 or 128, of which K is a multiple.
 
     Returns:
         (..., N) in x's dtype. W is formed in float32 (float64 for float64), and rounded to x's dtype where torch's own
@@ -270,8 +272,8 @@ class _Quantized(dispatch.Operator):
     def shapes_backward(
         grad: Tensor, x: Saved, weight: Tensor, scales: Tensor, biases: Tensor, *rest: Any
     ) -> list[Maybe]:
-        lora_A, lora_B, scaling, *_, bits, _, needs = rest
-        K = weight.shape[1] * 32 // bits
+        lora_A, lora_B, scaling, *_, group_size, needs = rest
+        K = scales.shape[1] * group_size
         grads: list[Any] = [(grad, (*grad.shape[:-1], K)), (grad, weight.shape[:1])]
         grads += [(like, None if like is None else like.shape) for like in (lora_A, lora_B, scaling)]
         return [like.new_empty(shape) if need else None for (like, shape), need in zip(grads, needs, strict=True)]
@@ -324,6 +326,17 @@ def _check_packed(
     """N and K of a weight in a format that is supported."""
     if (unsupported := why_not(bits, group_size)) is not None:
         refuse(*unsupported)
+    if has_table(weight):
+        if bits != 4:
+            refuse("bits", bits, "4, since weight is torch.uint8")
+        if weight.dim() != 2 or weight.shape[1] * 2 % group_size:
+            refuse("weight", weight, f"shape (N, K / 2), K a multiple of {group_size}")
+        N, K = weight.shape[0], weight.shape[1] * 2
+        if scales.shape != (N, K // group_size) or scales.dtype is not torch.float32:
+            refuse("scales", scales, f"shape ({N}, {K // group_size}), torch.float32, since weight is torch.uint8")
+        if biases.shape != (ENTRIES,) or biases.dtype is not torch.float32:
+            refuse("biases", biases, f"a table of shape ({ENTRIES},), torch.float32, since weight is torch.uint8")
+        return N, K
     if weight.dtype is not torch.uint32 or weight.dim() != 2 or weight.shape[1] * 32 // bits % group_size:
         refuse("weight", weight, f"shape (N, K * {bits} / 32), torch.uint32, K a multiple of {group_size}")
     N, K = weight.shape[0], weight.shape[1] * 32 // bits
@@ -375,7 +388,8 @@ def _forward_flops(x_shape: Ints, weight_shape: Ints, *others: Any, **_: Any) ->
 @register_flop_formula(_ops.lora_linear_quantized_backward)
 def _backward_flops(grad_shape: Ints, x_shape: Any, weight_shape: Ints, *rest: Any, **_: Any) -> int:
     """Of dY W, and of z = dY B, z A, zᵀ x̃ and dYᵀ h."""
-    A_shape, bits, (need_x, _bias, need_A, need_B, need_scaling) = rest[2], rest[-3], rest[-1]
-    M, N, K, r = math.prod(grad_shape[:-1]), weight_shape[0], weight_shape[1] * 32 // bits, A_shape[0] if A_shape else 0
+    scales_shape, A_shape, group_size, (need_x, _bias, need_A, need_B, need_scaling) = rest[0], rest[2], *rest[-2:]
+    M, (N, groups), r = math.prod(grad_shape[:-1]), scales_shape, A_shape[0] if A_shape else 0
+    K = groups * group_size
     per_rank = (need_x or need_A) * N + (need_x + need_A) * K + (need_B or need_scaling) * N
     return 2 * M * (need_x * N * K + r * per_rank)

@@ -42,7 +42,8 @@ def forward(
     """The base product, then y += s h Bᵀ in place; of few half rows on an NVIDIA GPU both in one kernel, rounded once.
     Returns (y, h), h None unless there is one that is to be saved."""
     (rows,) = packed(flat(x))
-    base, kernels, h = Packed(weight, scales, biases, bits, group_size), _triton(x.device, x.dtype), None
+    base, h = Packed(weight, scales, biases, bits, group_size), None
+    kernels = _triton(base, x.dtype)
     if kernels and x.dtype in HALF and seed is None and 0 < rows.shape[0] <= kernels.ROWS and weight.numel():
         y, h = kernels.product(rows, base, bias, lora_A, lora_B, scaling, save_h)
     else:
@@ -133,14 +134,15 @@ def _block(rows: Tensor) -> int:
 
 
 def _dequantized(weight: Packed, dtype: torch.dtype) -> Tensor:
-    kernels = _triton(weight.words.device, dtype)
+    kernels = _triton(weight, dtype)
     return kernels.dequantize(weight, dtype) if kernels and weight.words.numel() else weight.dequantize(dtype)
 
 
-def _triton(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module of Triton kernels where they compute, or None."""
+def _triton(weight: Packed, dtype: torch.dtype) -> Any:
+    """The module of Triton kernels where they compute, or None: they know no tables."""
+    device = weight.words.device
     index = -1 if device.index is None else device.index
-    if not limits_of(device.type).triton or dtype is torch.float64 or not has_kernels(index):
+    if weight.has_table or not limits_of(device.type).triton or dtype is torch.float64 or not has_kernels(index):
         return None
     from . import triton
 
