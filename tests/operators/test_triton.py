@@ -244,13 +244,13 @@ def test_every_candidate_fits_the_smaller_cards(kernel, monkeypatch):
     default = kernels.tile
     for one in kernels.CANDIDATES[kernel]:
         monkeypatch.setattr(kernels, "tile", lambda name, *a, **k: one if name == kernel else default(name, *a, **k))  # noqa: B023
-        kernels._plan.cache_clear(), kernels._parts.cache_clear()
+        kernels.parts_of.cache_clear()
         few = kernel == "few_rows"  # reads A itself where it is of the rows' dtype
         found = launches(16 if few else 4096, 64, torch.bfloat16 if few else torch.float32, 0.0, None)
         family = getattr(kernels, f"_{kernel}_kernel")
         launched, arguments, how = next(launch for launch in found if launch[0] is family)
         assert compiled_for(86, launched, arguments, how).metadata.shared <= 99 * 1024, one
-    kernels._plan.cache_clear(), kernels._parts.cache_clear()
+    kernels.parts_of.cache_clear()
 
 
 def test_what_can_be_tuned_is_what_is_launched():
@@ -277,7 +277,7 @@ def take_launches(patch):
     """From now on launches are not made but listed: kernel, arguments and how it is compiled."""
     found = []
 
-    def take(self, tensors, numbers, options, key):
+    def take(self, tensors, numbers, options, launches):
         _, arguments, how = self.prepare(tensors, options)
         given = self._describe(*tensors, *options) if self._describe else tensors
         found.append((self._kernel, (*given, *numbers, *arguments), how))
@@ -302,11 +302,13 @@ def launches(M, r, adapter_dtype, dropout_p, seed, carried=False, early=False):
 
     with pytest.MonkeyPatch.context() as patch:
         found = take_launches(patch)
+        patch.setattr(kernels, "prepared", launcher.Prepared())
         patch.setattr(kernels, "carrying_rank", lambda *_: gluon if carried else None)
         for module in (launcher, kernels):
             patch.setattr(module, "begins_early", lambda _: early)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-        dropouts = [kernels.Dropout.of(slice(0, r), dropout_p, seed, 0)] if dropout_p else []
+        one = kernels.Dropout.of(slice(0, r), dropout_p, 0)
+        dropouts = kernels.Dropouts.of((one,), seed) if dropout_p else kernels.NO_DROPOUTS
         _, h = kernels.forward(x, W, bias, A, B, 0.5, dropouts, True)
         kernels.backward(grad, W if carried else None, None, x, A, B, 0.5, h, True, True, dropouts)
     return found
@@ -417,7 +419,7 @@ for adapter_dtype, has_bias, parts, turned, r in (
     adapter = torch.randn((N, r) if turned else (r, N)).to(adapter_dtype)
     u, v = torch.empty(M, width, dtype=half), torch.empty((N, width) if turned else (width, N), dtype=half)
     assert u.isnan().all() and v.isnan().all()
-    gluon._launch_augment((u, v, found, adapter, bias, found, None), (0.5,), (parts, terms, width, turned), ())
+    gluon._launch_augment((u, v, found, adapter, bias, found, None), (0.5,), (parts, terms, width, turned), {})
     a, b = found[:M].double(), adapter.double().T if turned else adapter.double()  # its first part has become their sum
     exact, magnitude = 0.5 * a @ b, 0.5 * a.abs() @ b.abs()
     if has_bias:
@@ -596,7 +598,14 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
     launch = launcher.Launcher(Kernel(), lambda *tensors_and_options: (grid, (9,), {}))
 
     def tensor(device, offset=0):
-        return SimpleNamespace(get_device=lambda: device, data_ptr=lambda: 256 + offset)
+        how = {"dtype": torch.half, "shape": (3,), "stride": lambda: (1,)}
+        return SimpleNamespace(get_device=lambda: device, data_ptr=lambda: 256 + offset, **how)
+
+    kinds = launcher.Prepared()
+
+    def call(x, other, options, key):
+        launches = kinds.setdefault((x.get_device(), options, key, launcher.kind(x), launcher.kind(other)), {})
+        launch((x, other), (5,), (options,), launches)
 
     expected = []
     for options, key, device, offset, how in (
@@ -611,13 +620,13 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
         ("b", "k", 0, 0, "launched"),
     ):
         x = tensor(device, offset)
-        launch((x, None), (5,), (options,), (key,))
+        call(x, None, options, key)
         pointer = x.data_ptr() if how == "launched" else x
         expected.append((how, device, grid, (pointer, None, 5, 9)))
-    launch((x, x), (5,), ("b",), ("k",))  # none is missing
+    call(x, x, "b", "k")  # none is missing
     expected.append(("compiled", 0, grid, (x, x, 5, 9)))
     hooked[0] = True  # a profiler sees them by the long way
-    launch((x, None), (5,), ("a",), ("k",))
+    call(x, None, "a", "k")
     assert notes == [*expected, ("compiled", 0, grid, (x, None, 5, 9))]
     assert current == [0]
 

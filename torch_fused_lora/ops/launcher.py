@@ -11,10 +11,30 @@ import triton
 from triton import JITFunction, knobs
 from triton.runtime import driver
 
-PREPARED = 4096  # launches that are remembered of a kernel
+PREPARED = 4096  # kinds of calls whose launches are remembered
 TESTED = ("3.6",)  # releases of Triton that have run this package's kernels on a GPU
 Grid: TypeAlias = tuple[int, int, int]
 Launch: TypeAlias = Callable[[int, list[int | None], tuple[int | float, ...]], None]  # of stream, pointers and numbers
+Launches: TypeAlias = dict[Any, Any]  # of one kind of call, by launcher; several of one launcher in dicts of their own
+
+
+class Prepared(dict[tuple[Hashable, ...], Any]):
+    """What is prepared for a kind of call. The key says all that it depends on: the device, the `kind` of each tensor
+    that is given, and options."""
+
+    def keep(self, key: tuple[Hashable, ...], what: Any) -> Any:
+        if len(self) >= PREPARED:
+            self.clear()
+        self[key] = what
+        return what
+
+
+prepared = Prepared()
+
+
+def kind(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """What of a tensor decides how a kernel reads it."""
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15)
 
 
 def _hooked() -> bool:
@@ -73,35 +93,30 @@ class Launcher:
         dependent: bool = False,
     ):
         self._kernel, self._prepare, self._describe, self._bind = kernel, prepare, describe, bind
-        self._dependent, self._prepared = dependent, dict[Any, Launch]()
+        self._dependent = dependent
 
     def __call__(
         self,
         tensors: tuple[Any, ...],
         numbers: tuple[int | float, ...],
         options: tuple[Hashable, ...],
-        key: tuple[Hashable, ...],
+        launches: Launches,
     ) -> None:
-        """Launch on the current stream of the device of the first tensor; others may be None. ``key`` says, beside the
-        options, all that `prepare` and the machine code depend on, but for which tensors are None, and alignments."""
-        if not isinstance(self._kernel, JITFunction):  # interpreted
+        """Launch on the current stream of the device of the first tensor; others may be None. ``launches``: those that
+        are `prepared` for this kind of call."""
+        launch = launches.get(self)
+        if launch is None and not isinstance(self._kernel, JITFunction):  # interpreted
             self._compile(tensors, numbers, options)
             return
         index, active = tensors[0].get_device(), driver.active
         if active.get_current_device() != index:
             with torch.cuda.device(index):
-                self(tensors, numbers, options, key)
-            return
-        pointers = [None if t is None else t.data_ptr() for t in tensors]  # of a tensor Triton would ask the driver
-        full_key = index, options, key, *[None if p is None else p & 15 for p in pointers]
-        launch = self._prepared.get(full_key)
-        if launch is not None and not _hooked():
+                self(tensors, numbers, options, launches)
+        elif launch is None or _hooked():
+            launches[self] = self._bind(*self._compile(tensors, numbers, options))
+        else:  # a pointer, since of a tensor Triton would ask the driver
+            pointers = [None if t is None else t.data_ptr() for t in tensors]
             launch(active.get_current_stream(index), pointers, numbers)
-            return
-        made = self._compile(tensors, numbers, options)
-        if len(self._prepared) >= PREPARED:
-            self._prepared.clear()
-        self._prepared[full_key] = self._bind(*made)
 
     def prepare(
         self, tensors: tuple[Any, ...], options: tuple[Hashable, ...]

@@ -7,14 +7,19 @@ import triton
 import triton.language as tl
 
 
-def words(seed: torch.Tensor | int, stream: int, p: float) -> tuple[torch.Tensor | None, int, int, int, int]:
-    """What a kernel's arguments say of dropout: the seed as a tensor on the device, or the two halves of a number;
-    stream; threshold. Integers of 32 bits with a sign."""
-    threshold = _signed(min(round(p * 2**32), 2**32 - 1))
-    if isinstance(seed, torch.Tensor) and not seed.is_cpu:
-        return seed, 0, 0, stream, threshold
-    number = int(seed)
-    return None, _signed(number & 0xFFFFFFFF), _signed(number >> 32 & 0xFFFFFFFF), stream, threshold
+def key_words(seed: torch.Tensor | int) -> tuple[torch.Tensor | None, int, int]:
+    """What a kernel's arguments say of a seed: it as a tensor on the device, or the two halves of a number, integers of
+    32 bits with a sign."""
+    if isinstance(seed, torch.Tensor):
+        if not seed.is_cpu:
+            return seed, 0, 0
+        seed = int(seed)
+    return None, _signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF)
+
+
+def stream_words(stream: int, p: float) -> tuple[int, int]:
+    """And of an adapter's stream and probability: stream and threshold."""
+    return stream, _signed(min(round(p * 2**32), 2**32 - 1))
 
 
 def _signed(word: int) -> int:
@@ -96,6 +101,6 @@ def mask(
     if counters:
         with torch.get_device_module(device).device(device):
             _mask_kernel[(triton.cdiv(counters, block),)](
-                out.view(torch.int8), *words(seed, stream, p), first, out.numel(), BLOCK=block
+                out.view(torch.int8), *key_words(seed), *stream_words(stream, p), first, out.numel(), BLOCK=block
             )
     return out

@@ -41,8 +41,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..dropout.triton import philox
-from ..launcher import Grid, Launch, Launcher, start_of
-from .triton import NO_DROPOUT, Dropout, as_factor, ceil_div, sum_of_parts, times
+from ..launcher import Grid, Launch, Launcher, Launches, start_of
+from .triton import NO_DROPOUT, NO_DROPOUTS, Dropouts, Scale, ceil_div, sum_of_parts, times
 
 ROWS, STEP = 128, 64  # of a tile; columns of K in a stage
 
@@ -54,6 +54,7 @@ _philox = gluon.jit(philox.fn)
 
 
 def product(
+    launches: Launches,
     rows: Tensor,
     weight: Tensor,
     turned: bool,
@@ -61,26 +62,24 @@ def product(
     parts: int,
     found: Tensor,
     adapter: Tensor,
-    scale: float | Tensor,
+    scale: Scale,
     h: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT,
+    dropouts: Dropouts = NO_DROPOUTS,
 ) -> Tensor:
     """``rows weight + bias + dropout(scale · a adapter)``, fresh and rounded once: bfloat16 rows (M, K), weight (K, N),
     adapter (r, N), both ``turned``, (N, K) and (N, r), or neither, and a the sum of ``found``'s parts (parts, M, r).
     ``h`` (M, r), if given, becomes a; it may be the first of the parts."""
-    (M, K), N = rows.shape, weight.shape[0 if turned else 1]
+    M, N = rows.shape[0], weight.shape[0 if turned else 1]
     r = adapter.shape[1 if turned else 0]
     terms = 3 if adapter.dtype is torch.float32 else 1
     width = -(-(terms * r + (bias is not None)) // 8) * 8
     u, v = rows.new_empty((M, width)), rows.new_empty((N, width) if turned else (width, N))
-    number, factor = as_factor(scale, rows)
-    of_bias, of_h = None if bias is None else bias.stride(), None if h is None else h.dtype
-    key = M, adapter.dtype, adapter.shape, adapter.stride(), of_bias, of_h
-    tensors = u, v, found, adapter, bias, h, factor
-    _launch_augment(tensors, (number * dropout.inverse_keep,), (parts, terms, width, turned), key)
+    dropout, (number, factor) = dropouts.each[0] if dropouts.each else NO_DROPOUT, scale
+    narrow = u, v, found, adapter, bias, h, factor
+    _launch_augment(narrow, (number * dropout.inverse_keep,), (parts, terms, width, turned), launches)
     out = rows.new_empty((M, N))
-    shapes = M, N, K, rows.stride(0), weight.stride(0), width
-    _launch_carrying((rows, weight, u, v, out, dropout.seed), dropout.words, (dropout.drops, turned), shapes)
+    wide = rows, weight, u, v, out, dropouts.seed
+    _launch_carrying(wide, dropouts.words(dropout), (dropout.drops, turned), launches)
     return out
 
 

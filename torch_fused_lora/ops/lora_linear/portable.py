@@ -264,9 +264,7 @@ def _backward_by_blocks(
     return grad_A, grad_h
 
 
-def adapters(
-    seed: Tensor | None, dropout_p: Sequence[float], ranks: Sequence[int], r: int
-) -> list[tuple[slice, float]]:
+def adapters(seed: Any, dropout_p: Sequence[float], ranks: Sequence[int], r: int) -> list[tuple[slice, float]]:
     """(rank slice, drop probability) of each adapter; without dropout one slice serves them all."""
     if seed is None:
         return [(slice(0, r), 0.0)]
@@ -276,17 +274,17 @@ def adapters(
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 
 
-def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> Sequence[Any]:
+def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> Any:
+    kernels = triton_kernels()
     if seed is None:
-        return ()
-    given = tuple(dropout_p), tuple(ranks), A.shape[0]
-    return _dropouts_of(seed.item(), *given) if seed.is_cpu else _dropouts_of.__wrapped__(seed, *given)
+        return kernels.NO_DROPOUTS
+    return kernels.Dropouts.of(_each_dropout(tuple(dropout_p), tuple(ranks), A.shape[0]), seed)
 
 
-@functools.lru_cache(1024)  # of a call, for its backward
-def _dropouts_of(seed: Any, dropout_p: Floats, ranks: Ints, r: int) -> Sequence[Any]:
-    of = triton_kernels().Dropout.of
-    return [of(rank, p, seed, stream) for stream, (rank, p) in enumerate(adapters(seed, dropout_p, ranks, r))]
+@functools.lru_cache(1024)
+def _each_dropout(dropout_p: Floats, ranks: Ints, r: int) -> tuple[Any, ...]:
+    of, each = triton_kernels().Dropout.of, adapters(True, dropout_p, ranks, r)
+    return tuple(of(rank, p, stream) for stream, (rank, p) in enumerate(each))
 
 
 def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:

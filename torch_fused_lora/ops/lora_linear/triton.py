@@ -15,7 +15,7 @@ products are within 3 * 2**-16 of their magnitude (`_dot`), a hundredth of a bfl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..dropout.triton import keep_tile, words
-from ..launcher import Launcher, begins_early
+from ..dropout.triton import keep_tile, key_words, stream_words
+from ..launcher import Launcher, Launches, begins_early, kind, prepared
 from .ways import carrying_rank, tuned_layers
 
 FEW = 16  # rows, the least that the matrix units take
@@ -127,23 +127,61 @@ def tile(
 
 class Dropout(NamedTuple):
     """Of one adapter: its ranks, whether it drops elements of its side of an M x K matrix, what it multiplies the rest
-    with, and the seed, where that is on the device, and other `words` that say which these are."""
+    with, and the words that say, beside the seed's, which these are."""
 
     rank: slice
     drops: bool = False
     inverse_keep: float = 1.0
-    seed: Tensor | None = None
-    words: tuple[int, ...] = (0, 0, 0, 0)
+    words: tuple[int, int] = (0, 0)
 
     @staticmethod
-    def of(rank: slice, p: float, seed: Tensor | int, stream: int) -> Dropout:
-        if p == 0.0:
-            return Dropout(rank)
-        on_device, *others = words(seed, stream, p)
-        return Dropout(rank, True, 1.0 / (1.0 - p), on_device, tuple(others))
+    def of(rank: slice, p: float, stream: int) -> Dropout:
+        return Dropout(rank, True, 1.0 / (1.0 - p), stream_words(stream, p)) if p else Dropout(rank)
 
 
-NO_DROPOUT = Dropout(slice(None))
+class Dropouts(NamedTuple):
+    """Of adapters side by side, none where nothing drops; and the seed, where it is on the device, or its words."""
+
+    each: tuple[Dropout, ...] = ()
+    seed: Tensor | None = None
+    low: int = 0
+    high: int = 0
+
+    @staticmethod
+    def of(each: tuple[Dropout, ...], seed: Tensor | int) -> Dropouts:
+        return Dropouts(each, *key_words(seed))
+
+    def kind(self) -> tuple[Any, ...]:
+        """What decides how kernels read it."""
+        each = self.each
+        ranks = [(d.drops, d.rank.start, d.rank.stop) for d in each] if len(each) > 1 else each and (each[0].drops,)
+        return *ranks, kind(self.seed)
+
+    def words(self, dropout: Dropout) -> tuple[int, int, int, int]:
+        return self.low, self.high, *dropout.words
+
+
+NO_DROPOUT, NO_DROPOUTS = Dropout(slice(None)), Dropouts()
+Scale: TypeAlias = tuple[float, "Tensor | None"]  # a number, and what multiplies it on the device
+ONE: Scale = (1.0, None)
+
+
+class _Plan(NamedTuple):
+    """Of one direction of a layer, what is decided and `prepared`. ``gluon``: the kernels whose base product carries
+    the rank, if it does. h or z is made in parts of the columns, added up where it is carried. A backward makes sums
+    over rows in splits of them: where in its work space of ``size`` float32 these begin, after z, and the counters."""
+
+    M: int
+    r: int
+    parts: int
+    gluon: Any
+    tiles: Tiles
+    launches: Launches
+    one_pass: bool = False
+    splits: int = 1
+    sums: int = 0
+    counters: int = 0
+    size: int = 0
 
 
 def forward(
@@ -152,29 +190,59 @@ def forward(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scale: float | Tensor,
-    dropouts: Sequence[Dropout],
+    scaling: float | Tensor,
+    dropouts: Dropouts,
     save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``x Wᵀ + b + scale · h Bᵀ`` for half x (M, K), and h = dropout(x) Aᵀ (M, r) in the adapters' dtype, if asked."""
-    (M, K), r = x.shape, A.shape[0]
-    way, tiles = (0, None) if dropouts else tuned_layers(x.get_device()).of(False, x, A, B)
-    if gluon := carrying_rank(x, weight, B.shape[0], way):
-        found, parts, h, saved = _low_rank(x, A, dropouts, save_h, True, tiles)
-        return gluon.product(x, weight, True, bias, parts, found, B, scale, h), saved
-    if dropouts or not is_one_pass(M, weight.shape[0], r, x.get_device()):
+    """``x Wᵀ + b + scaling · h Bᵀ`` for half x (M, K); h = dropout(x) Aᵀ (M, r), of the adapters' dtype, if asked."""
+    device, scale = x.get_device(), as_scale(scaling, x)
+    tuned = None if dropouts.each else tuned_layers(device).of(False, x, A, B)
+    key = (
+        *(forward, device, save_h, tuned, dropouts.kind()),
+        *(kind(x), kind(weight), kind(bias), kind(A), kind(B), kind(scale[1])),
+    )
+    plan = prepared.get(key) or prepared.keep(key, _plan_forward(x, weight, A, B, tuned))
+    if plan.one_pass:
+        return _few_rows(plan, x, weight, bias, A, B, scale, save_h)
+    if plan.gluon is None:
         y = F.linear(x, weight, bias)
-        return y, add_delta_(y, x, A, B, scale, dropouts, save_h, tiles)
-    y = x.new_empty(M, weight.shape[0])
+        return y, _add_delta_(plan, y, x, A, B, scale, dropouts, save_h)
+    found, h, saved = low_rank(plan.launches, plan.parts, x, A, dropouts, save_h, True, plan.tiles)
+    return plan.gluon.product(plan.launches, x, weight, True, bias, plan.parts, found, B, scale, h), saved
+
+
+def _plan_forward(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, tuned: Any) -> _Plan:
+    """``tuned``: None where x is dropped."""
+    (M, K), (N, r) = x.shape, B.shape
+    way, tiles = tuned or (0, None)
+    gluon = carrying_rank(x, weight, N, way)
+    one_pass = tuned is not None and gluon is None and is_one_pass(M, N, r, x.get_device())
+    # One pass makes h itself, but to split each tile of A in two would take longer than all else.
+    whole = one_pass and M <= FEW and A.dtype is x.dtype
+    parts = 0 if whole else parts_of(M, K, r, gluon is not None, tiles)
+    return _Plan(M, r, parts, gluon, tiles, {}, one_pass)
+
+
+def _few_rows(
+    plan: _Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: Scale,
+    save_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`forward` in one pass over the weight."""
+    M, r, parts = plan.M, plan.r, plan.parts
+    y = x.new_empty(M, B.shape[0])
     h = x.new_empty(M, r, dtype=A.dtype) if save_h else None
-    a, parts = A, 0
-    if M > FEW or A.dtype is not x.dtype:  # to split each tile of A in two would take longer than all else
-        parts = _parts(M, K, r, tiles=tiles)
+    a = A
+    if parts:
         a = x.new_empty(parts * M, r, dtype=torch.float32)
-        _product(a, parts, r, x, A, True, tiles=tiles)
-    number, factor = as_factor(scale, x)
-    key = *_kind(x), *_kind(weight), *_kind(a), *_kind(B), None if bias is None else bias.stride()
-    _launch_few_rows((y, x, weight, bias, a, B, h, factor), (number,), (parts, tiles), key)
+        _product(plan.launches, a, parts, r, x, A, True, tiles=plan.tiles)
+    number, factor = scale
+    _launch_few_rows((y, x, weight, bias, a, B, h, factor), (number,), (parts, plan.tiles), plan.launches)
     return y, h
 
 
@@ -183,35 +251,53 @@ def add_delta_(
     x: Tensor,
     A: Tensor,
     B: Tensor,
-    scale: float | Tensor,
-    dropouts: Sequence[Dropout] = (),
+    scaling: float | Tensor,
+    dropouts: Dropouts = NO_DROPOUTS,
     save_h: bool = True,
-    tiles: Tiles = None,
 ) -> Tensor | None:
-    """``y += scale · h Bᵀ`` in place, rounded once, y (M, N) and x (M, K) half. Returns h = dropout(x) Aᵀ (M, r) in the
-    adapters' dtype, if it is to be saved."""
-    found, parts, h, saved = _low_rank(x, A, dropouts, save_h, tiles=tiles)
-    _expand(y, found, parts, A.shape[0], B, True, scale, h, tiles=tiles)
+    """``y += scaling · h Bᵀ`` in place, rounded once, y (M, N) and x (M, K) half. Returns h = dropout(x) Aᵀ (M, r) in
+    the adapters' dtype, if it is to be saved."""
+    scale = as_scale(scaling, x)
+    tensors = kind(y), kind(x), kind(A), kind(B), kind(scale[1])
+    key = add_delta_, x.get_device(), save_h, dropouts.kind(), *tensors
+    (M, K), r = x.shape, A.shape[0]
+    plan = prepared.get(key) or prepared.keep(key, _Plan(M, r, parts_of(M, K, r), None, None, {}))
+    return _add_delta_(plan, y, x, A, B, scale, dropouts, save_h)
+
+
+def _add_delta_(
+    plan: _Plan, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Scale, dropouts: Dropouts, save_h: bool
+) -> Tensor | None:
+    found, h, saved = low_rank(plan.launches, plan.parts, x, A, dropouts, save_h, False, plan.tiles)
+    _expand(plan.launches, y, found, plan.parts, plan.r, B, True, scale, h, tiles=plan.tiles)
     return saved
 
 
-def _low_rank(
-    x: Tensor, A: Tensor, dropouts: Sequence[Dropout], save_h: bool, carried: bool = False, tiles: Tiles = None
-) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+def low_rank(
+    launches: Launches,
+    parts: int,
+    x: Tensor,
+    A: Tensor,
+    dropouts: Dropouts,
+    save_h: bool,
+    carried: bool = False,
+    tiles: Tiles = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dropout(x) Aᵀ in float32, in so many parts; what is to become h, and what is to be saved."""
-    (M, K), r = x.shape, A.shape[0]
-    parts = _parts(M, K, r, carried, tiles)
+    M, r = x.shape[0], A.shape[0]
     found = x.new_empty(parts * M, r, dtype=torch.float32)
-    if len(dropouts) > 1:
-        for dropout in dropouts:
-            _product(found[:, dropout.rank], parts, r, x, A[dropout.rank], True, dropout=dropout, carried=carried)
+    each = dropouts.each
+    if len(each) > 1:
+        for i, one in enumerate(each):
+            own = launches.setdefault(i, {})
+            _product(own, found[:, one.rank], parts, r, x, A[one.rank], True, ONE, one, dropouts, carried=carried)
     else:
-        one = dropouts[0] if dropouts else NO_DROPOUT
-        _product(found, parts, r, x, A, True, dropout=one, carried=carried, tiles=tiles)
+        one = each[0] if each else NO_DROPOUT
+        _product(launches, found, parts, r, x, A, True, ONE, one, dropouts, carried=carried, tiles=tiles)
     if not save_h or (parts == 1 and A.dtype is torch.float32):
-        return found, parts, None, found if save_h else None
+        return found, None, found if save_h else None
     h = x.new_empty(M, r, dtype=A.dtype)
-    return found, parts, h, h
+    return found, h, h
 
 
 def backward(
@@ -221,143 +307,68 @@ def backward(
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scale: float | Tensor,
+    scaling: float | Tensor,
     h: Tensor | None,
     need_x: bool,
     scale_h: bool,
-    dropouts: Sequence[Dropout] = (),
+    dropouts: Dropouts = NO_DROPOUTS,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``base() + dropout(z A)`` with z = s dY B, without ``base`` if it is None, and by a product of our own where base
     makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of the
-    adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given."""
-    (M, N), (r, K) = grad.shape, A.shape
-    way, tiles = (0, None) if dropouts else tuned_layers(grad.get_device()).of(True, grad, A, B)
-    in_product = carrying_rank(grad, weight, K, way) if need_x and len(dropouts) < 2 else None
+    adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given. What ``base``
+    makes is contiguous."""
+    device, scale, each = grad.get_device(), as_scale(scaling, grad), dropouts.each
+    tuned = None if each else tuned_layers(device).of(True, grad, A, B)
+    key = (
+        *(backward, device, need_x, scale_h, base is None, tuned, dropouts.kind()),
+        *(kind(grad), kind(weight), kind(x), kind(A), kind(B), kind(h), kind(scale[1])),
+    )
+    plan = prepared.get(key)
+    if plan is None:
+        plan = prepared.keep(key, _plan_backward(grad, weight, A, B, need_x, x is not None, len(each), tuned))
+    (r, K), launches, gluon = A.shape, plan.launches, plan.gluon
     grad_x = None
-    if need_x and not in_product:
-        grad_x = grad.new_empty(M, K) if base is None else base()
+    if need_x and gluon is None:
+        grad_x = grad.new_empty(plan.M, K) if base is None else base()
     grad_A = None if x is None else grad.new_empty(r, K, dtype=A.dtype)
-    grad_B = None if h is None else grad.new_empty(N, r, dtype=B.dtype if scale_h else torch.float32)
-    scale_B = scale if scale_h else 1.0
-    carried = in_product is not None
-    plan = _plan(M, K, N, r, need_x or x is not None, len(dropouts) > 0, carried, tiles)
+    grad_B = None if h is None else grad.new_empty(B.shape, dtype=B.dtype if scale_h else torch.float32)
+    scale_B = scale if scale_h else ONE
     work = grad.new_empty(plan.size, dtype=torch.float32)
     if plan.parts:
-        dropout, fresh = dropouts[0] if dropouts else NO_DROPOUT, base is None
-        zeroed = plan.counters, plan.size - plan.counters
-        _product(work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried, tiles=tiles)
-        if in_product:
+        one, fresh = each[0] if each else NO_DROPOUT, base is None
+        zeroed, carried = (plan.counters, plan.size - plan.counters), gluon is not None
+        _product(launches, work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried, tiles=plan.tiles)
+        if gluon:
             z = work if plan.parts > 1 else None
-            grad_x = in_product.product(grad, weight, False, None, plan.parts, work, A, 1.0, z, dropout)
-        to_add = None if in_product else grad_x
-        if len(dropouts) < 2 and (r <= WIDE or to_add is None):
-            _gradients(plan, work, work, x, A, grad_A, to_add, fresh, dropout, grad, h, grad_B, scale_B)
+            grad_x = gluon.product(launches, grad, weight, False, None, plan.parts, work, A, ONE, z, dropouts)
+        to_add = None if gluon else grad_x
+        if len(each) < 2 and (r <= WIDE or to_add is None):
+            of_rows = grad, h, grad_B, scale_B
+            _gradients(plan, launches, work, work, x, A, grad_A, to_add, fresh, one, dropouts, *of_rows)
             return grad_x, grad_A, grad_B
-        for dropout in dropouts or (Dropout(slice(0, r)),):
-            rank = dropout.rank
+        for i, one in enumerate(each or (Dropout(slice(0, r)),)):
+            rank, own = one.rank, launches.setdefault(i, {})
             z, own_A, own_grad_A = work[rank.start :], A[rank], None if grad_A is None else grad_A[rank]
             in_one = to_add if own_A.shape[0] <= WIDE else None
-            _gradients(plan, work, z, x, own_A, own_grad_A, in_one, fresh, dropout)
+            _gradients(plan, own, work, z, x, own_A, own_grad_A, in_one, fresh, one, dropouts)
             if to_add is not None and in_one is None:
-                _expand(to_add, z, plan.parts, r, own_A, False, fresh=fresh, dropout=dropout, tiles=tiles)
+                _expand(own, to_add, z, plan.parts, r, own_A, False, ONE, None, fresh, one, dropouts, plan.tiles)
             fresh = False
-    _gradients(plan, work, grad=grad, h=h, grad_B=grad_B, scale_B=scale_B)
+    _gradients(plan, launches, work, grad=grad, h=h, grad_B=grad_B, scale_B=scale_B)
     return grad_x, grad_A, grad_B
 
 
-def _product(
-    out: Tensor,
-    parts: int,
-    width: int,
-    rows: Tensor,
-    small: Tensor,
-    turned: bool,
-    scale: float | Tensor = 1.0,
-    dropout: Dropout = NO_DROPOUT,
-    zeroed: tuple[int, int] = (0, 0),
-    carried: bool = False,
-    tiles: Tiles = None,
-) -> None:
-    """``scale · dropout(rows) small`` in so many parts, which lie in out as (parts, M, width) one after the other: rows
-    half (M, K), small (K, C), or ``turned`` (C, K), with C about the rank. ``zeroed``: from where on, and how many
-    elements of out become 0."""
-    number, factor = as_factor(scale, rows)
-    numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(rows), *_kind(small))
-    options = dropout.drops, parts, width, turned, zeroed, carried, tiles
-    _launch_product((out, rows, small, factor, dropout.seed), numbers, options, key)
-
-
-def _expand(
-    out: Tensor,
-    a: Tensor,
-    parts: int,
-    width: int,
-    b: Tensor,
-    turned: bool,
-    scale: float | Tensor = 1.0,
-    h: Tensor | None = None,
-    fresh: bool = False,
-    dropout: Dropout = NO_DROPOUT,
-    tiles: Tiles = None,
-) -> None:
-    """``out += dropout(scale · a b)`` rounded once, out half (M, C), a the sum of its parts (parts, M, width), b (r, C)
-    or ``turned`` (C, r); a ``fresh`` out is only written. h (M, r) of b's dtype, if given, becomes a."""
-    number, factor = as_factor(scale, out)
-    numbers, key = (number * dropout.inverse_keep, *dropout.words), (*_kind(out), *_kind(b))
-    options = dropout.drops, fresh, parts, width, turned, tiles
-    _launch_expand((out, a, b, h, factor, dropout.seed), numbers, options, key)
-
-
-class _Plan(NamedTuple):
-    """Of a backward of M rows at rank r: z is made in parts of the columns, added up where it is carried, and sums over
-    rows in splits of them. Where in its float32 work space the splits' sums begin, after z, and the counters."""
-
-    M: int
-    r: int
-    parts: int
-    carried: bool
-    splits: int
-    sums: int
-    counters: int
-    size: int
-    tiles: Tiles = None
-
-
-def _gradients(
-    plan: _Plan,
-    work: Tensor,
-    z: Tensor | None = None,
-    x: Tensor | None = None,
-    A: Tensor | None = None,
-    grad_A: Tensor | None = None,
-    grad_x: Tensor | None = None,
-    fresh: bool = False,
-    dropout: Dropout = NO_DROPOUT,
-    grad: Tensor | None = None,
-    h: Tensor | None = None,
-    grad_B: Tensor | None = None,
-    scale_B: float | Tensor = 1.0,
-) -> None:
-    """In one launch, of one adapter and its z: grad_A = zᵀ dropout(x), and dropout(z A), which is added to grad_x, or
-    written; and grad_B = scale_B · dYᵀ h. None of what is None."""
-    if grad_A is None and grad_x is None and grad_B is None:
-        return
-    number, factor = as_factor(scale_B, work)
-    key = *_kind(x), *_kind(A), *_kind(grad_x), *_kind(grad), *_kind(h), *_kind(grad_B)
-    tensors = work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, dropout.seed
-    _launch_gradients(tensors, (dropout.inverse_keep, number, *dropout.words), (dropout.drops, fresh, plan), key)
-
-
-def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
-    """What decides how a kernel reads a tensor."""
-    return () if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
-
-
-@functools.lru_cache(4096)
-def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: bool, tiles: Tiles) -> _Plan:
-    if not has_z:  # nothing zeroes counters
-        return _Plan(M, r, 0, False, 1, 0, 0, 0)
-    parts, splits = _parts(M, N, r, carried, tiles), 1
+def _plan_backward(
+    grad: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, need_x: bool, need_A: bool, dropping: int, tuned: Any
+) -> _Plan:
+    """``tuned``: None where so many adapters drop."""
+    (M, N), (r, K) = grad.shape, A.shape
+    way, tiles = tuned or (0, None)
+    gluon = carrying_rank(grad, weight, K, way) if need_x and dropping < 2 else None
+    carried, drops = gluon is not None, dropping > 0
+    if not (need_x or need_A):  # nothing zeroes counters
+        return _Plan(M, r, 0, gluon, None, {})
+    parts, splits = parts_of(M, N, r, carried, tiles), 1
     rows, columns, *_ = tile("gradients", M, r, drops, carried, tiles)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
     # Those that draw a mask take longer than those of dY's columns, which make room for others.
@@ -366,11 +377,86 @@ def _plan(M: int, K: int, N: int, r: int, has_z: bool, drops: bool, carried: boo
         splits *= 2
     sums = ceil_div(parts * M * r, 16) * 16  # aligned
     counters = sums + (splits * r * (K + N) if splits > 1 else 0)
-    return _Plan(M, r, parts, carried, splits, sums, counters, counters + (blocks if splits > 1 else 0), tiles)
+    size = counters + (blocks if splits > 1 else 0)
+    return _Plan(M, r, parts, gluon, tiles, {}, False, splits, sums, counters, size)
+
+
+def _product(
+    launches: Launches,
+    out: Tensor,
+    parts: int,
+    width: int,
+    rows: Tensor,
+    small: Tensor,
+    turned: bool,
+    scale: Scale = ONE,
+    dropout: Dropout = NO_DROPOUT,
+    dropouts: Dropouts = NO_DROPOUTS,
+    zeroed: tuple[int, int] = (0, 0),
+    carried: bool = False,
+    tiles: Tiles = None,
+) -> None:
+    """``scale · dropout(rows) small`` in so many parts, which lie in out as (parts, M, width) one after the other: rows
+    half (M, K), small (K, C), or ``turned`` (C, K), with C about the rank. ``zeroed``: from where on, and how many
+    elements of out become 0."""
+    number, factor = scale
+    numbers = number * dropout.inverse_keep, *dropouts.words(dropout)
+    options = dropout.drops, parts, width, turned, zeroed, carried, tiles
+    _launch_product((out, rows, small, factor, dropouts.seed if dropout.drops else None), numbers, options, launches)
+
+
+def _expand(
+    launches: Launches,
+    out: Tensor,
+    a: Tensor,
+    parts: int,
+    width: int,
+    b: Tensor,
+    turned: bool,
+    scale: Scale = ONE,
+    h: Tensor | None = None,
+    fresh: bool = False,
+    dropout: Dropout = NO_DROPOUT,
+    dropouts: Dropouts = NO_DROPOUTS,
+    tiles: Tiles = None,
+) -> None:
+    """``out += dropout(scale · a b)`` rounded once, out half (M, C), a the sum of its parts (parts, M, width), b (r, C)
+    or ``turned`` (C, r); a ``fresh`` out is only written. h (M, r) of b's dtype, if given, becomes a."""
+    number, factor = scale
+    numbers = number * dropout.inverse_keep, *dropouts.words(dropout)
+    options = dropout.drops, fresh, parts, width, turned, tiles
+    _launch_expand((out, a, b, h, factor, dropouts.seed if dropout.drops else None), numbers, options, launches)
+
+
+def _gradients(
+    plan: _Plan,
+    launches: Launches,
+    work: Tensor,
+    z: Tensor | None = None,
+    x: Tensor | None = None,
+    A: Tensor | None = None,
+    grad_A: Tensor | None = None,
+    grad_x: Tensor | None = None,
+    fresh: bool = False,
+    dropout: Dropout = NO_DROPOUT,
+    dropouts: Dropouts = NO_DROPOUTS,
+    grad: Tensor | None = None,
+    h: Tensor | None = None,
+    grad_B: Tensor | None = None,
+    scale_B: Scale = ONE,
+) -> None:
+    """In one launch, of one adapter and its z: grad_A = zᵀ dropout(x), and dropout(z A), which is added to grad_x, or
+    written; and grad_B = scale_B · dYᵀ h. None of what is None."""
+    if grad_A is None and grad_x is None and grad_B is None:
+        return
+    number, factor = scale_B
+    numbers = dropout.inverse_keep, number, *dropouts.words(dropout)
+    tensors = work, z, x, A, grad_A, grad_x, grad, h, grad_B, factor, dropouts.seed if dropout.drops else None
+    _launch_gradients(tensors, numbers, (dropout.drops, fresh, plan), launches)
 
 
 @functools.lru_cache(4096)
-def _parts(M: int, K: int, r: int, carried: bool = False, tiles: Tiles = None) -> int:
+def parts_of(M: int, K: int, r: int, carried: bool = False, tiles: Tiles = None) -> int:
     """In how many parts rows of K elements meet an adapter. Whoever reads the product adds them up, so that they must
     stay small beside rows of the full width, unless that is done once."""
     own = tile("product", M, r, carried=carried, tiles=tiles)
@@ -389,11 +475,10 @@ def _rank_block(r: int) -> int:
     return min(max(triton.next_power_of_2(r), 16), WIDE)
 
 
-def as_factor(scale: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
-    """As a number, and what multiplies it on the device."""
-    if not isinstance(scale, Tensor):
-        return scale, None
-    return (1.0, scale.float()) if scale.device == like.device else (scale.item(), None)
+def as_scale(scaling: float | Tensor, like: Tensor) -> Scale:
+    if not isinstance(scaling, Tensor):
+        return scaling, None
+    return (1.0, scaling.float()) if scaling.device == like.device else (scaling.item(), None)
 
 
 @triton.jit
@@ -596,13 +681,13 @@ def _prepare_gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     R, K = (grad_B.shape[1], 0) if A is None else A.shape
     M, N = plan.M, 0 if grad_B is None else grad_B.shape[0]
-    own, block_R = tile("gradients", M, plan.r, drops, plan.carried, plan.tiles), _rank_block(R)
+    own, block_R = tile("gradients", M, plan.r, drops, plan.gluon is not None, plan.tiles), _rank_block(R)
     part, blocks = ceil_div(ceil_div(M, plan.splits), own.rows) * own.rows, ceil_div(K, own.columns)
     strides = [stride for t in (x, A, grad_x, grad, h) for stride in ((0, 0) if t is None else t.stride())]
     arguments = (
         M, K, N, R, part, blocks, plan.sums, plan.counters, M * plan.r, plan.r, *strides,
-        drops, fresh, 1 if plan.carried else plan.parts, plan.splits, own.rows, block_R, own.columns,
-        plan.carried,
+        drops, fresh, plan.parts if plan.gluon is None else 1, plan.splits, own.rows, block_R, own.columns,
+        plan.gluon is not None,
     )  # fmt: skip
     return (blocks + ceil_div(N, own.columns), ceil_div(R, block_R), plan.splits), arguments, own.how
 

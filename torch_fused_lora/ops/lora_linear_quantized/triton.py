@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...affine import Packed
 from ..dispatch import Maybe
-from ..launcher import Launcher
+from ..launcher import Launcher, kind, prepared
 from ..lora_linear import triton as low_rank
-from ..lora_linear.triton import as_factor, ceil_div
+from ..lora_linear.triton import NO_DROPOUTS, as_scale, ceil_div
 
 ROWS = 16  # of the product: what one tile of the matrix units takes
 
@@ -36,12 +36,17 @@ def product(
     in the adapter's dtype, if there is one and it is to be saved."""
     words, scales, biases, bits, group_size = _contiguous(packed)
     bias = None if bias is None else bias.contiguous()  # the kernel takes no stride of it
-    number, factor = as_factor(scaling, rows)
+    number, factor = as_scale(scaling, rows)
+    given = rows, words, scales, biases, bias, lora_A, lora_B, factor
+    key = product, rows.get_device(), save_h, bits, group_size, *map(kind, given)
+    launches = prepared.get(key) or prepared.keep(key, {})
     out = rows.new_empty((rows.shape[0], scales.shape[0]))
-    found, parts, h, saved = (None, 1, None, None) if lora_A is None else low_rank._low_rank(rows, lora_A, (), save_h)
+    found, parts, h, saved = None, 1, None, None
+    if lora_A is not None:
+        parts = low_rank.parts_of(*rows.shape, lora_A.shape[0])
+        found, h, saved = low_rank.low_rank(launches, parts, rows, lora_A, NO_DROPOUTS, save_h)
     tensors = out, rows, words, scales, biases, bias, found, lora_B, h, factor
-    key = tuple(None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors)
-    _launch_product(tensors, (number, rows.shape[0]), (parts, bits, group_size), key)
+    _launch_product(tensors, (number, rows.shape[0]), (parts, bits, group_size), launches)
     return out, saved
 
 
@@ -50,7 +55,9 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     words, scales, biases, bits, group_size = _contiguous(packed)
     N, K = scales.shape[0], scales.shape[1] * group_size
     out = scales.new_empty((N, K), dtype=dtype)
-    _launch_dequantize((out, words, scales, biases), (), (bits, group_size), (N, K, dtype, scales.dtype))
+    key = dequantize, out.get_device(), dtype, bits, group_size, kind(words), kind(scales), kind(biases)
+    launches = prepared.get(key) or prepared.keep(key, {})
+    _launch_dequantize((out, words, scales, biases), (), (bits, group_size), launches)
     return out
 
 
