@@ -459,7 +459,11 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
         ((4096, 4096, 4096), FLOAT32, FLOAT32, False, (9, 0), ways.WHOLE),
     ],
 )
-def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype, drops, capability, expected):
+@pytest.mark.parametrize("captured", [False, True])
+def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype, drops, capability, expected, captured):
+    if captured and dtype is adapter_dtype is not FLOAT32 and not drops:  # there the host's time is no reason
+        expected = ways.BY_TRITON
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     untuned = SimpleNamespace(of=lambda *_: SimpleNamespace(way=0))
     monkeypatch.setattr(ways, "tuned_layers", lambda _: untuned)
