@@ -18,10 +18,10 @@ VARIANTS = [
     "lora_delta_half_float_up_16_4_drop_any",
     "lora_gemm_half_float_half_affine4_half_64_backward_drop",
     "lora_grad_half_float_float_8_drop_any",
-    "rms_norm_half_float_16_1_looped_any",
+    "rms_norm_half_float_8_1_looped_any",
     "rms_norm_backward_half_float_float_4_2_held_wide",
-    "softmax_bfloat_16_1_looped_any",
-    "softmax_backward_half_4_2_held_wide",
+    "softmax_bfloat_8_1_held_any",
+    "softmax_backward_half_4_1_held_wide",
     "sum_splits_half",
 ]
 
