@@ -86,8 +86,8 @@ def with_table(K: int) -> Packed:
 
 def rows(dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Launch]:
     kernels, launches = RowKernels(), []
-    # Held up to 4096; aligned to 16 bytes, and one element behind that.
-    for H, M, offset in itertools.product((256, 512, 1024, 2048, 4096, 8192), (16, 4096), (0, 1)):
+    # Held up to 4096, by softmax to 8192; aligned to 16 bytes, and one element behind that.
+    for H, M, offset in itertools.product((256, 512, 1024, 2048, 4096, 8192, 16384), (16, 4096), (0, 1)):
         x, weight = empty(dtype, M, H, offset), empty(weight_dtype, 1, H)[0]
         launches += kernels.plan_rms_norm(x, weight)
         launches += kernels.plan_rms_norm_backward(x, x, weight)[0]
