@@ -24,9 +24,9 @@ DTYPES = [torch.float64, torch.float32, *HALF]
 def on_cuda(monkeypatch):
     """The table's rule for CUDA, half adapters as they are, and no node of the operator."""
 
-    def choose(rows, lora_A, lora_B, drops, backward=False):
+    def choose(rows, lora_A, lora_B, drops, **others):
         same = lora_A.dtype is rows.dtype and not drops
-        return (ways.WHOLE, lora_A, lora_B) if same else ways.choose(rows, lora_A, lora_B, drops, backward)
+        return (ways.WHOLE, lora_A, lora_B) if same else ways.choose(rows, lora_A, lora_B, drops, **others)
 
     monkeypatch.setitem(ways.TABLE, "cpu", ways.Limits(block=1 << 21, follows=True))
     monkeypatch.setattr(portable, "choose", choose)

@@ -15,7 +15,7 @@ import torch_fused_lora as tfl
 from tests.budget import examples
 from tests.reference import MIXED, Layer
 from torch_fused_lora.ops.dropout import draw_seed
-from torch_fused_lora.ops.lora_linear import differentiable, portable
+from torch_fused_lora.ops.lora_linear import differentiable, portable, ways
 from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
 from torch_fused_lora.ops.rows import HALF
 
@@ -173,11 +173,8 @@ def test_half_rows_with_gaps_are_packed_for_a_cpu(lead, adapter_dtype, dropouts)
         assert all(t.isfinite().all() for t in (y, *found[:5]))
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[1:])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_many_row_blocks(device, dtype, adapter_dtype, dropout_p, small_blocks):
-    """Nothing is lost or doubled at a seam."""
-    rows, K, N, r = small_blocks
+def check_layer(sizes, device, dtype, adapter_dtype, dropout_p):
+    rows, K, N, r = sizes
     A, B = torch.randn(r, K).to(device, adapter_dtype), torch.randn(N, r).to(device, adapter_dtype)
     x = torch.randn(rows, K).to(device, dtype).requires_grad_()
     W, b = (torch.randn(N, K) * K**-0.5).to(device, dtype), torch.randn(N).to(device, dtype)
@@ -190,6 +187,24 @@ def test_many_row_blocks(device, dtype, adapter_dtype, dropout_p, small_blocks):
     for name, exact in layer.gradients(grad).items():
         if name in found:
             exact.check(found[name], name)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[1:])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_many_row_blocks(device, dtype, adapter_dtype, dropout_p, small_blocks):
+    """Nothing is lost or doubled at a seam."""
+    check_layer(small_blocks, device, dtype, adapter_dtype, dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize(("multiplies", "adapter_dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_half_adapters_on_either_processor(monkeypatch, multiplies, adapter_dtype, dropout_p):
+    """Where a CPU multiplies halves, rows meet half adapters as they are; elsewhere in float32."""
+    monkeypatch.setattr(ways, "_multiplies", lambda dtype: multiplies)
+    x, A, B = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((40, 24), (3, 24), (16, 3)))
+    way, *adapters = ways.choose(x, A, B, dropout_p > 0)
+    assert (way, *(adapter.dtype for adapter in adapters)) == (ways.WHOLE, adapter_dtype, adapter_dtype)
+    check_layer((40, 24, 16, 3), torch.device("cpu"), torch.bfloat16, torch.bfloat16, dropout_p)
 
 
 @pytest.mark.parametrize("dropout_p", [(), (0.3, 0.0, 0.6)])

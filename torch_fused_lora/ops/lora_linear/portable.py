@@ -43,7 +43,7 @@ def forward(
     rows = flat(x)
     if x.is_cpu and x.dtype in HALF:
         rows, weight = packed(rows, weight)
-    chosen = way, A, B = choose(rows, lora_A, lora_B, seed is not None)
+    chosen = way, A, B = choose(rows, lora_A, lora_B, _drops(seed, dropout_p))
     if way is BY_TRITON:
         dropouts = _dropouts(seed, dropout_p, ranks, A)
         y, h = triton_kernels().forward(rows, weight, bias, A, B, _number(scaling), dropouts, save_h)
@@ -62,7 +62,7 @@ def followed(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Ten
     if type(scaling) is not float or not math.isfinite(scaling):
         return None
     rows = flat(x)
-    way, A, _ = choose(rows, lora_A, lora_B, False)
+    way, A, _ = choose(rows, lora_A, lora_B, 0)
     if way is not WHOLE or A is not lora_A:
         return None
     y = F.linear(rows, weight, bias)
@@ -84,10 +84,13 @@ def add_delta_(
 ) -> Maybe:
     """``y += s h Bᵀ`` in place for matrices y and x; returns h, None unless it is to be saved."""
     scale = _number(scaling)
-    way, A, B = chosen or choose(x, lora_A, lora_B, seed is not None)
+    way, A, B = chosen or choose(x, lora_A, lora_B, _drops(seed, dropout_p), sum_dtype=y.dtype)
     if way is WHOLE:
-        h = F.linear(x if x.dtype is A.dtype else x.float(), A)
-        _add_product_(y, h, B.t(), scale)
+        mask, kept = _whole_mask(seed, dropout_p, x.shape[0], A)
+        h = F.linear(_met(x, mask, A), A)
+        _add_product_(y, h, B.t(), scale * kept)
+        if save_h and mask is not None:
+            h.mul_(kept)
     elif way is BY_TRITON:
         h = triton_kernels().add_delta_(y, x, A, B, scale, _dropouts(seed, dropout_p, ranks, A), save_h)
     else:
@@ -154,21 +157,26 @@ def low_rank_backward(
     grad_x: Saved = None
     grad_A: Saved = None
     grad_h: Saved = None
-    way, A, B = choose(grad, lora_A, lora_B, seed is not None, backward=True)
+    way, A, B = choose(grad, lora_A, lora_B, _drops(seed, dropout_p), backward=True)
     scale = _number(scaling)
     if way is WHOLE:
-        wide = grad if grad.dtype is A.dtype else grad.float()
+        wide = _widened(grad, A)
+        mask, kept = _whole_mask(seed, dropout_p, grad.shape[0], A) if need_x or need_A else (None, 1.0)
         if need_x or need_A:
             z = wide.mm(B)
         if need_A:
-            grad_A = _product(z.t(), x if x.dtype is A.dtype else x.float(), scale, A)
+            grad_A = _product(z.t(), _met(x, mask, A), scale * kept, A)
         if need_B or need_scaling:
             grad_h = _product(wide.t(), cast(h, A.dtype), 1.0 if need_scaling else scale, B)
         if need_x and base is None:
-            grad_x = cast((z * scale).mm(A), grad.dtype)
+            grad_x = cast(dropped((z * (scale * kept)).mm(A), mask), grad.dtype)
         elif base is not None:  # after what is small: the weight drives all else out of a CPU's caches
             grad_x = base()
-            _add_product_(grad_x, z, A, scale)
+            if mask is None:
+                _add_product_(grad_x, z, A, scale)
+            else:
+                wide = _widened(grad_x, A)
+                grad_x = cast(wide.addcmul_(_product(z, A, scale * kept, wide), mask), grad.dtype)
     elif need_x or need_A or need_B or need_scaling:
         x_side = x if need_A else None
         if way is BY_TRITON:
@@ -289,12 +297,27 @@ def _each_dropout(dropout_p: Floats, ranks: Ints, r: int) -> tuple[Any, ...]:
 
 def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, A: Tensor) -> list[Maybe]:
     """Which elements of x, in rows ``start`` onwards, each adapter's dropout keeps: 1, or 0; None for all."""
+    return [_mask(seed, stream, start, rows, p, A) if p else None for stream, (_, p) in enumerate(groups)]
 
-    def mask(stream: int, p: float) -> Maybe:
-        keep = keep_mask(seed, stream, start, rows, A.shape[1], p, A.device)
-        return keep.view(torch.uint8).to(A.dtype)  # from bool it takes six times as long on a CPU
 
-    return [mask(stream, p) if p else None for stream, (_, p) in enumerate(groups)]
+def _whole_mask(seed: Maybe, dropout_p: Floats, rows: int, A: Tensor) -> tuple[Maybe, float]:
+    """The mask of an adapter that is alone, and by what its products are multiplied."""
+    if seed is None or not dropout_p[0]:
+        return None, 1.0
+    return _mask(seed, 0, 0, rows, dropout_p[0], A), 1.0 / (1.0 - dropout_p[0])
+
+
+def _mask(seed: Any, stream: int, start: int, rows: int, p: float, A: Tensor) -> Tensor:
+    return keep_mask(seed, stream, start, rows, A.shape[1], p, A.device, A.dtype)
+
+
+def _drops(seed: Maybe, dropout_p: Floats) -> int:
+    return 0 if seed is None else len(dropout_p)
+
+
+def _met(x: Tensor, mask: Maybe, A: Tensor) -> Tensor:
+    """x as it meets one adapter."""
+    return _widened(x, A) if mask is None else x * mask  # of two dtypes the product has the mask's, which is A's
 
 
 def dropped(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -121,10 +121,11 @@ tuned_layers = functools.cache(TunedLayers)
 
 
 def choose(
-    rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: bool, backward: bool = False
+    rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: int, backward: bool = False, sum_dtype: Any = None
 ) -> tuple[Way, Tensor, Tensor]:
     """The way for these rows, and the adapters in the dtype in which rows meet them: their own, but float32 for half
-    adapters where aten calls drop, and on a CPU, which is faster there where the processor multiplies no halves."""
+    adapters where aten calls drop, and on a CPU that does not multiply halves, or adds them to a wider sum. ``drops``:
+    how many adapters drop, each with a mask of its own. ``sum_dtype``: what is added to, unless it is as the rows."""
     dtype = lora_A.dtype
     if rows.dtype in HALF:
         limits = limits_of(device_type_of(rows))
@@ -141,14 +142,29 @@ def choose(
                 fits = True
             if fits:
                 return BY_TRITON, lora_A, lora_B
-    if dtype is rows.dtype and not drops and not lora_A.is_cpu:
-        return WHOLE, lora_A, lora_B
+    count = rows.shape[0]
+    is_block = drops <= 1 and (count <= FEW or count <= block_rows(lora_A, lora_B))
     if dtype in HALF:
-        lora_A, lora_B, dtype = lora_A.float(), lora_B.float(), torch.float32
-    if drops:
-        return BLOCKS, lora_A, lora_B
-    few = rows.dtype is dtype or (count := rows.shape[0]) <= FEW
-    return WHOLE if few or count <= block_rows(lora_A, lora_B) else BLOCKS, lora_A, lora_B
+        stays = not drops
+        if lora_A.is_cpu:
+            alike = rows.dtype is dtype is (sum_dtype or dtype) and (stays or is_block)
+            stays = alike and _multiplies(dtype) and _are_packed(lora_A, lora_B)
+        if not stays:
+            lora_A, lora_B = lora_A.float(), lora_B.float()
+    if is_block or (not drops and rows.dtype is lora_A.dtype):
+        return WHOLE, lora_A, lora_B
+    return BLOCKS, lora_A, lora_B
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor, by what torch says of it, has instructions that multiply halves of a dtype."""
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.13
+    return dtype is torch.bfloat16 and bool(capabilities.get("avx512_bf16"))
+
+
+def _are_packed(lora_A: Tensor, lora_B: Tensor) -> bool:
+    return lora_A.is_contiguous() and lora_B.is_contiguous()
 
 
 def _is_captured(rows: Tensor) -> bool:
