@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from .rewrite import Rewriter
-from .toolchain import HERE, METAL_LANGUAGE, TARGET, preprocess, zig
+from .toolchain import HERE, METAL_LANGUAGE, TARGET, ToolError, cached, preprocess, zig
 
 SOURCE = "<metal>"  # what clang calls the source
 SPACES = ["-Ddevice=__global", "-Dthreadgroup=__local", "-Dthread=__private"]
-POINTERS = "__cl_clang_function_pointers : "
+POINTERS = "#pragma OPENCL EXTENSION __cl_clang_function_pointers : "
 WARNINGS = ["-Wpre-c++17-compat", "-ferror-limit=0", "-fno-color-diagnostics", "-fno-caret-diagnostics"]
 INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b[ \t]*(.*)$", re.MULTILINE)
 LINE_MARKER = re.compile(r'#(?:line)? (\d+)(?: "(.*?)")?')
 # Macros that stand for a value. Here they are constants instead, so that a declaration of that name is seen.
 VALUES = dict(re.findall(r"^#define ([A-Z]\w*) (.*)$", (HERE / "shim" / "macros.h").read_text(), re.MULTILINE))
 VALUES = {name: value for name, value in VALUES.items() if not name.startswith("METAL_")}
+BEGIN = '# 1 "constants"\n'  # behind it stand constants, and the source
 LAUNCHER = "metal_kernel_"
-OFFSET = re.compile(r'"offset": (\d+)')
 FUNCTIONS = {"FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl", "CXXDestructorDecl", "CXXConversionDecl"}
 
 
@@ -95,20 +95,23 @@ class Tree:
     def __init__(self, text: str) -> None:
         """Parse Metal that ``preprocessed`` made; what clang refuses does not keep it from giving a tree."""
         constants = "".join(f"constant constexpr auto {name} = {value};\n" for name, value in VALUES.items())
-        rewritten = f'# 1 "constants"\n{constants}{Rewriter(text).run().text}'
+        rewritten = f"{BEGIN}{constants}{Rewriter(text).run().text}"
         # One text without includes, so that a place in it is a number.
         text, _ = clang("-E", *SPACES, "-include", HERE / "shim" / "metal.h", text=rewritten)
-        # Function pointers stay allowed behind the shim, so that the tree shows them: the lint refuses them.
-        text = text.replace(f"{POINTERS}disable", f"{POINTERS}enable")
-        tree, self.log = clang("-fsyntax-only", *WARNINGS, "-Xclang", "-ast-dump=json", text=text)
+        shim, _, own = text.partition(BEGIN)
+        # The shim is parsed once, and its declarations, which were most of a tree, stay in the file that keeps them.
+        # Blanks in its place keep its nodes' numbers apart from those of the source, in which function pointers are
+        # allowed, so that the tree shows them: the lint refuses them.
+        own = own.replace(f"{POINTERS}disable", f"{POINTERS}enable")
+        text = f"{' ' * len(shim)}\n{POINTERS}enable\n{BEGIN}{own}"
+        options = "-include-pch", precompiled(shim), "-fsyntax-only", *WARNINGS, "-Xclang", "-ast-dump=json"
+        tree, self.log = clang(*options, text=text)
         self.nodes: list[Node] = []
         self.previous: dict[str, str] = {}
         self.starts, self.places = places(text)
         unit = Node({"kind": "TranslationUnitDecl"}, 0, None)
-        for declaration in declarations(tree):
-            offset = OFFSET.search(declaration)
-            if offset and self.place(int(offset[1]))[0] == SOURCE:
-                self.visit(json.loads(declaration), unit, ("", 0))
+        for declaration in json.loads(tree)["inner"]:
+            self.visit(declaration, unit, ("", 0))
 
     def place(self, offset: int) -> tuple[str, int]:
         """The file and line of a place in the text."""
@@ -160,11 +163,15 @@ def clang(*arguments: str | Path, text: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def declarations(tree: str) -> list[str]:
-    """The declarations of a translation unit, a JSON text each: nearly all are the shim's and need no reading."""
-    _, _, inner = tree.partition('\n  "inner": [\n    ')
-    inner, _, _ = inner.rpartition("\n  ]")
-    return ["{" + text for text in inner.removeprefix("{").split(",\n    {")]
+def precompiled(shim: str) -> Path:
+    """The shim's declarations, as clang keeps them."""
+
+    def build(path: Path) -> None:
+        _, log = clang("-fsyntax-only", "-Xclang", "-emit-pch", "-Xclang", "-o", "-Xclang", path, text=shim)
+        if not path.exists():
+            raise ToolError(log)
+
+    return cached("shim", [shim], ".pch", build)
 
 
 def offset_of(fields: dict[str, Any]) -> int | None:
