@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations
 import torch_fused_lora as tfl
 from tests.emulator import mps_on_linux
 from tests.models import two_processes
+from tests.models.test_mps_peft import train
 from tests.operators.test_quantized_mps import Fused
 from tests.reference import HALF, SMALLEST, UNIT, nf4_table
 from torch_fused_lora import linear4bit
@@ -437,6 +438,32 @@ def test_bytes_that_change_are_read_anew_and_not_kept():
     del twin
     gc.collect()
     assert len(linear4bit._known) == 0
+
+
+@pytest.mark.usefixtures("mps")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_whole_model_trains_as_over_the_weights_in_float64(nested, tmp_path):
+    """Losses of six steps; tolerance: what stock PEFT on the CPU rounds, three times, as in test_mps_peft.py."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=nested, **options)
+    model = loaded(tmp_path, quantization_config=quantization, dtype=torch.float32).train()
+    ours, stock, exact = copy.deepcopy(model).to("mps"), copy.deepcopy(model), model
+    for layer in exact.modules():
+        if hasattr(layer, "base_layer"):
+            weight = layer.base_layer.weight
+            layer.base_layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            layer.base_layer.weight.data = functional.dequantize_4bit(weight.data, weight.quant_state)
+    report = tfl.patch_peft(ours)
+    assert (len(report.patched), report.declined) == (2 * 7, {})
+    mps_on_linux.reset_counters()
+    exact, stock, ours = (train(each, 6) for each in (exact.double(), stock, ours))
+    rounding = max(float((stock - exact).abs().max()), float(exact.max()) * torch.finfo(torch.float32).eps)
+    assert exact[0] - exact[-1] > 100 * rounding
+    torch.testing.assert_close(ours, exact, rtol=0, atol=3 * rounding)
+    assert_all_fused(report, 13 * 2 * 7)  # each layer's seven: a step's twice, with checkpoints
+    assert dispatched("lora_gemm", "table4") == 19 * 2 * 7  # and once more for dx
 
 
 # ----------------------------------------------------------------------------------------------------- any other module

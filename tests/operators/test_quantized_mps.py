@@ -178,7 +178,8 @@ def test_a_plain_half_base_goes_the_same_way_by_override(dtype):
     x, _, bias, A, B = operands((40,), 128, 70, 8, dtypes=(dtype, torch.float32))
     weight = (torch.randn(70, 128) / 8).to(dtype).to("mps")
     layer = Fused(x, weight, bias, A, B, 0.5)
-    configure = lambda text: extension.library.tfl_configure(8, b"the emulator", text)  # noqa: E731
+    cores = torch.backends.mps.get_core_count()
+    configure = lambda text: extension.library.tfl_configure(cores, b"the emulator", text)  # noqa: E731
     assert configure(b"lora_gemm.plain=1") is None
     try:
         run = lambda: tfl.lora_linear(x, weight, bias, A, B, 0.5)  # noqa: E731

@@ -142,6 +142,8 @@ def choose(
                 fits = True
             if fits:
                 return BY_TRITON, lora_A, lora_B
+    elif dtype is rows.dtype and not drops:
+        return WHOLE, lora_A, lora_B
     count = rows.shape[0]
     is_block = drops <= 1 and (count <= FEW or count <= block_rows(lora_A, lora_B))
     if dtype in HALF:
