@@ -453,15 +453,15 @@ def test_a_whole_model_trains_as_over_the_weights_in_float64(nested, tmp_path):
     for layer in exact.modules():
         if hasattr(layer, "base_layer"):
             weight = layer.base_layer.weight
-            layer.base_layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            layer.base_layer = nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
             layer.base_layer.weight.data = functional.dequantize_4bit(weight.data, weight.quant_state)
     report = tfl.patch_peft(ours)
     assert (len(report.patched), report.declined) == (2 * 7, {})
     mps_on_linux.reset_counters()
-    exact, stock, ours = (train(each, 6) for each in (exact.double(), stock, ours))
-    rounding = max(float((stock - exact).abs().max()), float(exact.max()) * torch.finfo(torch.float32).eps)
-    assert exact[0] - exact[-1] > 100 * rounding
-    torch.testing.assert_close(ours, exact, rtol=0, atol=3 * rounding)
+    expected, stocks, found = (train(each, 6, lr=0.02) for each in (exact.double(), stock, ours))
+    rounding = max(float((stocks - expected).abs().max()), float(expected.max()) * torch.finfo(torch.float32).eps)
+    assert expected[0] - expected[-1] > 100 * rounding
+    torch.testing.assert_close(found, expected, rtol=0, atol=3 * rounding)
     assert_all_fused(report, 13 * 2 * 7)  # each layer's seven: a step's twice, with checkpoints
     assert dispatched("lora_gemm", "table4") == 19 * 2 * 7  # and once more for dx
 

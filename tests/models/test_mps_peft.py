@@ -42,9 +42,9 @@ def loss_of(model: nn.Module, autocast: torch.dtype | None = None) -> torch.Tens
         return model(tokens, labels=tokens).loss
 
 
-def train(model: nn.Module, steps: int, autocast: torch.dtype | None = None) -> torch.Tensor:
+def train(model: nn.Module, steps: int, autocast: torch.dtype | None = None, lr: float = 0.2) -> torch.Tensor:
     """The loss before each step and after the last."""
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.2)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr)
     losses = []
     for _ in range(steps):
         loss = loss_of(model, autocast)
