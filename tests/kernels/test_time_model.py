@@ -46,6 +46,16 @@ def test_decode_s_chain_is_its_passes():
     assert down.longest_collectives == up.longest_collectives == 4
 
 
+@pytest.mark.parametrize("chip", time_model.MACS)
+def test_packed_words_are_read_at_the_bandwidth_of_as_many_bytes(chip):
+    """One row by lora_decode: the share of the memory's bandwidth over 8192 x 8192 in 4 bits, 38 MB, and 4096 x 4096
+    halves, 34 MB."""
+    half, packed = (time_model.Layer(chips()[chip], 1, N, 16) for N in (4096, 8192))
+    of_half = half.chip.bandwidth_us(4096**2 * 2) / half.forward()["ours"]
+    of_words = packed.chip.bandwidth_us(8192**2 * (4 + 32 / 64) / 8) / packed.packed()["ours"]
+    assert of_half - 0.02 < of_words < 1
+
+
 def test_bytes_once_and_as_requested():
     y, x, A, B = empty((64, 64), (64, 128), (16, 128), (64, 16))
     with overridden("lora_delta.k_splits=1,lora_delta.splits=1"):

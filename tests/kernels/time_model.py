@@ -148,7 +148,11 @@ def count(launch: Launch, arguments: Sequence[Tensor | bytes | None]) -> Counts:
         longest = {name: getattr(counters, name) for name in dataclasses.asdict(counters) if name.startswith("longest")}
         path.write_text(json.dumps({**totals, **longest, "threadgroup_memory": counters.threadgroup_bytes}))
 
-    shapes = [(value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value for value in arguments]
+    given = [id(value) for value in arguments]  # a tensor that is given twice counts once
+    shapes = [
+        (value.shape, value.stride(), value.dtype, given.index(id(value))) if isinstance(value, Tensor) else value
+        for value in arguments
+    ]
     parts = [source, kernel, repr(shapes), repr((list(launch.threads), list(launch.group))), str(runtime())]
     name = hashlib.sha256(kernel.encode()).hexdigest()[:8]
     found = json.loads(cached(f"counts-{name}", [*parts, inspect.getsource(count)], ".json", make).read_text())
@@ -233,7 +237,8 @@ class Layer:
 
     def ours(self, launch_all: Callable[[Dispatches, Sequence[Tensor]], object]) -> float:
         M, N, r = self.M, self.N, self.r
-        operands = [torch.zeros(shape, dtype=HALF) for shape in ((M, N), (N, N), (r, N), (N, r), (M, N), (M, r))]
+        shapes = (M, N), (N, N), (r, N), (N, r), (M, N), (M, r), (M, r)
+        operands = [torch.zeros(shape, dtype=HALF) for shape in shapes]
         found = counts(int(self.chip.cores), lambda kernels: launch_all(kernels, operands))
         return sum(launch.microseconds(self.chip) for launch in found)
 
@@ -257,7 +262,7 @@ class Layer:
         M, N, r = self.M, self.N, self.r
         scales = torch.zeros(N, N // 64, dtype=HALF)
         words = torch.zeros(N, N // 8, dtype=torch.int32).view(torch.uint32)
-        weight = Packed(words, scales, scales, 4, 64)
+        weight = Packed(words, scales, torch.zeros_like(scales), 4, 64)
 
         def forward(kernels: Dispatches, o: Sequence[Tensor]) -> None:
             if M <= 8:
@@ -282,7 +287,7 @@ class Layer:
 
         def backward(kernels: Dispatches, o: Sequence[Tensor]) -> None:
             kernels.delta_dx(o[4], o[0], o[2], o[3], 1.0, save_z=True)
-            kernels.grad(o[0], o[5], o[4], o[5], o[2], o[3], 1.0)
+            kernels.grad(o[0], o[5], o[4], o[6], o[2], o[3], 1.0)
 
         composition = self.peers(linear, down, self.product(M, r, N, M * N), gradient, gradient)
         separate = self.peers(linear, down, gradient, up, gradient, (3 * M * N, 0))
