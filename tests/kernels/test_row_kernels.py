@@ -17,7 +17,7 @@ from torch import Tensor
 from tests import ROOT
 from tests.budget import examples
 from tests.emulator import metal_on_cpu
-from tests.kernels.launch_plan import assemble
+from tests.kernels.launch_plan import assemble, overridden
 from tests.kernels.row_plan import RowKernels
 from tests.kernels.test_metal_kernels import LAYOUTS, ORDERS, TWO_LEVELS, dtype_id, randn
 from tests.reference import HALF, NARROW, SMALLEST, UNIT, Exact
@@ -164,6 +164,22 @@ def test_rows_in_two_levels(layout):
     grad, _ = TWO_LEVELS[layout]()
     check_rms_norm(kernels, x, torch.randn(x.shape[-1]), grad)
     check_softmax(kernels, x, grad)
+    assert not findings(kernels)
+
+
+@pytest.mark.parametrize("inner", [6, 7])
+@pytest.mark.parametrize("H", [100, 700, 4100])
+def test_a_walk_over_rows_in_two_levels(H, inner):
+    """One group comes to every row, where a step ends within a level, with it and beyond it; x and grad differ in
+    where a level begins."""
+    x, grad = randn(4, inner + 2, H)[:, :inner], randn(4, inner + 3, H)[:, 1 : inner + 1]
+    kernels = RowKernels(trace=True)
+    families = "rms_norm", "rms_norm_backward", "softmax", "softmax_backward"
+    with overridden(",".join(f"{family}.groups=1" for family in families)):
+        check_rms_norm(kernels, x, torch.randn(H), grad)
+        check_softmax(kernels, x, grad)
+        (launch,) = kernels.plan_softmax(x)
+    assert launch.threads[0] == launch.group[0]
     assert not findings(kernels)
 
 
