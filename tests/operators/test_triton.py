@@ -457,6 +457,8 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
         ((4096, 4096, 4096), FLOAT16, FLOAT16, False, (9, 0), ways.WHOLE),
         ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.WHOLE),
         ((4096, 4096, 4096), FLOAT32, FLOAT32, False, (9, 0), ways.WHOLE),
+        ((64, 4096, 4096), FLOAT32, BFLOAT16, False, (9, 0), ways.WHOLE),  # the gradient of a wider y
+        ((8192, 4092, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BLOCKS),
     ],
 )
 @pytest.mark.parametrize("captured", [False, True])
@@ -474,12 +476,16 @@ def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype,
     def on_card(shape, dtype):
         where = {"is_cpu": False, "is_cuda": True, "device": SimpleNamespace(type="cuda"), "get_device": lambda: 0}
         tensor = SimpleNamespace(shape=shape, dtype=dtype, **where)
-        tensor.float = lambda: tensor
+        tensor.float = lambda: on_card(shape, FLOAT32)
         return tensor
 
     M, K, N = shape
     operands = on_card((M, K), dtype), on_card((4, K), adapter_dtype), on_card((N, 4), adapter_dtype)
-    assert ways.choose(*operands, drops)[0] is expected
+    way, *adapters = ways.choose(*operands, drops)
+    assert way is expected
+    if way is not ways.BY_TRITON:
+        met_in = dtype if dtype is adapter_dtype and not drops else FLOAT32
+        assert [adapter.dtype for adapter in adapters] == [met_in] * 2
     ways.has_kernels.cache_clear()
     ways._gluon_kernels.cache_clear()
 

@@ -147,9 +147,9 @@ def choose(
     count = rows.shape[0]
     is_block = drops <= 1 and (count <= FEW or count <= block_rows(lora_A, lora_B))
     if dtype in HALF:
-        stays = not drops
+        stays = dtype is rows.dtype and not drops
         if lora_A.is_cpu:
-            alike = rows.dtype is dtype is (sum_dtype or dtype) and (stays or is_block)
+            alike = rows.dtype is dtype is (sum_dtype or dtype) and (is_block or not drops)
             stays = alike and _multiplies(dtype) and _are_packed(lora_A, lora_B)
         if not stays:
             lora_A, lora_B = lora_A.float(), lora_B.float()
