@@ -131,6 +131,10 @@ def test_trace_has_no_findings_and_lane_orders_agree_bit_for_bit(shape, dtypes, 
         assert all(torch.equal(*both) for both in zip(results[0], other, strict=True))
 
 
+def multiplies(kernels: Kernels) -> list[int]:
+    return [report.counters.matrix_multiplies for name, report in kernels.runs if name.startswith("lora_gemm")]
+
+
 SPLIT = [
     ((9, 96, 67, 5), (BF16, BF16), (8, 32, F32), 0.5),
     ((33, 160, 130, 40), (F16, F32), (4, 32, BF16), 0.0),
@@ -141,13 +145,17 @@ SPLIT = [
 
 @pytest.mark.parametrize(("shape", "dtypes", "format", "dropout_p"), SPLIT, ids=str)
 def test_split_terms_in_trace_mode_and_all_lane_orders(shape, dtypes, format, dropout_p):
-    """Of both products, the last one shorter: one rounding still, and the adapter and the bias once."""
+    """Of both products, the last one shorter: one rounding still, the adapter and the bias once, no tile of nothing."""
     operands, results = layer(*shape, *dtypes, format), []
+    whole = Kernels(gpu_cores=1, trace=True)
+    with overridden("lora_gemm.splits=1"):
+        run(whole, operands, dropout_p)
     for order in ORDERS:
         kernels = Kernels(gpu_cores=1, trace=True, order=order)
         with overridden("lora_gemm.splits=3"):
             results.append(run(kernels, operands, dropout_p))
         assert [name.startswith("sum_splits") for name, _ in kernels.runs] == [False, True] * 2
+        assert multiplies(kernels) == multiplies(whole)
         without_findings(kernels)
     check(results[0], operands, dropout_p)
     for other in results[1:]:
