@@ -26,6 +26,7 @@ BENCH = "-m torch_fused_lora bench"
 COMMANDS = {
     "cpu_layers": (f"{BENCH} --device cpu --shapes small medium called rows --seconds 2", "bench.json"),
     "cpu_model": (f"{BENCH} --model --device cpu --threads 1 --seconds 3", "model.json"),
+    "cpu_packed": (f"{BENCH} --device cpu --shapes packed --seconds 1", "bench.json"),  # needs bitsandbytes
     "encoder": ("examples/finetune_encoder.py", "results.json"),
     "gemma_4bit": ("examples/finetune_4bit.py --steps 24 --batch-size 1 --held-out 8", "results.json"),
     "cuda_layers": (f"{BENCH} --device cuda --shapes gpu rows --seconds 0.7", "bench.json"),

@@ -175,8 +175,8 @@ def low_rank_backward(
             if mask is None:
                 _add_product_(grad_x, z, A, scale)
             else:
-                wide = _widened(grad_x, A)
-                grad_x = cast(wide.addcmul_(_product(z, A, scale * kept, wide), mask), grad.dtype)
+                out = _widened(grad_x, A)
+                grad_x = cast(out.addcmul_(_product(z, A, scale * kept, out), mask), grad.dtype)
     elif need_x or need_A or need_B or need_scaling:
         x_side = x if need_A else None
         if way is BY_TRITON:
