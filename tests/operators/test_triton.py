@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -77,13 +78,34 @@ with torch.no_grad():
     kernels.add_delta_(z, x, A, B, torch.tensor(0.5))
     assert torch.equal(y, z) and y.any()
     h = torch.randn(M, r)
-    base = lambda: torch.zeros(M, K, dtype=dtype)
+    base = lambda grad: torch.zeros(M, K, dtype=dtype)
     added, *grads = kernels.backward(grad, None, base, x, A, B, 0.5, h, True, True)
     written, *again = kernels.backward(grad, None, None, x, A, B, 0.5, h, True, True)
     assert torch.equal(added, written) and all(map(torch.equal, grads, again))
     *none, alone = kernels.backward(grad, None, None, None, A, B, 0.5, h, False, True)
     assert none == [None, None]
     Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
+
+# The same of x and dY in any shape, rows one after the other or not.
+K, N, r = 136, 72, 5
+for M, p in ((12, 0.0), (70, 0.0), (70, 0.3)):
+    x, grad = torch.randn(M, K, dtype=torch.float16), torch.randn(M, N).to(torch.float16)
+    W, A, B = (torch.randn(*s) for s in ((N, K), (r, K), (N, r)))
+    found = []
+    for shape in ((M, K), (2, 1, M // 2, K)):
+        for gaps in (False, True):
+            torch.manual_seed(3)
+            own_x, own_grad = x.view(shape), grad.view(*shape[:-1], N)
+            if gaps:
+                own_x, own_grad = (torch.cat([t, t], 1).narrow(1, 0, t.shape[1]) for t in (own_x, own_grad))
+            operands = own_x.detach().requires_grad_(), W.half(), None, A.requires_grad_(), B.requires_grad_()
+            y = tfl.lora_linear(*operands, 0.5, p, True)
+            grads = torch.autograd.grad(y, [operands[0], A, B], own_grad)
+            delta = tfl.lora_delta(own_grad, *operands[::3], B, 0.5, p, True)
+            assert y.shape == delta.shape == own_grad.shape and grads[0].shape == own_x.shape
+            found.append([t.reshape(-1) for t in (y, *grads, delta)])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others)), (M, p)
 
 # On Hopper up to 64 rows are one pass over the weight, too.
 kernels.begins_early = lambda device: True
@@ -476,11 +498,12 @@ def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype,
     def on_card(shape, dtype):
         where = {"is_cpu": False, "is_cuda": True, "device": SimpleNamespace(type="cuda"), "get_device": lambda: 0}
         tensor = SimpleNamespace(shape=shape, dtype=dtype, **where)
+        tensor.dim, tensor.numel = lambda: len(shape), lambda: math.prod(shape)
         tensor.float = lambda: on_card(shape, FLOAT32)
         return tensor
 
     M, K, N = shape
-    operands = on_card((M, K), dtype), on_card((4, K), adapter_dtype), on_card((N, 4), adapter_dtype)
+    operands = on_card((1, M, K), dtype), on_card((4, K), adapter_dtype), on_card((N, 4), adapter_dtype)
     way, *adapters = ways.choose(*operands, drops)
     assert way is expected
     if way is not ways.BY_TRITON:

@@ -57,6 +57,7 @@ Pair: TypeAlias = tuple[Tensor, Tensor]
 Floats: TypeAlias = Sequence[float]
 Ints: TypeAlias = Sequence[int]
 Flags: TypeAlias = Sequence[bool]
+Seed: TypeAlias = int | Tensor | None  # a number where no dispatcher is on the way, which takes tensors
 Saved: TypeAlias = Any  # a tensor where a gradient that was asked for needs it, otherwise None
 
 # ------------------------------------------------------------------------------------------------- the way of a call

@@ -30,10 +30,21 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """x as kernels read it that know no shapes, only rows: as it is where these lie one after the other, since a view
+    costs the host more than to see that; else flat."""
+    return x if x.is_contiguous() else flat(x)
+
+
+def count_rows(x: Tensor) -> int:
+    return x.shape[0] if x.dim() == 2 else x.numel() // max(x.shape[-1], 1)
+
+
 def unflat(rows: Tensor, like: Tensor) -> Tensor:
     """The fresh contiguous matrix (M, C) in the leading shape of ``like``: itself, resized, since autograd forbids
-    in-place use of an operator's output that is a view; a view where autograd has followed what made it."""
-    if like.dim() == 2:
+    in-place use of an operator's output that is a view; a view where autograd has followed what made it. As it is if it
+    has that shape."""
+    if rows.dim() == like.dim():
         return rows
     shape = *like.shape[:-1], rows.shape[1]
     return rows.view(*shape) if rows.requires_grad else rows.resize_(*shape)

@@ -27,19 +27,33 @@ from torch import Tensor
 
 from ..dispatch import NAMESPACE, define, implement
 
+_of_thread = threading.local()
 _MULTIPLIER = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _CPU = torch.device("cpu")  # read faster than its name
+_SEEDS = 2**63 - 1
 _BLOCK = 1 << 14  # counters at a time: 0.75 MiB of state, within a core's L2
 
 
-def draw_seed(x: torch.Tensor) -> torch.Tensor:
+def draw_seed(x: Tensor, as_number: bool = False) -> int | Tensor:
     """A fresh seed for x, 0-dim int64, of torch's default CPU generator: the host reads it without waiting. Where a
     CUDA graph is captured, or may be, it is on x's device and of its generator, so that each replay draws another one.
-    `torch.manual_seed` reaches both generators, and checkpointing saves and restores both."""
+    `torch.manual_seed` reaches both generators, and checkpointing saves and restores both.
+
+    ``as_number``: the same seed as a number, which is drawn in half the time, unless a graph is captured."""
     captured = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
-    return torch.randint(2**63 - 1, (), device=x.device if captured else _CPU)
+    if captured or not as_number:
+        return torch.randint(_SEEDS, (), device=x.device if captured else _CPU)
+    if (drawn := getattr(_of_thread, "seed", None)) is None:
+        with torch.inference_mode(False):
+            drawn = _of_thread.seed = torch.empty((), dtype=torch.int64, device=_CPU)
+    return int(drawn.random_(_SEEDS).item())
+
+
+def as_seed(seed: int | Tensor | None) -> Tensor | None:
+    """As operators take it that are called by the dispatcher."""
+    return torch.tensor(seed, device=_CPU) if isinstance(seed, int) else seed
 
 
 def keep_mask(
@@ -98,9 +112,6 @@ def _drawn(seed: int, stream: int, counter: int, count: int, threshold: int) -> 
     if len(ties):
         keep[ties] = halves[ties ^ 1] >= low
     return keep
-
-
-_of_thread = threading.local()
 
 
 def _philox64(seed: int, stream: int, counter: int) -> np.random.Philox:

@@ -31,23 +31,25 @@ from ..dispatch import (
     Pair,
     Route,
     Saved,
+    Seed,
     are_plain,
     define,
     implement,
     route,
     savable,
 )
-from ..dropout import draw_seed
+from ..dropout import as_seed
 from ..lora_linear import differentiable, portable
 from ..lora_linear.arguments import (
     as_scaling,
+    call_options,
     check_adapters,
     check_devices,
     check_low_rank,
     check_options,
     check_types,
 )
-from ..rows import DTYPES, DTYPES_TEXT, HALF, cast, flat, packed
+from ..rows import DTYPES, DTYPES_TEXT, HALF, cast, flat, packed, unflat
 
 
 def lora_delta(
@@ -110,15 +112,9 @@ def lora_delta_stacked(
     """`lora_delta` for stacked adapters, as `lora_linear_stacked` is `lora_linear`."""
     if way is None:
         way = route(x)
-    seed = None
-    if any(dropout_p):
-        seed = draw_seed(x)
-    else:
-        dropout_p = ranks = ()
-    if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
-        scaling = as_scaling(scaling, x)
+    scaling, *options = call_options(x, way, scaling, dropout_p, ranks)
     inputs = (y, x, lora_A, lora_B, scaling)
-    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
+    return _operator.call(way, caller, inputs, *options, False, checked=checked)
 
 
 class _LoRADelta(dispatch.Operator):
@@ -186,17 +182,15 @@ class _LoRADelta(dispatch.Operator):
     @staticmethod
     def forward(y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Maybe]:
         out = y.clone(memory_format=torch.contiguous_format)
-        (rows,) = packed(flat(x))
-        h = portable.add_delta_(out.view(rows.shape[0], -1) if y.numel() else flat(out), rows, *rest)
-        return out, h
+        if x.is_cpu:
+            (x,) = packed(flat(x))
+        return out, portable.add_delta_(out, x, *rest)
 
     @staticmethod
     def backward(grad: Tensor, x: Saved, *rest: Any) -> tuple[Maybe, ...]:
-        rows, x_rows = packed(flat(grad), None if x is None else flat(x))
+        rows, x_rows = packed(flat(grad), None if x is None else flat(x)) if grad.is_cpu else (grad, x)
         grad_x, *others = portable.low_rank_backward(rows, x_rows, None, None, *rest)
-        if grad_x is not None:
-            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[1])
-        return grad_x, *others
+        return None if grad_x is None else unflat(grad_x, grad), *others
 
     twin = staticmethod(differentiable.delta_forward)
     twin_backward = staticmethod(differentiable.delta_backward)
@@ -235,7 +229,7 @@ class _LoRADelta(dispatch.Operator):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float | Tensor,
-        seed: Maybe,
+        seed: Seed,
         dropout_p: Floats,
         ranks: Ints,
         _: bool,
@@ -263,8 +257,9 @@ class _LoRADelta(dispatch.Operator):
         return x, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs
 
     def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Any:
-        x, lora_A, lora_B, scaling, *rest = arguments
-        return super().gradients(grad, (x, lora_A, lora_B, as_scaling(scaling, grad), *rest), needs)
+        x, lora_A, lora_B, scaling, h, seed, *rest = arguments
+        operands = x, lora_A, lora_B, as_scaling(scaling, grad), h, as_seed(seed)
+        return super().gradients(grad, (*operands, *rest), needs)
 
 
 _operator = _LoRADelta()

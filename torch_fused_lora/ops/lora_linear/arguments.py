@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...torch_private import dispatch_modes
-from ..dispatch import Floats, Ints, Maybe
+from ..dispatch import BY_PORTABLE, Floats, Ints, Maybe, Route, Seed
+from ..dropout import draw_seed
 from ..rows import DTYPES, DTYPES_TEXT, HALF, wide_dtype
 
 _FLOAT32 = torch.float32  # read faster
@@ -26,6 +27,17 @@ def check_types(dropout_p: float, **tensors: Tensor) -> None:
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+
+
+def call_options(
+    x: Tensor, way: Route, scaling: float | Tensor, dropout_p: Floats, ranks: Ints
+) -> tuple[float | Tensor, Seed, Floats, Ints]:
+    """Scaling, a fresh seed if anything drops, probabilities and ranks of a call. A portable kernel takes numbers as
+    they are."""
+    portable = way is BY_PORTABLE
+    if not (portable and type(scaling) is float):
+        scaling = as_scaling(scaling, x)
+    return (scaling, draw_seed(x, portable), dropout_p, ranks) if any(dropout_p) else (scaling, None, (), ())
 
 
 def as_scaling(scaling: float | Tensor, x: Tensor) -> Tensor:
@@ -64,7 +76,7 @@ def check_options(
     name: str,
     like: Tensor,
     scaling: float | Tensor,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     r: int,
@@ -77,7 +89,9 @@ def check_options(
             refuse("scaling", scaling, f"a tensor on the CPU or on {name}'s device {like.device}")
     if seed is None:
         return
-    if seed.shape != () or seed.dtype != torch.int64 or not (seed.is_cpu or seed.device == like.device):
+    if isinstance(seed, Tensor) and (
+        seed.shape != () or seed.dtype != torch.int64 or not (seed.is_cpu or seed.device == like.device)
+    ):
         refuse("seed", seed, f"a 0-dim int64 tensor on the CPU or on {name}'s device {like.device}")
     if not all(0.0 <= p < 1.0 for p in dropout_p):
         refuse("dropout_p", list(dropout_p), "probabilities in [0, 1)")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import Flags, Floats, Ints, Maybe, Pair, Saved
+from ..dispatch import Flags, Floats, Ints, Maybe, Pair, Saved, Seed
+from ..dropout import as_seed
 from ..rows import flat, packed
 from .portable import adapters, dropped
 
@@ -31,18 +32,18 @@ def delta_by_torch(
     return (F.linear(h, lora_B) * scaling + y).to(y.dtype)
 
 
-def _whole_masks(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> list[tuple[slice, Maybe]]:
+def _whole_masks(x: Tensor, lora_A: Tensor, seed: Seed, dropout_p: Floats, ranks: Ints) -> list[tuple[slice, Maybe]]:
     """(rank slice, what its dropout multiplies all of x with) of each adapter."""
 
     def mask(stream: int, p: float) -> Maybe:
-        keep = torch.ops.torch_fused_lora.dropout_mask(seed, stream, *x.shape, p, x.device)
+        keep = torch.ops.torch_fused_lora.dropout_mask(as_seed(seed), stream, *x.shape, p, x.device)
         return keep.to(lora_A.dtype) / (1.0 - p)
 
     groups = adapters(seed, dropout_p, ranks, lora_A.shape[0])
     return [(rank, mask(stream, p) if p else None) for stream, (rank, p) in enumerate(groups)]
 
 
-def low_rank(x: Tensor, lora_A: Tensor, seed: Maybe, dropout_p: Floats, ranks: Ints) -> Tensor:
+def low_rank(x: Tensor, lora_A: Tensor, seed: Seed, dropout_p: Floats, ranks: Ints) -> Tensor:
     """h = dropout(x) Aᵀ, M x r."""
     rows, lora_A = packed(flat(x), lora_A)
     masks, wide = _whole_masks(rows, lora_A, seed, dropout_p, ranks), rows.to(lora_A.dtype)
@@ -62,7 +63,7 @@ def delta_forward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float | Tensor,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     save_h: bool,
@@ -107,7 +108,7 @@ def _low_rank_backward(
     lora_B: Tensor,
     scaling: Any,
     h: Saved,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     needs: Flags,

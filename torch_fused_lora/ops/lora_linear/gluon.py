@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..dropout.triton import philox
 from ..launcher import Grid, Launch, Launcher, Launches, start_of
+from ..rows import flat
 from .triton import NO_DROPOUT, NO_DROPOUTS, Dropouts, Scale, ceil_div, sum_of_parts, times
 
 ROWS, STEP = 128, 64  # of a tile; columns of K in a stage
@@ -55,6 +57,7 @@ _philox = gluon.jit(philox.fn)
 
 def product(
     launches: Launches,
+    shape: tuple[int, ...],
     rows: Tensor,
     weight: Tensor,
     turned: bool,
@@ -66,10 +69,10 @@ def product(
     h: Tensor | None = None,
     dropouts: Dropouts = NO_DROPOUTS,
 ) -> Tensor:
-    """``rows weight + bias + dropout(scale · a adapter)``, fresh and rounded once: bfloat16 rows (M, K), weight (K, N),
-    adapter (r, N), both ``turned``, (N, K) and (N, r), or neither, and a the sum of ``found``'s parts (parts, M, r).
-    ``h`` (M, r), if given, becomes a; it may be the first of the parts."""
-    M, N = rows.shape[0], weight.shape[0 if turned else 1]
+    """``rows weight + bias + dropout(scale · a adapter)``, fresh, of this ``shape`` (..., N) and rounded once: bfloat16
+    rows (..., K), `by_rows`, weight (K, N), adapter (r, N), both ``turned``, (N, K) and (N, r), or neither, and a the
+    sum of ``found``'s parts (parts, M, r). ``h`` (M, r), if given, becomes a; it may be the first of the parts."""
+    M, N = math.prod(shape[:-1]), shape[-1]
     r = adapter.shape[1 if turned else 0]
     terms = 3 if adapter.dtype is torch.float32 else 1
     width = -(-(terms * r + (bias is not None)) // 8) * 8
@@ -77,7 +80,7 @@ def product(
     dropout, (number, factor) = dropouts.each[0] if dropouts.each else NO_DROPOUT, scale
     narrow = u, v, found, adapter, bias, h, factor
     _launch_augment(narrow, (number * dropout.inverse_keep,), (parts, terms, width, turned), launches)
-    out = rows.new_empty((M, N))
+    out = rows.new_empty(shape)
     wide = rows, weight, u, v, out, dropouts.seed
     _launch_carrying(wide, dropouts.words(dropout), (dropout.drops, turned), launches)
     return out
@@ -330,6 +333,7 @@ def _blocks(M: int, N: int, device: int, turned: bool) -> tuple[list[list[int]],
 
 
 def _describe(rows, weight, u, v, out, seed, drops, turned):  # type: ignore[no-untyped-def]
+    rows, out = flat(rows), flat(out)
     blocks, _ = _blocks(*out.shape, out.get_device(), turned)
     layouts = [gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16) for block in blocks]
     described = zip((rows, weight, u, v, out), blocks, layouts, strict=True)
@@ -337,11 +341,11 @@ def _describe(rows, weight, u, v, out, seed, drops, turned):  # type: ignore[no-
 
 
 def _prepare_carrying(rows, weight, u, v, out, seed, drops, turned):  # type: ignore[no-untyped-def]
-    (M, N), device = out.shape, out.get_device()
+    (M, N), device = flat(out).shape, out.get_device()
     (*_, (_, columns)), stages = _blocks(M, N, device, turned)
     across_m, across_n = ceil_div(M, ROWS), ceil_div(N, columns)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    steps = ceil_div(u.shape[1], STEP), ceil_div(rows.shape[1], STEP)
+    steps = ceil_div(u.shape[1], STEP), ceil_div(rows.shape[-1], STEP)
     arguments = across_m, across_n, *steps, N, turned, drops, stages, 8
     return (min(across_m * across_n, multiprocessors), 1, 1), arguments, {"num_warps": 4}
 

@@ -33,17 +33,19 @@ from ..dispatch import (
     Pair,
     Route,
     Saved,
+    Seed,
     are_plain,
     define,
     implement,
     route,
     savable,
 )
-from ..dropout import draw_seed
+from ..dropout import as_seed
 from ..rows import DTYPES, DTYPES_TEXT, HALF
 from . import differentiable, portable
 from .arguments import (
     as_scaling,
+    call_options,
     check_adapters,
     check_devices,
     check_low_rank,
@@ -123,15 +125,9 @@ def lora_linear_stacked(
     """
     if way is None:
         way = route(x)
-    seed = None
-    if any(dropout_p):
-        seed = draw_seed(x)
-    else:
-        dropout_p = ranks = ()
-    if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
-        scaling = as_scaling(scaling, x)
+    scaling, *options = call_options(x, way, scaling, dropout_p, ranks)
     inputs = (x, weight, bias, lora_A, lora_B, scaling)
-    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
+    return _operator.call(way, caller, inputs, *options, False, checked=checked)
 
 
 _refuse = functools.partial(dispatch.refuse, "lora_linear")
@@ -157,7 +153,7 @@ class _LoRALinear(dispatch.Operator):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float | Tensor,
-        seed: Maybe,
+        seed: Seed,
         dropout_p: Floats,
         ranks: Ints,
         save_h: bool,
@@ -196,7 +192,7 @@ class _LoRALinear(dispatch.Operator):
         lora_B: Tensor,
         scaling: Tensor,
         h: Saved,
-        seed: Maybe,
+        seed: Seed,
         dropout_p: Floats,
         ranks: Ints,
         needs: Flags,
@@ -265,7 +261,7 @@ class _LoRALinear(dispatch.Operator):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float | Tensor,
-        seed: Maybe,
+        seed: Seed,
         dropout_p: Floats,
         ranks: Ints,
         _: bool,
@@ -294,8 +290,9 @@ class _LoRALinear(dispatch.Operator):
         return x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs
 
     def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
-        x, weight, lora_A, lora_B, scaling, *rest = arguments
-        return super().gradients(grad, (x, weight, lora_A, lora_B, as_scaling(scaling, grad), *rest), needs)
+        x, weight, lora_A, lora_B, scaling, h, seed, *rest = arguments
+        operands = x, weight, lora_A, lora_B, as_scaling(scaling, grad), h, as_seed(seed)
+        return super().gradients(grad, (*operands, *rest), needs)
 
 
 _operator = _LoRALinear()

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import Flags, Floats, Ints, Maybe, Saved
+from ..dispatch import Flags, Floats, Ints, Maybe, Saved, Seed
 from ..dropout import keep_mask
-from ..rows import HALF, cast, flat, packed, unflat
+from ..rows import HALF, by_rows, cast, flat, packed, unflat
 from .ways import BY_TRITON, WHOLE, Way, autograd_follows, block_rows, choose, triton_kernels
 
 
@@ -31,7 +31,7 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float | Tensor,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     save_h: bool,
@@ -40,14 +40,14 @@ def forward(
 
     Returns (y, h), h None unless it is to be saved.
     """
-    rows = flat(x)
-    if x.is_cpu and x.dtype in HALF:
-        rows, weight = packed(rows, weight)
-    chosen = way, A, B = choose(rows, lora_A, lora_B, _drops(seed, dropout_p))
+    chosen = way, A, B = choose(x, lora_A, lora_B, _drops(seed, dropout_p))
     if way is BY_TRITON:
         dropouts = _dropouts(seed, dropout_p, ranks, A)
-        y, h = triton_kernels().forward(rows, weight, bias, A, B, _number(scaling), dropouts, save_h)
+        y, h = triton_kernels().forward(by_rows(x), weight, bias, A, B, _number(scaling), dropouts, save_h)
     else:
+        rows = flat(x)
+        if x.is_cpu and x.dtype in HALF:
+            rows, weight = packed(rows, weight)
         y = F.linear(rows, weight, bias)
         h = add_delta_(y, rows, lora_A, lora_B, scaling, seed, dropout_p, ranks, save_h, chosen)
     return unflat(y, x), h
@@ -61,10 +61,10 @@ def followed(x: Tensor, weight: Tensor, bias: Maybe, lora_A: Tensor, lora_B: Ten
         return None
     if type(scaling) is not float or not math.isfinite(scaling):
         return None
-    rows = flat(x)
-    way, A, _ = choose(rows, lora_A, lora_B, 0)
+    way, A, _ = choose(x, lora_A, lora_B, 0)
     if way is not WHOLE or A is not lora_A:
         return None
+    rows = flat(x)
     y = F.linear(rows, weight, bias)
     y.addmm_(F.linear(rows, lora_A), lora_B.t(), alpha=scaling)
     return unflat(y, x)
@@ -76,23 +76,25 @@ def add_delta_(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float | Tensor,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     save_h: bool,
     chosen: tuple[Way, Tensor, Tensor] | None = None,
 ) -> Maybe:
-    """``y += s h Bᵀ`` in place for matrices y and x; returns h, None unless it is to be saved."""
+    """``y += s h Bᵀ`` in place, y contiguous; returns h, None unless it is to be saved."""
     scale = _number(scaling)
     way, A, B = chosen or choose(x, lora_A, lora_B, _drops(seed, dropout_p), sum_dtype=y.dtype)
+    if way is BY_TRITON:
+        h = triton_kernels().add_delta_(y, by_rows(x), A, B, scale, _dropouts(seed, dropout_p, ranks, A), save_h)
+        return cast(h, lora_A.dtype) if save_h else None
+    y, x = flat(y), flat(x)
     if way is WHOLE:
         mask, kept = _whole_mask(seed, dropout_p, x.shape[0], A)
         h = F.linear(_met(x, mask, A), A)
         _add_product_(y, h, B.t(), scale * kept)
         if save_h and mask is not None:
             h.mul_(kept)
-    elif way is BY_TRITON:
-        h = triton_kernels().add_delta_(y, x, A, B, scale, _dropouts(seed, dropout_p, ranks, A), save_h)
     else:
         h = _add_delta_by_blocks_(y, x, A, B, scale, seed, dropout_p, ranks, save_h)
     return cast(h, lora_A.dtype) if save_h else None
@@ -106,7 +108,7 @@ def backward(
     lora_B: Tensor,
     scaling: Any,
     h: Saved,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     needs: Flags,
@@ -116,19 +118,20 @@ def backward(
     Returns them in the order of ``needs`` (x, weight, bias, lora_A, lora_B, scaling), None where not needed.
     """
     need_x, need_weight, need_bias, need_A, need_B, need_scaling = needs
-    grad_rows = flat(grad)
-    x_rows: Saved = None if x is None else flat(x)
+    rows, x_rows = grad, x
     if grad.is_cpu and grad.dtype in HALF:
-        grad_rows, x_rows, weight = packed(grad_rows, x_rows, weight)
+        rows, x_rows, weight = packed(flat(grad), None if x is None else flat(x), weight)
+
+    def base(rows: Tensor) -> Tensor:
+        return rows.mm(weight) if rows.dim() == 2 else rows.matmul(weight)
+
+    operands = rows, x_rows, weight, base if need_x else None, lora_A, lora_B, scaling, h
     low_rank_needs = need_x, need_A, need_B, need_scaling
-    base = functools.partial(grad_rows.mm, weight) if need_x else None
-    grad_x, grad_A, grad_B, grad_scaling = low_rank_backward(
-        grad_rows, x_rows, weight, base, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, low_rank_needs
-    )
+    grad_x, grad_A, grad_B, grad_scaling = low_rank_backward(*operands, seed, dropout_p, ranks, low_rank_needs)
     return (
         unflat(grad_x, grad) if need_x else None,
-        grad_rows.t().mm(x_rows) if need_weight else None,
-        grad_rows.sum(0) if need_bias else None,
+        flat(rows).t().mm(flat(x_rows)) if need_weight else None,
+        flat(rows).sum(0) if need_bias else None,
         grad_A,
         grad_B,
         grad_scaling,
@@ -139,26 +142,27 @@ def low_rank_backward(
     grad: Tensor,
     x: Saved,
     weight: Saved,
-    base: Callable[[], Tensor] | None,
+    base: Callable[[Tensor], Tensor] | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: Any,
     h: Saved,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     needs: Flags,
 ) -> tuple[Saved, Maybe, Maybe, Maybe]:
-    """As `backward`, for matrices, without the gradients of weight and bias: x's (in grad's dtype), lora_A's, lora_B's
-    and scaling's. ``base`` makes the base's part of x's; where it is None, there is none. It is a product with
-    ``weight``, where one is given, which a kernel may make instead."""
+    """As `backward`, without the gradients of weight and bias: x's, of grad's dtype and maybe flat, lora_A's, lora_B's
+    and scaling's. ``base`` makes the base's part of x's, of grad or of that flat; where it is None, there is none. It
+    is a product with ``weight``, where one is given, which a kernel may make instead."""
     need_x, need_A, need_B, need_scaling = needs
     # grad_h is dB, except where ds needs it unscaled.
     grad_x: Saved = None
     grad_A: Saved = None
     grad_h: Saved = None
     way, A, B = choose(grad, lora_A, lora_B, _drops(seed, dropout_p), backward=True)
-    scale = _number(scaling)
+    scale, turn = _number(scaling), by_rows if way is BY_TRITON else flat
+    grad, x = turn(grad), turn(x) if need_A else None
     if way is WHOLE:
         wide = _widened(grad, A)
         mask, kept = _whole_mask(seed, dropout_p, grad.shape[0], A) if need_x or need_A else (None, 1.0)
@@ -171,24 +175,24 @@ def low_rank_backward(
         if need_x and base is None:
             grad_x = cast(dropped((z * (scale * kept)).mm(A), mask), grad.dtype)
         elif base is not None:  # after what is small: the weight drives all else out of a CPU's caches
-            grad_x = base()
+            grad_x = base(grad)
             if mask is None:
                 _add_product_(grad_x, z, A, scale)
             else:
                 out = _widened(grad_x, A)
                 grad_x = cast(out.addcmul_(_product(z, A, scale * kept, out), mask), grad.dtype)
     elif need_x or need_A or need_B or need_scaling:
-        x_side = x if need_A else None
         if way is BY_TRITON:
             dropouts, by_triton = _dropouts(seed, dropout_p, ranks, A), triton_kernels().backward
-            others = x_side, A, B, scale, h, need_x, not need_scaling, dropouts
-            grad_x, grad_A, grad_h = by_triton(grad, weight, base, *others)
+            grad_x, grad_A, grad_h = by_triton(
+                grad, weight, base, x, A, B, scale, h, need_x, not need_scaling, dropouts
+            )
         else:
             if need_x:
-                grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if base is None else base()
+                grad_x = grad.new_zeros(grad.shape[0], A.shape[1]) if base is None else base(grad)
             if h is not None and not need_scaling:
                 h = _widened(h, A) * scaling
-            grad_A, grad_h = _backward_by_blocks(grad, grad_x, x_side, A, B, scaling, h, seed, dropout_p, ranks)
+            grad_A, grad_h = _backward_by_blocks(grad, grad_x, x, A, B, scaling, h, seed, dropout_p, ranks)
     return (
         grad_x,
         cast(grad_A, lora_A.dtype) if need_A else None,
@@ -203,7 +207,7 @@ def _add_delta_by_blocks_(
     A: Tensor,
     B: Tensor,
     scale: float | Tensor,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     save_h: bool,
@@ -237,7 +241,7 @@ def _backward_by_blocks(
     B: Tensor,
     scaling: float | Tensor,
     h: Saved,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
 ) -> tuple[Maybe, Maybe]:
@@ -282,7 +286,7 @@ def adapters(seed: Any, dropout_p: Sequence[float], ranks: Sequence[int], r: int
     return [(slice(end - rank, end), p) for end, rank, p in zip(ends, ranks, dropout_p, strict=True)]
 
 
-def _dropouts(seed: Maybe, dropout_p: Floats, ranks: Ints, A: Tensor) -> Any:
+def _dropouts(seed: Seed, dropout_p: Floats, ranks: Ints, A: Tensor) -> Any:
     kernels = triton_kernels()
     if seed is None:
         return kernels.NO_DROPOUTS
@@ -300,7 +304,7 @@ def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, 
     return [_mask(seed, stream, start, rows, p, A) if p else None for stream, (_, p) in enumerate(groups)]
 
 
-def _whole_mask(seed: Maybe, dropout_p: Floats, rows: int, A: Tensor) -> tuple[Maybe, float]:
+def _whole_mask(seed: Seed, dropout_p: Floats, rows: int, A: Tensor) -> tuple[Maybe, float]:
     """The mask of an adapter that is alone, and by what its products are multiplied."""
     if seed is None or not dropout_p[0]:
         return None, 1.0
@@ -311,7 +315,7 @@ def _mask(seed: Any, stream: int, start: int, rows: int, p: float, A: Tensor) ->
     return keep_mask(seed, stream, start, rows, A.shape[1], p, A.device, A.dtype)
 
 
-def _drops(seed: Maybe, dropout_p: Floats) -> int:
+def _drops(seed: Seed, dropout_p: Floats) -> int:
     return 0 if seed is None else len(dropout_p)
 
 

@@ -27,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..dropout.triton import keep_tile, key_words, stream_words
 from ..launcher import Launcher, Launches, begins_early, kind, prepared
+from ..rows import flat
 from .ways import carrying_rank, tuned_layers
 
 FEW = 16  # rows, the least that the matrix units take
@@ -167,10 +168,12 @@ ONE: Scale = (1.0, None)
 
 
 class _Plan(NamedTuple):
-    """Of one direction of a layer, what is decided and `prepared`. ``gluon``: the kernels whose base product carries
-    the rank, if it does. h or z is made in parts of the columns, added up where it is carried. A backward makes sums
-    over rows in splits of them: where in its work space of ``size`` float32 these begin, after z, and the counters."""
+    """Of one direction of a layer, what is decided and `prepared`. ``shape``: of the result of the full width.
+    ``gluon``: the kernels whose base product carries the rank, if it does. h or z is made in parts of the columns,
+    added up where it is carried. A backward makes sums over rows in splits of them: where in its work space of ``size``
+    float32 these begin, after z, and the counters."""
 
+    shape: tuple[int, ...]
     M: int
     r: int
     parts: int
@@ -194,7 +197,8 @@ def forward(
     dropouts: Dropouts,
     save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``x Wᵀ + b + scaling · h Bᵀ`` for half x (M, K); h = dropout(x) Aᵀ (M, r), of the adapters' dtype, if asked."""
+    """``x Wᵀ + b + scaling · h Bᵀ`` for half x (..., K), `by_rows`; h = dropout(x) Aᵀ (M, r), of the adapters' dtype,
+    if asked."""
     device, scale = x.get_device(), as_scale(scaling, x)
     tuned = None if dropouts.each else tuned_layers(device).of(False, x, A, B)
     key = (
@@ -207,12 +211,13 @@ def forward(
     if plan.gluon is None:
         y = F.linear(x, weight, bias)
         return y, _add_delta_(plan, y, x, A, B, scale, dropouts, save_h)
-    found, h, saved = low_rank(plan.launches, plan.parts, x, A, dropouts, save_h, True, plan.tiles)
-    return plan.gluon.product(plan.launches, x, weight, True, bias, plan.parts, found, B, scale, h), saved
+    found, h, saved = _low_rank(plan, x, A, dropouts, save_h)
+    return plan.gluon.product(plan.launches, plan.shape, x, weight, True, bias, plan.parts, found, B, scale, h), saved
 
 
 def _plan_forward(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, tuned: Any) -> _Plan:
     """``tuned``: None where x is dropped."""
+    shape, x = (*x.shape[:-1], B.shape[0]), flat(x)
     (M, K), (N, r) = x.shape, B.shape
     way, tiles = tuned or (0, None)
     gluon = carrying_rank(x, weight, N, way)
@@ -220,7 +225,7 @@ def _plan_forward(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, tuned: Any) -
     # One pass makes h itself, but to split each tile of A in two would take longer than all else.
     whole = one_pass and M <= FEW and A.dtype is x.dtype
     parts = 0 if whole else parts_of(M, K, r, gluon is not None, tiles)
-    return _Plan(M, r, parts, gluon, tiles, {}, one_pass)
+    return _Plan(shape, M, r, parts, gluon, tiles, {}, one_pass)
 
 
 def _few_rows(
@@ -235,7 +240,7 @@ def _few_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """`forward` in one pass over the weight."""
     M, r, parts = plan.M, plan.r, plan.parts
-    y = x.new_empty(M, B.shape[0])
+    y = x.new_empty(plan.shape)
     h = x.new_empty(M, r, dtype=A.dtype) if save_h else None
     a = A
     if parts:
@@ -255,36 +260,40 @@ def add_delta_(
     dropouts: Dropouts = NO_DROPOUTS,
     save_h: bool = True,
 ) -> Tensor | None:
-    """``y += scaling · h Bᵀ`` in place, rounded once, y (M, N) and x (M, K) half. Returns h = dropout(x) Aᵀ (M, r) in
-    the adapters' dtype, if it is to be saved."""
+    """``y += scaling · h Bᵀ`` in place, rounded once, y (..., N) and x (..., K) half, both `by_rows`. Returns
+    h = dropout(x) Aᵀ (M, r) in the adapters' dtype, if it is to be saved."""
     scale = as_scale(scaling, x)
     tensors = kind(y), kind(x), kind(A), kind(B), kind(scale[1])
     key = add_delta_, x.get_device(), save_h, dropouts.kind(), *tensors
-    (M, K), r = x.shape, A.shape[0]
-    plan = prepared.get(key) or prepared.keep(key, _Plan(M, r, parts_of(M, K, r), None, None, {}))
+    plan = prepared.get(key) or prepared.keep(key, _plan_delta(x, A))
     return _add_delta_(plan, y, x, A, B, scale, dropouts, save_h)
+
+
+def _plan_delta(x: Tensor, A: Tensor) -> _Plan:
+    (M, K), r = flat(x).shape, A.shape[0]
+    return _Plan((), M, r, parts_of(M, K, r), None, None, {})
 
 
 def _add_delta_(
     plan: _Plan, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Scale, dropouts: Dropouts, save_h: bool
 ) -> Tensor | None:
-    found, h, saved = low_rank(plan.launches, plan.parts, x, A, dropouts, save_h, False, plan.tiles)
+    found, h, saved = _low_rank(plan, x, A, dropouts, save_h)
     _expand(plan.launches, y, found, plan.parts, plan.r, B, True, scale, h, tiles=plan.tiles)
     return saved
 
 
 def low_rank(
-    launches: Launches,
-    parts: int,
-    x: Tensor,
-    A: Tensor,
-    dropouts: Dropouts,
-    save_h: bool,
-    carried: bool = False,
-    tiles: Tiles = None,
+    launches: Launches, parts: int, x: Tensor, A: Tensor, save_h: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dropout(x) Aᵀ in float32, in so many parts; what is to become h, and what is to be saved."""
-    M, r = x.shape[0], A.shape[0]
+    """x Aᵀ of a matrix x in float32, in so many parts; what is to become h, and what is to be saved."""
+    return _low_rank(_Plan((), x.shape[0], A.shape[0], parts, None, None, launches), x, A, NO_DROPOUTS, save_h)
+
+
+def _low_rank(
+    plan: _Plan, x: Tensor, A: Tensor, dropouts: Dropouts, save_h: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _, M, r, parts, gluon, tiles, launches, *_ = plan
+    carried = gluon is not None
     found = x.new_empty(parts * M, r, dtype=torch.float32)
     each = dropouts.each
     if len(each) > 1:
@@ -303,7 +312,7 @@ def low_rank(
 def backward(
     grad: Tensor,
     weight: Tensor | None,
-    base: Callable[[], Tensor] | None,
+    base: Callable[[Tensor], Tensor] | None,
     x: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -313,10 +322,10 @@ def backward(
     scale_h: bool,
     dropouts: Dropouts = NO_DROPOUTS,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``base() + dropout(z A)`` with z = s dY B, without ``base`` if it is None, and by a product of our own where base
-    makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of the
-    adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given. What ``base``
-    makes is contiguous."""
+    """``base(grad) + dropout(z A)`` with z = s dY B, without ``base`` if it is None, and by a product of our own where
+    base makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of
+    the adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given. ``grad``
+    and x are `by_rows`, and what ``base`` makes is contiguous."""
     device, scale, each = grad.get_device(), as_scale(scaling, grad), dropouts.each
     tuned = None if each else tuned_layers(device).of(True, grad, A, B)
     key = (
@@ -329,7 +338,7 @@ def backward(
     (r, K), launches, gluon = A.shape, plan.launches, plan.gluon
     grad_x = None
     if need_x and gluon is None:
-        grad_x = grad.new_empty(plan.M, K) if base is None else base()
+        grad_x = grad.new_empty(plan.shape) if base is None else base(grad)
     grad_A = None if x is None else grad.new_empty(r, K, dtype=A.dtype)
     grad_B = None if h is None else grad.new_empty(B.shape, dtype=B.dtype if scale_h else torch.float32)
     scale_B = scale if scale_h else ONE
@@ -340,7 +349,9 @@ def backward(
         _product(launches, work, plan.parts, r, grad, B, False, scale, zeroed=zeroed, carried=carried, tiles=plan.tiles)
         if gluon:
             z = work if plan.parts > 1 else None
-            grad_x = gluon.product(launches, grad, weight, False, None, plan.parts, work, A, ONE, z, dropouts)
+            grad_x = gluon.product(
+                launches, plan.shape, grad, weight, False, None, plan.parts, work, A, ONE, z, dropouts
+            )
         to_add = None if gluon else grad_x
         if len(each) < 2 and (r <= WIDE or to_add is None):
             of_rows = grad, h, grad_B, scale_B
@@ -362,12 +373,13 @@ def _plan_backward(
     grad: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, need_x: bool, need_A: bool, dropping: int, tuned: Any
 ) -> _Plan:
     """``tuned``: None where so many adapters drop."""
-    (M, N), (r, K) = grad.shape, A.shape
+    (r, K), shape, grad = A.shape, (*grad.shape[:-1], A.shape[1]), flat(grad)
+    M, N = grad.shape
     way, tiles = tuned or (0, None)
     gluon = carrying_rank(grad, weight, K, way) if need_x and dropping < 2 else None
     carried, drops = gluon is not None, dropping > 0
     if not (need_x or need_A):  # nothing zeroes counters
-        return _Plan(M, r, 0, gluon, None, {})
+        return _Plan(shape, M, r, 0, gluon, None, {})
     parts, splits = parts_of(M, N, r, carried, tiles), 1
     rows, columns, *_ = tile("gradients", M, r, drops, carried, tiles)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
@@ -378,7 +390,7 @@ def _plan_backward(
     sums = ceil_div(parts * M * r, 16) * 16  # aligned
     counters = sums + (splits * r * (K + N) if splits > 1 else 0)
     size = counters + (blocks if splits > 1 else 0)
-    return _Plan(M, r, parts, gluon, tiles, {}, False, splits, sums, counters, size)
+    return _Plan(shape, M, r, parts, gluon, tiles, {}, False, splits, sums, counters, size)
 
 
 def _product(
@@ -549,6 +561,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
 def _prepare_product(  # type: ignore[no-untyped-def]
     out, rows, small, factor, seed, drops, parts, width, turned, zeroed, carried, tiles
 ):  # fmt: skip
+    rows = flat(rows)
     (M, K), C = rows.shape, small.shape[0 if turned else 1]
     own, block_C = tile("product", M, width, carried=carried, tiles=tiles), _rank_block(C)
     part = ceil_div(ceil_div(K, parts), own.columns) * own.columns
@@ -589,6 +602,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
 
 
 def _prepare_expand(out, a, b, h, factor, seed, drops, fresh, parts, width, turned, tiles):  # type: ignore[no-untyped-def]
+    out = flat(out)
     (M, C), R = out.shape, b.shape[1 if turned else 0]
     own = tile("expand", M, width, tiles=tiles)
     strides = *out.stride(), M * width, width, *b.stride()[:: -1 if turned else 1]
@@ -683,7 +697,7 @@ def _prepare_gradients(  # type: ignore[no-untyped-def]
     M, N = plan.M, 0 if grad_B is None else grad_B.shape[0]
     own, block_R = tile("gradients", M, plan.r, drops, plan.gluon is not None, plan.tiles), _rank_block(R)
     part, blocks = ceil_div(ceil_div(M, plan.splits), own.rows) * own.rows, ceil_div(K, own.columns)
-    strides = [stride for t in (x, A, grad_x, grad, h) for stride in ((0, 0) if t is None else t.stride())]
+    strides = [stride for t in (x, A, grad_x, grad, h) for stride in ((0, 0) if t is None else flat(t).stride())]
     arguments = (
         M, K, N, R, part, blocks, plan.sums, plan.counters, M * plan.r, plan.r, *strides,
         drops, fresh, plan.parts if plan.gluon is None else 1, plan.splits, own.rows, block_R, own.columns,
@@ -733,6 +747,7 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 def _prepare_few_rows(y, x, weight, bias, a, B, h, factor, parts, tiles):  # type: ignore[no-untyped-def]
+    y, x = flat(y), flat(x)
     (M, K), (N, R) = x.shape, B.shape
     bias_n = 0 if bias is None else bias.stride(0)
     strides = y.stride(0), *x.stride(), *weight.stride(), bias_n, *a.stride(), *B.stride()

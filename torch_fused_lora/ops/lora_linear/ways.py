@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...tuned import Layer, Table, bucket, numbers_of
 from ..dispatch import device_type_of
-from ..rows import HALF
+from ..rows import HALF, count_rows
 
 FEW = 16  # rows that are never split into blocks
 LARGE = 2**36  # multiplications of a base product that keeps a card busier than its host
@@ -108,11 +108,11 @@ class TunedLayers:
         self._found[key] = Tuned(way, tiles)
         return None
 
-    def of(self, backward: bool, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tuned:
+    def of(self, backward: bool, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tuned:
         if not self._found or torch.are_deterministic_algorithms_enabled():
             return _UNTUNED
         (r, K), N = lora_A.shape, lora_B.shape[0]
-        key = backward, bucket(rows.shape[0]), K, N, r, rows.dtype, lora_A.dtype
+        key = backward, bucket(count_rows(x)), K, N, r, x.dtype, lora_A.dtype
         return self._found.get(key, _UNTUNED)
 
 
@@ -121,39 +121,39 @@ tuned_layers = functools.cache(TunedLayers)
 
 
 def choose(
-    rows: Tensor, lora_A: Tensor, lora_B: Tensor, drops: int, backward: bool = False, sum_dtype: Any = None
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, drops: int, backward: bool = False, sum_dtype: Any = None
 ) -> tuple[Way, Tensor, Tensor]:
-    """The way for these rows, and the adapters in the dtype in which rows meet them: their own, but float32 for half
+    """The way for the rows of x, and the adapters in the dtype in which rows meet them: their own, but float32 for half
     adapters where aten calls drop, and on a CPU that does not multiply halves, or adds them to a wider sum. ``drops``:
     how many adapters drop, each with a mask of its own. ``sum_dtype``: what is added to, unless it is as the rows."""
-    dtype = lora_A.dtype
-    if rows.dtype in HALF:
-        limits = limits_of(device_type_of(rows))
-        M, K, N = rows.shape[0], lora_A.shape[1], lora_B.shape[0]
-        if limits.triton and M * K * N > 0 and has_kernels(index := rows.get_device()):  # no grid is empty
-            tuned = 0 if drops else tuned_layers(index).of(backward, rows, lora_A, lora_B).way
+    x_dtype, dtype, count = x.dtype, lora_A.dtype, count_rows(x)
+    if x_dtype in HALF:
+        limits, size = limits_of(device_type_of(x)), count * lora_A.shape[1] * lora_B.shape[0]
+        if limits.triton and size > 0 and has_kernels(index := x.get_device()):  # no grid is empty
+            tuned = 0 if drops else tuned_layers(index).of(backward, x, lora_A, lora_B).way
             if drops:
-                fits = K % 8 == 0  # tiles begin at whole counters of 8 elements
+                fits = lora_A.shape[1] % 8 == 0  # tiles begin at whole counters of 8 elements
             elif tuned:
                 fits = tuned != 2
-            elif dtype is rows.dtype and M > FEW:  # torch's own calls take less of the host's time, which a graph saves
-                fits = _is_captured(rows) or (M * K * N >= LARGE and _carries(rows))
+            elif (
+                dtype is x_dtype and count > FEW
+            ):  # torch's own calls take less of the host's time, which a graph saves
+                fits = _is_captured(x) or (size >= LARGE and _carries(x))
             else:
                 fits = True
             if fits:
                 return BY_TRITON, lora_A, lora_B
-    elif dtype is rows.dtype and not drops:
+    elif dtype is x_dtype and not drops:
         return WHOLE, lora_A, lora_B
-    count = rows.shape[0]
     is_block = drops <= 1 and (count <= FEW or count <= block_rows(lora_A, lora_B))
     if dtype in HALF:
-        stays = dtype is rows.dtype and not drops
+        stays = dtype is x_dtype and not drops
         if lora_A.is_cpu:
-            alike = rows.dtype is dtype is (sum_dtype or dtype) and (is_block or not drops)
+            alike = x_dtype is dtype is (sum_dtype or dtype) and (is_block or not drops)
             stays = alike and _multiplies(dtype) and _are_packed(lora_A, lora_B)
         if not stays:
             lora_A, lora_B = lora_A.float(), lora_B.float()
-    if is_block or (not drops and rows.dtype is lora_A.dtype):
+    if is_block or (not drops and x_dtype is lora_A.dtype):
         return WHOLE, lora_A, lora_B
     return BLOCKS, lora_A, lora_B
 
@@ -169,8 +169,8 @@ def _are_packed(lora_A: Tensor, lora_B: Tensor) -> bool:
     return lora_A.is_contiguous() and lora_B.is_contiguous()
 
 
-def _is_captured(rows: Tensor) -> bool:
-    return rows.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def autograd_follows(x: Tensor) -> bool:
@@ -208,10 +208,10 @@ def carrying_rank(rows: Tensor, weight: Tensor | None, columns: int, tuned: int 
     return kernels if fits and _is_tileable(rows) and _is_tileable(weight) else None
 
 
-def _carries(rows: Tensor, few: bool = False) -> bool:
-    if not rows.is_cuda or (rows.shape[0] < TABLE["cuda"].carrying and not few) or rows.dtype is not torch.bfloat16:
+def _carries(x: Tensor, few: bool = False) -> bool:
+    if not x.is_cuda or (count_rows(x) < TABLE["cuda"].carrying and not few) or x.dtype is not torch.bfloat16:
         return False
-    return _gluon_kernels(rows.get_device()) is not None
+    return _gluon_kernels(x.get_device()) is not None
 
 
 def _is_tileable(matrix: Tensor) -> bool:

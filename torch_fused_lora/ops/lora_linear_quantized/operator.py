@@ -30,14 +30,16 @@ from ..dispatch import (
     Pair,
     Route,
     Saved,
+    Seed,
     are_plain,
     route,
     savable,
 )
-from ..dropout import draw_seed
+from ..dropout import as_seed
 from ..lora_linear import differentiable
 from ..lora_linear.arguments import (
     as_scaling,
+    call_options,
     check_adapters,
     check_devices,
     check_options,
@@ -142,16 +144,10 @@ def lora_linear_quantized_stacked(
     """`lora_linear_quantized` for stacked adapters, as `lora_linear_stacked` is `lora_linear`."""
     if way is None:
         way = route(x)
-    seed = None
-    if any(dropout_p):
-        seed = draw_seed(x)
-    else:
-        dropout_p = ranks = ()
-    if type(scaling) is not float or way is not dispatch.BY_PORTABLE:  # a portable kernel takes a float as it is
-        scaling = as_scaling(scaling, x)
+    scaling, *options = call_options(x, way, scaling, dropout_p, ranks)
     *tensors, bits, group_size = packed
     inputs = (x, *tensors, bias, lora_A, lora_B, scaling)
-    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, bits, group_size, False, checked=checked)
+    return _operator.call(way, caller, inputs, *options, bits, group_size, False, checked=checked)
 
 
 class _Quantized(dispatch.Operator):
@@ -316,7 +312,7 @@ class _Quantized(dispatch.Operator):
 
     def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
         *leading, scaling, h, seed, dropout_p, ranks, bits, group_size, needs = arguments
-        arguments = *leading, as_scaling(scaling, grad), h, seed, dropout_p, ranks, bits, group_size, needs
+        arguments = *leading, as_scaling(scaling, grad), h, as_seed(seed), dropout_p, ranks, bits, group_size, needs
         return super().gradients(grad, arguments, portable.with_packed(*needs))
 
 
@@ -356,7 +352,7 @@ def _check_adapter(
     lora_A: Maybe,
     lora_B: Maybe,
     scaling: float | Tensor,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
 ) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...affine import Packed
-from ..dispatch import Flags, Floats, Ints, Maybe, Saved
+from ..dispatch import Flags, Floats, Ints, Maybe, Saved, Seed
 from ..lora_linear.portable import add_delta_, low_rank_backward
 from ..lora_linear.ways import has_kernels, limits_of
 from ..rows import HALF, flat, packed, unflat
@@ -32,7 +32,7 @@ def forward(
     lora_A: Saved,
     lora_B: Saved,
     scaling: float | Tensor,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     bits: int,
@@ -63,7 +63,7 @@ def backward(
     lora_B: Saved,
     scaling: Any,
     h: Saved,
-    seed: Maybe,
+    seed: Seed,
     dropout_p: Floats,
     ranks: Ints,
     bits: int,
@@ -73,26 +73,14 @@ def backward(
     """As lora_linear's, in the order of the forward's inputs."""
     need_x, need_bias, *low_rank_needs = needs
     rows, x_rows = packed(flat(grad), None if x is None else flat(x))
-    base = functools.partial(_product_backward, rows, Packed(weight, scales, biases, bits, group_size))
+    base = functools.partial(_product_backward, Packed(weight, scales, biases, bits, group_size))
     grad_x: Maybe
     others: Sequence[Maybe]
     if lora_A is None:
-        grad_x, others = base() if need_x else None, (None, None, None)
+        grad_x, others = base(rows) if need_x else None, (None, None, None)
     else:
-        grad_x, *others = low_rank_backward(
-            rows,
-            x_rows,
-            None,
-            base if need_x else None,
-            lora_A,
-            lora_B,
-            scaling,
-            h,
-            seed,
-            dropout_p,
-            ranks,
-            (need_x, *low_rank_needs),
-        )
+        operands = rows, x_rows, None, base if need_x else None, lora_A, lora_B, scaling, h
+        grad_x, *others = low_rank_backward(*operands, seed, dropout_p, ranks, (need_x, *low_rank_needs))
     return with_packed(None if grad_x is None else unflat(grad_x, grad), rows.sum(0) if need_bias else None, *others)
 
 
@@ -115,7 +103,7 @@ def _product(rows: Tensor, weight: Packed, bias: Maybe) -> Tensor:
     return y
 
 
-def _product_backward(grad: Tensor, weight: Packed) -> Tensor:
+def _product_backward(weight: Packed, grad: Tensor) -> Tensor:
     """``grad W``, a block of W's columns at a time, so that no sum is rounded before its end."""
     (N, groups), width = weight.scales.shape, weight.group_size
     size = max(_block(grad) // max(N * width, 1), 1)

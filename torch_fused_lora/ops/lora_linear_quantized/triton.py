@@ -18,7 +18,7 @@ from ...affine import Packed
 from ..dispatch import Maybe
 from ..launcher import Launcher, kind, prepared
 from ..lora_linear import triton as low_rank
-from ..lora_linear.triton import NO_DROPOUTS, as_scale, ceil_div
+from ..lora_linear.triton import as_scale, ceil_div
 
 ROWS = 16  # of the product: what one tile of the matrix units takes
 
@@ -44,7 +44,7 @@ def product(
     found, parts, h, saved = None, 1, None, None
     if lora_A is not None:
         parts = low_rank.parts_of(*rows.shape, lora_A.shape[0])
-        found, h, saved = low_rank.low_rank(launches, parts, rows, lora_A, NO_DROPOUTS, save_h)
+        found, h, saved = low_rank.low_rank(launches, parts, rows, lora_A, save_h)
     tensors = out, rows, words, scales, biases, bias, found, lora_B, h, factor
     _launch_product(tensors, (number, rows.shape[0]), (parts, bits, group_size), launches)
     return out, saved
