@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -144,6 +145,37 @@ def test_manual_seed_reproduces_and_advances(device):
     again = tfl.lora_linear(*a, 1.0, 0.5, training=True)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
+
+
+def test_a_seed_is_the_same_as_a_number():
+    """So that a call which something watches, and its recomputation that nothing does, drop alike. In any mode and
+    thread."""
+    x = torch.ones(2)
+    torch.manual_seed(5)
+    expected = [draw_seed(x).item() for _ in range(3)]
+    torch.manual_seed(5)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(draw_seed(x, True)))
+    thread.start()
+    thread.join()
+    with torch.inference_mode():
+        found.append(draw_seed(x, True))
+    found.append(draw_seed(x, True))
+    assert found == expected
+    assert {type(seed) for seed in found} == {int}
+
+
+def test_backward_finds_a_small_mask_of_forward_s(monkeypatch):
+    draw = functools.partial(keep_mask, 11, 0, 3, 50, 20, 0.4, CPU)
+    expected = draw().clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(operator, "_philox64", None)
+        draw().fill_(True)  # whose memory is its own
+        for dtype in (torch.bool, torch.float32, torch.bfloat16):
+            assert torch.equal(draw(dtype), expected.to(dtype))
+    monkeypatch.setattr(operator, "_philox64", None)
+    with pytest.raises(TypeError):
+        keep_mask(11, 0, 3, 1 + operator._SMALL // 20, 20, 0.4, CPU)
 
 
 def test_forward_and_backward_drop_what_the_seed_says(device):

@@ -4,7 +4,7 @@ Element ``i`` (row-major, of an M x K matrix) of adapter ``stream`` is kept wher
 ``p * 2**32``. Two neighbours share a word, one reads its two halves swapped: each is dropped with probability p to 32
 bits, and whether both are is as good as independent, since the high half decides alone but for a tie, one time in
 2**16. The mask is a pure function of (seed, stream, i): forward and backward draw any block of it again, in any order,
-and nothing but the seed is saved.
+and nothing but the seed is saved. (On a CPU the latest small ones are kept beside it, 16 MiB of them at most.)
 
 The words are of Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). On a GPU, and for one:
 Philox4x32-10, key = seed, counter = (i // 8, stream, 0), word ``i % 8 // 2``, whose high half an even element reads as
@@ -73,8 +73,9 @@ def keep_mask(
         keep = _cpu_mask(int(seed), stream, first, count, threshold)
         if dtype is torch.float32:  # NumPy's conversion costs half a call of torch's
             return torch.from_numpy(keep.astype(np.float32)).view(rows, columns)
-        mask = torch.from_numpy(keep).view(rows, columns)
-        return mask if dtype is torch.bool else mask.view(torch.uint8).to(dtype)  # from bool it takes six times as long
+        if dtype is torch.bool:  # a copy: what was drawn may serve again
+            return torch.from_numpy(keep.copy()).view(rows, columns)
+        return torch.from_numpy(keep.view(np.uint8)).to(dtype).view(rows, columns)  # six times as fast as from bool
     if device.type in ("cuda", "xpu") and (triton_mask := _triton_mask()):
         return triton_mask(seed, stream, first, p, rows, columns, device).to(dtype)
     if device.type != "mps":  # there only torch.func and a double backward want a mask as a tensor
@@ -90,7 +91,7 @@ def _cpu_mask(seed: int, stream: int, first: int, count: int, threshold: int) ->
     begin, end = first // 16, -(-(first + count) // 16)  # counters, of four 64-bit words each
     size = 16 * (end - begin)
     if size <= _CHUNK:
-        keep = _drawn(seed, stream, begin, size, threshold)
+        keep = (_drawn_of_late if size <= _SMALL else _drawn)(seed, stream, begin, size, threshold)
     else:
         keep = np.empty(size, np.bool_)
 
@@ -112,6 +113,10 @@ def _drawn(seed: int, stream: int, counter: int, count: int, threshold: int) -> 
     if len(ties):
         keep[ties] = halves[ties ^ 1] >= low
     return keep
+
+
+_SMALL = 1 << 16  # elements, and bytes, of a mask that is kept for a while: backward asks for what forward drew
+_drawn_of_late = functools.lru_cache(256)(_drawn)
 
 
 def _philox64(seed: int, stream: int, counter: int) -> np.random.Philox:
