@@ -5,9 +5,9 @@
 
 namespace tfl {
 
-/// Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+/// Philox 4x32-7: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 METAL_FUNC uint4 philox(uint2 key, uint4 counter) {
-  for (short round = 0; round < 10; ++round) {
+  for (short round = 0; round < 7; ++round) {
     const uint2 multiplied = counter.xz;
     const uint2 factor = uint2(0xD2511F53u, 0xCD9E8D57u);
     const uint2 high = mulhi(multiplied, factor);

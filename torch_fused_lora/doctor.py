@@ -234,10 +234,10 @@ def _dropout_backend(device_type: str) -> str:
     if device_type == "cpu":
         return "NumPy's Philox 4x64-10"
     if device_type == "mps":
-        return "Philox 4x32-10 inside the Metal kernels"
+        return "Philox 4x32-7 inside the Metal kernels"
     if device_type in ("cuda", "xpu") and _version("triton") != "not installed":
-        return "Philox 4x32-10 in one Triton kernel"
-    return "Philox 4x32-10 on the CPU, masks copied over (slow)"
+        return "Philox 4x32-7 in one Triton kernel"
+    return "Philox 4x32-7 on the CPU, masks copied over (slow)"
 
 
 def _run_self_test(device: torch.device, dtype: torch.dtype) -> SelfTest:

@@ -20,10 +20,10 @@ from torch_fused_lora.ops.dropout.operator import draw_seed, gpu_mask, keep_mask
 CPU = torch.device("cpu")
 
 
-def philox4x32_10(counter: list[int], key: list[int]) -> list[int]:
+def philox4x32_7(counter: list[int], key: list[int]) -> list[int]:
     """Philox as the paper writes it, a counter at a time in Python integers."""
     (c0, c1, c2, c3), (k0, k1), word = counter, key, 0xFFFFFFFF
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & word, (p0 >> 32) ^ c3 ^ k1, p0 & word
         k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
@@ -33,17 +33,17 @@ def philox4x32_10(counter: list[int], key: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [  # Random123's known answers
-        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ([0] * 4, [0] * 2, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "5207ddc2 45165e59 4d8ee751 8c52f662"),
         (
             [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
             [0xA4093822, 0x299F31D0],
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
+            "4dfccaba 190a87f0 c47362ba b6b5242a",
         ),
     ],
 )
 def test_reference_philox_is_philox(counter, key, words):
-    assert philox4x32_10(counter, key) == [int(word, 16) for word in words.split()]
+    assert philox4x32_7(counter, key) == [int(word, 16) for word in words.split()]
 
 
 @pytest.mark.parametrize("first", [0, 5, 2**32 - 2, 2**40])
@@ -51,7 +51,7 @@ def test_reference_philox_is_philox(counter, key, words):
 def test_philox(seed, stream, first):
     expected = []
     for i in range(first, first + 5):
-        expected += philox4x32_10([i & 0xFFFFFFFF, i >> 32, stream, 0], [seed & 0xFFFFFFFF, seed >> 32])
+        expected += philox4x32_7([i & 0xFFFFFFFF, i >> 32, stream, 0], [seed & 0xFFFFFFFF, seed >> 32])
     assert philox(seed, stream, first, first + 5).tolist() == expected
 
 
@@ -60,7 +60,7 @@ def test_the_mask_is_as_documented():
     seed, stream, p, rows, columns = 0x123456789ABCDEF, 2, 0.3, 5, 7
     key, expected = [seed & 0xFFFFFFFF, seed >> 32], []
     for i in range(rows * columns):
-        word = philox4x32_10([i // 8, 0, stream, 0], key)[i % 8 // 2]
+        word = philox4x32_7([i // 8, 0, stream, 0], key)[i % 8 // 2]
         rotated = (word << 16 | word >> 16) & 0xFFFFFFFF if i % 2 else word
         expected.append(rotated >= round(p * 2**32))
     assert gpu_mask(seed, stream, 0, rows * columns, round(p * 2**32)).tolist() == expected

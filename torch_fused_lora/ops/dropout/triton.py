@@ -38,7 +38,7 @@ def _key(seed, low, high):  # type: ignore[no-untyped-def]
 def philox(index_low, index_high, stream, key_low, key_high):  # type: ignore[no-untyped-def]
     """The four words of counters (index, stream, 0). `tl.philox` multiplies twice where this does once, for 64 bits."""
     a, b, c, d = index_low, index_high, index_low * 0 + stream.to(tl.uint32), index_low * 0
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(7):
         of_a, of_c = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
         a, c = (of_c >> 32).to(tl.uint32) ^ b ^ key_low, (of_a >> 32).to(tl.uint32) ^ d ^ key_high
         b, d = of_c.to(tl.uint32), of_a.to(tl.uint32)
