@@ -276,16 +276,17 @@ def test_the_triton_kernel_draws_the_same_mask():
     """Bit for bit, executed by Triton's interpreter on the CPU (test_cuda.py does it on a GPU)."""
     pytest.importorskip("triton", reason="triton is not installed")
     script = """
-import contextlib, types, torch
+import torch
 from torch_fused_lora.ops.dropout import triton as kernels
 from torch_fused_lora.ops.dropout.operator import gpu_mask
-torch.get_device_module = lambda device: types.SimpleNamespace(device=lambda d: contextlib.nullcontext())
 cpu = torch.device("cpu")
 for shape in ((1, 1), (3, 5), (1000, 129), (0, 7)):
     for start, seed, stream, p in ((0, 5, 0, 0.3), (7, 2**63 - 1, 2, 0.05), (2**28, 1, 1, 0.9)):
         first, threshold = start * shape[1], round(p * 2**32)
-        ours = kernels.mask(seed, stream, first, p, *shape, cpu)
-        assert torch.equal(ours.flatten(), gpu_mask(seed, stream, first, ours.numel(), threshold)), (shape, start)
+        expected = gpu_mask(seed, stream, first, shape[0] * shape[1], threshold).view(shape)
+        for dtype in (torch.bool, torch.float32, torch.float16):
+            ours = kernels.mask(seed, stream, first, p, *shape, cpu, dtype)
+            assert torch.equal(ours, expected.to(dtype)), (shape, start, dtype)
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
 

@@ -22,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E4
 
 from torch_fused_lora.affine import Packed  # noqa: E402
 from torch_fused_lora.ops import launcher  # noqa: E402
+from torch_fused_lora.ops.dropout import triton as dropout  # noqa: E402
 from torch_fused_lora.ops.lora_linear import gluon, ways  # noqa: E402
 from torch_fused_lora.ops.lora_linear import triton as kernels  # noqa: E402
 from torch_fused_lora.ops.lora_linear_quantized import triton as quantized  # noqa: E402
@@ -340,6 +341,7 @@ def compiled_for(capability, kernel, arguments, how):
     """As Triton compiles it for a launch: pointers aligned, integers known to be 1 or a multiple of 16."""
     signature, constants, attributes = {}, {}, {}
     pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+    pointers |= {torch.float16: "*fp16", torch.int8: "*i8"}
     for parameter, value in zip(kernel.params, arguments, strict=True):
         is_tensor, known = isinstance(value, torch.Tensor), not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (known and type(value) is int and value == 1):
@@ -380,6 +382,17 @@ def test_triton_kernels_compile_for_an_nvidia_gpu(capability):
         assert ("griddepcontrol.wait" in ptx) == early, kernel.__name__
         if kernel is not kernels._expand_kernel:  # it reads little
             assert "cp.async.cg.shared.global" in ptx, kernel.__name__
+
+
+@pytest.mark.parametrize("capability", [75, *SHARED])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16])
+def test_a_mask_compiles_for_any_card(monkeypatch, capability, dtype):
+    """That of the composition, which a T4 takes as well."""
+    found = take_launches(monkeypatch)
+    dropout.mask(5, 0, 8, 0.1, 64, 4096, torch.device("meta"), dtype)
+    compiled = compiled_for(capability, *found[0])
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared == 0
 
 
 @pytest.mark.parametrize(
@@ -625,13 +638,13 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
     driver = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda device: 7)
     monkeypatch.setattr(launcher, "JITFunction", Kernel)
     monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=driver))
-    monkeypatch.setattr(launcher.torch.cuda, "device", Device)
+    monkeypatch.setattr(launcher.torch, "get_device_module", lambda _: SimpleNamespace(device=Device))
     monkeypatch.setattr(launcher, "_hooked", lambda: hooked[0])
     grid = (1, 2, 3)
     launch = launcher.Launcher(Kernel(), lambda *tensors_and_options: (grid, (9,), {}))
 
     def tensor(device, offset=0):
-        how = {"dtype": torch.half, "shape": (3,), "stride": lambda: (1,)}
+        how = {"device": device, "dtype": torch.half, "shape": (3,), "stride": lambda: (1,)}
         return SimpleNamespace(get_device=lambda: device, data_ptr=lambda: 256 + offset, **how)
 
     kinds = launcher.Prepared()

@@ -110,7 +110,7 @@ class Launcher:
             return
         index, active = tensors[0].get_device(), driver.active
         if active.get_current_device() != index:
-            with torch.cuda.device(index):
+            with torch.get_device_module(tensors[0].device).device(index):
                 self(tensors, numbers, options, launches)
         elif launch is None or _hooked():
             launches[self] = self._bind(*self._compile(tensors, numbers, options))

@@ -79,7 +79,7 @@ def keep_mask(
             return torch.from_numpy(keep.copy()).view(rows, columns)
         return torch.from_numpy(keep.view(np.uint8)).to(dtype).view(rows, columns)  # six times as fast as from bool
     if device.type in ("cuda", "xpu") and (triton_mask := _triton_mask()):
-        return triton_mask(seed, stream, first, p, rows, columns, device).to(dtype)
+        return triton_mask(seed, stream, first, p, rows, columns, device, dtype)
     if device.type != "mps":  # there only torch.func and a double backward want a mask as a tensor
         _warn_host_mask(device.type)
     return gpu_mask(int(seed), stream, first, count, threshold).view(rows, columns).to(device, dtype)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launcher import Launcher, kind, prepared
+
 
 def key_words(seed: torch.Tensor | int) -> tuple[torch.Tensor | None, int, int]:
     """What a kernel's arguments say of a seed: it as a tensor on the device, or the two halves of a number, integers of
@@ -79,7 +81,7 @@ def _keep_odd(word, threshold):  # type: ignore[no-untyped-def]
 def _mask_kernel(  # type: ignore[no-untyped-def]
     out, seed, low, high, stream, threshold, first, count, BLOCK: tl.constexpr
 ):  # fmt: skip
-    # One Philox counter a lane, eight mask bytes a counter: `count` bytes written, nothing read.
+    # One Philox counter a lane, eight elements a counter: `count` elements written, nothing read.
     counter = first // 8 + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     index_low, index_high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     key_low, key_high = _key(seed, low, high)
@@ -88,19 +90,36 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
         word = found[lane // 2]
         keep = _keep(word, threshold) if lane % 2 == 0 else _keep_odd(word, threshold)
         index = counter * 8 + lane - first
-        tl.store(out + index, keep, mask=(index >= 0) & (index < count))
+        tl.store(out + index, keep.to(out.dtype.element_ty), mask=(index >= 0) & (index < count))
+
+
+def _prepare_mask(out, seed, offset, _):  # type: ignore[no-untyped-def]
+    block = 1024
+    return (triton.cdiv((offset + out.numel() + 7) // 8, block), 1, 1), (out.numel(), block), {}
+
+
+_launch_mask = Launcher(_mask_kernel, _prepare_mask)
 
 
 def mask(
-    seed: torch.Tensor | int, stream: int, first: int, p: float, rows: int, columns: int, device: torch.device
+    seed: torch.Tensor | int,
+    stream: int,
+    first: int,
+    p: float,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bool,
 ) -> torch.Tensor:
-    """Mask elements ``[first, first + rows * columns)`` as a (rows, columns) bool tensor on ``device``."""
-    out = torch.empty(rows, columns, dtype=torch.bool, device=device)
-    block = 1024
-    counters = (first + out.numel() + 7) // 8 - first // 8
-    if counters:
-        with torch.get_device_module(device).device(device):
-            _mask_kernel[(triton.cdiv(counters, block),)](
-                out.view(torch.int8), *key_words(seed), *stream_words(stream, p), first, out.numel(), BLOCK=block
-            )
+    """Mask elements ``[first, first + rows * columns)`` as a (rows, columns) tensor of ones and zeros on ``device``."""
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    if out.numel():
+        bits = out.view(torch.int8) if dtype is torch.bool else out
+        key_tensor, low, high = key_words(seed)
+        options = first % 8, first >= 2**31  # a number of 64 bits is another kernel's
+        key = mask, out.get_device(), kind(bits), kind(key_tensor), options
+        launches = prepared.get(key)
+        if launches is None:
+            launches = prepared.keep(key, {})
+        _launch_mask((bits, key_tensor), (low, high, *stream_words(stream, p), first), options, launches)
     return out
