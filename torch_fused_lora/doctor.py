@@ -164,7 +164,7 @@ def examine() -> Report:
 
 
 def _examine_device(device: torch.device) -> Device:
-    backends = {operator.name: backend_of(operator.name, device.type) for operator in Operator.__subclasses__()}
+    backends = {operator.name: backend_of(operator.name, device.type) for operator in Operator.made}
     name = str(_probe(lambda: device_name(device)))
     ways = "as `doctor --plan` says" if device.type == "mps" else str(limits_of(device.type))
     tuned = str(_probe(lambda: tuned_on(device)))

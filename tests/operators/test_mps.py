@@ -54,7 +54,7 @@ def start():
     return begin
 
 
-OPERATORS = [f"{operator.name}_{way}" for operator in Operator.__subclasses__() for way in ("forward", "backward")]
+OPERATORS = [f"{operator.name}_{way}" for operator in Operator.made for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

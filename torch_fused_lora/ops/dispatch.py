@@ -25,7 +25,7 @@ import contextlib
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, ClassVar, Final, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -201,6 +201,8 @@ class Operator:
     serves the backward. The schemas have no default values: a dispatcher would drop them.
     """
 
+    made: ClassVar[list[Operator]] = []
+
     name: str  # the public operator's
     schemas: tuple[str, str]  # of forward and backward; this returns Tensor[], or Tensor where there is one input
     inputs: int  # how many of the forward's leading arguments have gradients
@@ -279,6 +281,7 @@ class Operator:
         raise NotImplementedError
 
     def __init__(self) -> None:
+        self.made.append(self)
         forward, backward = f"{self.name}_forward", f"{self.name}_backward"
         for name, schema in zip((forward, backward), self.schemas, strict=True):
             define(name, schema)

@@ -38,10 +38,9 @@ from ..dispatch import (
     route,
     savable,
 )
-from ..dropout import as_seed
 from ..lora_linear import differentiable, portable
+from ..lora_linear.adapted import Adapted
 from ..lora_linear.arguments import (
-    as_scaling,
     call_options,
     check_adapters,
     check_devices,
@@ -117,7 +116,7 @@ def lora_delta_stacked(
     return _operator.call(way, caller, inputs, *options, False, checked=checked)
 
 
-class _LoRADelta(dispatch.Operator):
+class _LoRADelta(Adapted):
     name = "lora_delta"
     schemas = (
         "(Tensor y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? seed, float[] dropout_p, "
@@ -126,8 +125,8 @@ class _LoRADelta(dispatch.Operator):
         "float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
     )
     inputs = 5
+    operands = 3
     adds_to_first = True
-    patch = "patch_peft"
     instead = "leave the model unpatched (torch_fused_lora.unpatch_peft)"
 
     @staticmethod
@@ -237,29 +236,8 @@ class _LoRADelta(dispatch.Operator):
         _, _, need_A, need_B, need_scaling = needs
         need_h = need_B or need_scaling
         results = kernel(y, x, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
-        saved = (
-            savable(x) if need_A else None,
-            lora_A,
-            lora_B,
-            results[1] if need_h else None,
-            scaling if isinstance(scaling, Tensor) else None,
-        )
-        return results, saved, (scaling if saved[4] is None else None, seed, dropout_p, ranks)
-
-    @staticmethod
-    def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
-        x, lora_A, lora_B, h, saved_scaling = saved
-        scaling, seed, dropout_p, ranks = rest
-        if anew and x is not None and h is not None:
-            h = differentiable.low_rank(x, lora_A, seed, dropout_p, ranks)
-        if saved_scaling is not None:
-            scaling = saved_scaling
-        return x, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs
-
-    def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Any:
-        x, lora_A, lora_B, scaling, h, seed, *rest = arguments
-        operands = x, lora_A, lora_B, as_scaling(scaling, grad), h, as_seed(seed)
-        return super().gradients(grad, (*operands, *rest), needs)
+        operands = savable(x) if need_A else None, lora_A, lora_B
+        return _LoRADelta.kept(results, operands, need_h, scaling, seed, dropout_p, ranks)
 
 
 _operator = _LoRADelta()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +40,10 @@ from ..dispatch import (
     route,
     savable,
 )
-from ..dropout import as_seed
 from ..rows import DTYPES, DTYPES_TEXT, HALF
 from . import differentiable, portable
+from .adapted import Adapted
 from .arguments import (
-    as_scaling,
     call_options,
     check_adapters,
     check_devices,
@@ -133,7 +132,7 @@ def lora_linear_stacked(
 _refuse = functools.partial(dispatch.refuse, "lora_linear")
 
 
-class _LoRALinear(dispatch.Operator):
+class _LoRALinear(Adapted):
     name = "lora_linear"
     schemas = (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor? seed, "
@@ -142,7 +141,7 @@ class _LoRALinear(dispatch.Operator):
         "Tensor? seed, float[] dropout_p, SymInt[] ranks, bool[] needs) -> Tensor[]",
     )
     inputs = 6
-    patch = "patch_peft"
+    operands = 4
     instead = "leave the model unpatched (torch_fused_lora.unpatch_peft)"
 
     @staticmethod
@@ -269,30 +268,9 @@ class _LoRALinear(dispatch.Operator):
         need_x, need_weight, _, need_A, need_B, need_scaling = needs
         need_h = need_B or need_scaling
         results = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
-        saved = (
-            savable(x) if need_A or need_weight else None,
-            weight if need_x else None,
-            lora_A,
-            lora_B,
-            results[1] if need_h else None,
-            scaling if isinstance(scaling, Tensor) else None,
-        )
-        return results, saved, (scaling if saved[5] is None else None, seed, dropout_p, ranks)
-
-    @staticmethod
-    def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
-        x, weight, lora_A, lora_B, h, saved_scaling = saved
-        scaling, seed, dropout_p, ranks = rest
-        if anew and x is not None and h is not None:
-            h = differentiable.low_rank(x, lora_A, seed, dropout_p, ranks)
-        if saved_scaling is not None:
-            scaling = saved_scaling
-        return x, weight, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, needs
-
-    def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
-        x, weight, lora_A, lora_B, scaling, h, seed, *rest = arguments
-        operands = x, weight, lora_A, lora_B, as_scaling(scaling, grad), h, as_seed(seed)
-        return super().gradients(grad, (*operands, *rest), needs)
+        saved_x = savable(x) if need_A or need_weight else None
+        operands = saved_x, weight if need_x else None, lora_A, lora_B
+        return _LoRALinear.kept(results, operands, need_h, scaling, seed, dropout_p, ranks)
 
 
 _operator = _LoRALinear()

@@ -35,10 +35,9 @@ from ..dispatch import (
     route,
     savable,
 )
-from ..dropout import as_seed
 from ..lora_linear import differentiable
+from ..lora_linear.adapted import Adapted
 from ..lora_linear.arguments import (
-    as_scaling,
     call_options,
     check_adapters,
     check_devices,
@@ -150,7 +149,7 @@ def lora_linear_quantized_stacked(
     return _operator.call(way, caller, inputs, *options, bits, group_size, False, checked=checked)
 
 
-class _Quantized(dispatch.Operator):
+class _Quantized(Adapted):
     name = "lora_linear_quantized"
     schemas = (
         "(Tensor x, Tensor weight, Tensor scales, Tensor biases, Tensor? bias, Tensor? lora_A, Tensor? lora_B, "
@@ -161,7 +160,7 @@ class _Quantized(dispatch.Operator):
         "bool[] needs) -> Tensor[]",
     )
     inputs = 8
-    patch = "patch_peft"
+    operands = 6
     instead = "dequantise the model (torch_fused_lora.dequantize_)"
 
     @staticmethod
@@ -295,25 +294,17 @@ class _Quantized(dispatch.Operator):
         need_A, need_B, need_scaling = needs[5:]
         need_h = lora_A is not None and (need_B or need_scaling)
         results = kernel(x, *arguments[:-1], need_h)
-        is_tensor = isinstance(scaling, Tensor)
-        adapter = lora_A, lora_B, results[1] if need_h else None, scaling if is_tensor else None
-        return results, (savable(x) if need_A else None, *packed, *adapter), (None if is_tensor else scaling, options)
+        operands = savable(x) if need_A else None, *packed, lora_A, lora_B
+        return _Quantized.kept(results, operands, need_h, scaling, *options)
 
     @staticmethod
     def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
-        x, *packed, lora_A, lora_B, h, saved_scaling = saved
-        scaling, (seed, dropout_p, ranks, *its_format) = rest
-        if anew and x is not None and h is not None:
-            h = differentiable.low_rank(x, lora_A, seed, dropout_p, ranks)
-        if saved_scaling is not None:
-            scaling = saved_scaling
-        needs = needs[0], *needs[4:7], needs[7] and lora_A is not None
-        return x, *packed, lora_A, lora_B, scaling, h, seed, dropout_p, ranks, *its_format, needs
+        lora_A = saved[4]
+        its_needs = needs[0], *needs[4:7], needs[7] and lora_A is not None
+        return Adapted.restore(saved, rest, its_needs, anew)
 
     def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
-        *leading, scaling, h, seed, dropout_p, ranks, bits, group_size, needs = arguments
-        arguments = *leading, as_scaling(scaling, grad), h, as_seed(seed), dropout_p, ranks, bits, group_size, needs
-        return super().gradients(grad, arguments, portable.with_packed(*needs))
+        return super().gradients(grad, arguments, portable.with_packed(*arguments[-1]))
 
 
 def _check_packed(
