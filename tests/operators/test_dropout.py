@@ -171,6 +171,7 @@ def test_backward_finds_a_small_mask_of_forward_s(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(operator, "_philox64", None)
         draw().fill_(True)  # whose memory is its own
+        draw(torch.uint8).fill_(1)
         for dtype in (torch.bool, torch.float32, torch.bfloat16):
             assert torch.equal(draw(dtype), expected.to(dtype))
     monkeypatch.setattr(operator, "_philox64", None)

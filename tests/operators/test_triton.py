@@ -87,27 +87,6 @@ with torch.no_grad():
     assert none == [None, None]
     Exact(grad.double().T @ h.double() / 2, grad.double().abs().T @ h.double().abs() / 2, M).check(alone)
 
-# The same of x and dY in any shape, rows one after the other or not.
-K, N, r = 136, 72, 5
-for M, p in ((12, 0.0), (70, 0.0), (70, 0.3)):
-    x, grad = torch.randn(M, K, dtype=torch.float16), torch.randn(M, N).to(torch.float16)
-    W, A, B = (torch.randn(*s) for s in ((N, K), (r, K), (N, r)))
-    found = []
-    for shape in ((M, K), (2, 1, M // 2, K)):
-        for gaps in (False, True):
-            torch.manual_seed(3)
-            own_x, own_grad = x.view(shape), grad.view(*shape[:-1], N)
-            if gaps:
-                own_x, own_grad = (torch.cat([t, t], 1).narrow(1, 0, t.shape[1]) for t in (own_x, own_grad))
-            operands = own_x.detach().requires_grad_(), W.half(), None, A.requires_grad_(), B.requires_grad_()
-            y = tfl.lora_linear(*operands, 0.5, p, True)
-            grads = torch.autograd.grad(y, [operands[0], A, B], own_grad)
-            delta = tfl.lora_delta(own_grad, *operands[::3], B, 0.5, p, True)
-            assert y.shape == delta.shape == own_grad.shape and grads[0].shape == own_x.shape
-            found.append([t.reshape(-1) for t in (y, *grads, delta)])
-    for others in found[1:]:
-        assert all(map(torch.equal, found[0], others)), (M, p)
-
 # On Hopper up to 64 rows are one pass over the weight, too.
 kernels.begins_early = lambda device: True
 M, K, N, r = 40, 130, 2052, 5
@@ -148,6 +127,93 @@ for M, K, N, ranks, dropouts, dtype, adapter_dtype in (
         if name in exact:
             exact[name].check(found, name)
 """)
+
+
+def test_operands_of_any_shape():
+    """The same bits as of matrices, whether rows lie one after the other or not, by one product for all rows; and y may
+    be changed in place. As on a card, where nothing is packed first."""
+    interpret("""
+from torch.utils._python_dispatch import TorchDispatchMode
+import torch_fused_lora as tfl
+from torch_fused_lora.ops.lora_delta import operator as delta_operator
+from torch_fused_lora.ops import dispatch
+from torch_fused_lora.ops.lora_linear import portable
+dispatch.dispatch_modes = lambda: 0  # else it would see the operators
+portable.HALF = frozenset()
+delta_operator.flat, delta_operator.packed = lambda t: t, lambda *t: t
+half, products = torch.float16, []
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        products.append(str(function.overloadpacket))
+        return function(*arguments, **(options or {}))
+
+def packed(t):
+    return t
+
+def with_gaps(t):
+    return torch.cat([t, t], 1).narrow(1, 0, t.shape[1])
+
+def transposed(t):  # of a batch of one: packed but for a stride that nothing reads
+    return t.view(1, len(t), -1).transpose(0, 1)
+
+K, N, r = 136, 72, 5
+for M, p, has_bias in ((12, 0.0, False), (70, 0.0, True), (70, 0.0, False), (70, 0.3, True)):
+    x, grad, bias = (torch.randn(shape).to(half) for shape in ((M, K), (M, N), (N,)))
+    bias = bias if has_bias else None
+    W, A, B = torch.randn(N, K).to(half), torch.randn(r, K).requires_grad_(), torch.randn(N, r).requires_grad_()
+    found = []
+    for shape, layout in (
+        ((M,), packed), ((M,), with_gaps), ((2, 1, M // 2), packed), ((2, 1, M // 2), with_gaps), ((M, 1), transposed)
+    ):
+        torch.manual_seed(3)
+        own_x, own_grad = layout(x.view(*shape, K)), layout(grad.view(*shape, N))
+        leaves = own_x.detach().requires_grad_(), A, B
+        y = tfl.lora_linear(leaves[0], W, bias, A, B, 0.5, p, True)
+        before = y.detach().clone()
+        y += 1
+        delta = tfl.lora_delta(own_grad, leaves[0], A, B, 0.5, p, True)
+        gradients = [*torch.autograd.grad(y, leaves, own_grad), *torch.autograd.grad(delta, leaves, own_grad)]
+        assert y.shape == delta.shape == own_grad.shape and gradients[0].shape == gradients[3].shape == own_x.shape
+        found.append([t.reshape(-1) for t in (before, delta, *gradients)])
+        with Watching():
+            y = tfl.lora_linear(own_x, W, bias, A, B, 0.5, p, True)
+            torch.autograd.grad(tfl.lora_linear(leaves[0], W, bias, A, B, 0.5, p, True), leaves, own_grad)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others)), (M, p)
+assert "aten.mm" in products and "aten.bmm" not in products, set(products)
+""")
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_what_does_not_fit_is_refused(rows):
+    """However few its rows are, by whoever knows dtypes and layouts to fit."""
+    interpret(
+        f"M = {rows}"
+        + """
+from torch_fused_lora.affine import quantize
+from torch_fused_lora.ops.lora_delta.operator import lora_delta_stacked
+from torch_fused_lora.ops.lora_linear.operator import lora_linear_stacked
+from torch_fused_lora.ops.lora_linear_quantized.operator import lora_linear_quantized_stacked
+K, N, r = 128, 72, 5
+for call, wrongs in (
+    (lora_linear_stacked, (0, 1, 2, 3)), (lora_delta_stacked, (0, 2, 3)), (lora_linear_quantized_stacked, (0, 2, 3))
+):
+    for wrong in wrongs:
+        shapes = [[M, K], [N, K], [r, K], [N, r]]
+        shapes[wrong][-1] += 8
+        x, W, A, B = (torch.randn(s) for s in shapes)
+        x, y = x.half(), torch.randn(M, N).half()
+        base = {lora_linear_stacked: (x, W.half(), None), lora_delta_stacked: (y, x)}
+        base[lora_linear_quantized_stacked] = x, quantize(torch.randn(N, K), 4, 64), None
+        try:
+            call(*base[call], A, B, 0.5, checked=True)
+        except ValueError as error:
+            assert f"{call.__name__[:-8]}: " in str(error), error
+        else:
+            raise AssertionError((call, shapes))
+"""
+    )
 
 
 def test_lora_delta():

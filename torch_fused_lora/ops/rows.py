@@ -36,6 +36,13 @@ def by_rows(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else flat(x)
 
 
+def folds(x: Tensor) -> bool:
+    """Whether torch's products take x, of three dimensions or more, as one matrix of rows: by all of its strides, those
+    of dimensions of one element, too. Else they make a product of each row."""
+    sizes, strides = x.shape, x.stride()
+    return x.dim() > 2 and all(strides[i] == strides[i + 1] * sizes[i + 1] for i in range(x.dim() - 1))
+
+
 def count_rows(x: Tensor) -> int:
     return x.shape[0] if x.dim() == 2 else x.numel() // max(x.shape[-1], 1)
 

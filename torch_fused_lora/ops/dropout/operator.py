@@ -77,7 +77,8 @@ def keep_mask(
             return torch.from_numpy(keep.astype(np.float32)).view(rows, columns)
         if dtype is torch.bool:  # a copy: what was drawn may serve again
             return torch.from_numpy(keep.copy()).view(rows, columns)
-        return torch.from_numpy(keep.view(np.uint8)).to(dtype).view(rows, columns)  # six times as fast as from bool
+        # six times as fast as from bool
+        return torch.from_numpy(keep.view(np.uint8)).to(dtype, copy=True).view(rows, columns)
     if device.type in ("cuda", "xpu") and (triton_mask := _triton_mask()):
         return triton_mask(seed, stream, first, p, rows, columns, device, dtype)
     if device.type != "mps":  # there only torch.func and a double backward want a mask as a tensor

@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..dropout.triton import keep_tile, key_words, stream_words
 from ..launcher import Launcher, Launches, begins_early, kind, prepared
-from ..rows import flat
+from ..rows import flat, folds
 from .ways import carrying_rank, tuned_layers
 
 FEW = 16  # rows, the least that the matrix units take
@@ -168,12 +168,13 @@ ONE: Scale = (1.0, None)
 
 
 class _Plan(NamedTuple):
-    """Of one direction of a layer, what is decided and `prepared`. ``shape``: of the result of the full width.
-    ``gluon``: the kernels whose base product carries the rank, if it does. h or z is made in parts of the columns,
-    added up where it is carried. A backward makes sums over rows in splits of them: where in its work space of ``size``
-    float32 these begin, after z, and the counters."""
+    """Of one direction of a layer, what is decided and `prepared`. ``shape``: of the result of the full width, and
+    ``whole``: whether torch's product makes it so, as no view. ``gluon``: the kernels whose base product carries the
+    rank, if it does. h or z is made in parts of the columns, added up where it is carried. A backward makes sums over
+    rows in splits of them: where in its work space of ``size`` float32 these begin, after z, and the counters."""
 
     shape: tuple[int, ...]
+    whole: bool
     M: int
     r: int
     parts: int
@@ -205,27 +206,36 @@ def forward(
         *(forward, device, save_h, tuned, dropouts.kind()),
         *(kind(x), kind(weight), kind(bias), kind(A), kind(B), kind(scale[1])),
     )
-    plan = prepared.get(key) or prepared.keep(key, _plan_forward(x, weight, A, B, tuned))
+    plan = prepared.get(key) or prepared.keep(key, _plan_forward(x, weight, bias, A, B, tuned))
     if plan.one_pass:
         return _few_rows(plan, x, weight, bias, A, B, scale, save_h)
     if plan.gluon is None:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x if plan.whole else flat(x), weight, bias)
         return y, _add_delta_(plan, y, x, A, B, scale, dropouts, save_h)
     found, h, saved = _low_rank(plan, x, A, dropouts, save_h)
     return plan.gluon.product(plan.launches, plan.shape, x, weight, True, bias, plan.parts, found, B, scale, h), saved
 
 
-def _plan_forward(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, tuned: Any) -> _Plan:
+def _plan_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, tuned: Any) -> _Plan:
     """``tuned``: None where x is dropped."""
-    shape, x = (*x.shape[:-1], B.shape[0]), flat(x)
+    check_fit(x, A, B, weight.shape)
+    shape, whole, x = (*x.shape[:-1], B.shape[0]), bias is None and folds(x), flat(x)
     (M, K), (N, r) = x.shape, B.shape
     way, tiles = tuned or (0, None)
     gluon = carrying_rank(x, weight, N, way)
     one_pass = tuned is not None and gluon is None and is_one_pass(M, N, r, x.get_device())
     # One pass makes h itself, but to split each tile of A in two would take longer than all else.
-    whole = one_pass and M <= FEW and A.dtype is x.dtype
-    parts = 0 if whole else parts_of(M, K, r, gluon is not None, tiles)
-    return _Plan(shape, M, r, parts, gluon, tiles, {}, one_pass)
+    alone = one_pass and M <= FEW and A.dtype is x.dtype
+    parts = 0 if alone else parts_of(M, K, r, gluon is not None, tiles)
+    return _Plan(shape, whole, M, r, parts, gluon, tiles, {}, one_pass)
+
+
+def check_fit(x: Tensor, A: Any, B: Any, shape: tuple[int, ...]) -> None:
+    """Raise RuntimeError, as torch's products do, for operands that fit no base of this shape: the kernels do not."""
+    N, K = shape
+    if x.shape[-1] != K or (A is not None and (A.shape != (B.shape[1], K) or B.shape[0] != N)):
+        shapes = [tuple(t.shape) for t in (x, A, B) if t is not None]
+        raise RuntimeError(f"operands of shapes {shapes} do not fit a base of shape {(N, K)}")
 
 
 def _few_rows(
@@ -265,13 +275,14 @@ def add_delta_(
     scale = as_scale(scaling, x)
     tensors = kind(y), kind(x), kind(A), kind(B), kind(scale[1])
     key = add_delta_, x.get_device(), save_h, dropouts.kind(), *tensors
-    plan = prepared.get(key) or prepared.keep(key, _plan_delta(x, A))
+    plan = prepared.get(key) or prepared.keep(key, _plan_delta(y, x, A, B))
     return _add_delta_(plan, y, x, A, B, scale, dropouts, save_h)
 
 
-def _plan_delta(x: Tensor, A: Tensor) -> _Plan:
+def _plan_delta(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> _Plan:
+    check_fit(x, A, B, (y.shape[-1], x.shape[-1]))
     (M, K), r = flat(x).shape, A.shape[0]
-    return _Plan((), M, r, parts_of(M, K, r), None, None, {})
+    return _Plan((), False, M, r, parts_of(M, K, r), None, None, {})
 
 
 def _add_delta_(
@@ -286,13 +297,13 @@ def low_rank(
     launches: Launches, parts: int, x: Tensor, A: Tensor, save_h: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x Aᵀ of a matrix x in float32, in so many parts; what is to become h, and what is to be saved."""
-    return _low_rank(_Plan((), x.shape[0], A.shape[0], parts, None, None, launches), x, A, NO_DROPOUTS, save_h)
+    return _low_rank(_Plan((), False, x.shape[0], A.shape[0], parts, None, None, launches), x, A, NO_DROPOUTS, save_h)
 
 
 def _low_rank(
     plan: _Plan, x: Tensor, A: Tensor, dropouts: Dropouts, save_h: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    _, M, r, parts, gluon, tiles, launches, *_ = plan
+    _, _, M, r, parts, gluon, tiles, launches, *_ = plan
     carried = gluon is not None
     found = x.new_empty(parts * M, r, dtype=torch.float32)
     each = dropouts.each
@@ -338,7 +349,7 @@ def backward(
     (r, K), launches, gluon = A.shape, plan.launches, plan.gluon
     grad_x = None
     if need_x and gluon is None:
-        grad_x = grad.new_empty(plan.shape) if base is None else base(grad)
+        grad_x = grad.new_empty(plan.shape) if base is None else base(grad if plan.whole else flat(grad))
     grad_A = None if x is None else grad.new_empty(r, K, dtype=A.dtype)
     grad_B = None if h is None else grad.new_empty(B.shape, dtype=B.dtype if scale_h else torch.float32)
     scale_B = scale if scale_h else ONE
@@ -373,13 +384,13 @@ def _plan_backward(
     grad: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, need_x: bool, need_A: bool, dropping: int, tuned: Any
 ) -> _Plan:
     """``tuned``: None where so many adapters drop."""
-    (r, K), shape, grad = A.shape, (*grad.shape[:-1], A.shape[1]), flat(grad)
+    (r, K), shape, whole, grad = A.shape, (*grad.shape[:-1], A.shape[1]), folds(grad), flat(grad)
     M, N = grad.shape
     way, tiles = tuned or (0, None)
     gluon = carrying_rank(grad, weight, K, way) if need_x and dropping < 2 else None
     carried, drops = gluon is not None, dropping > 0
     if not (need_x or need_A):  # nothing zeroes counters
-        return _Plan(shape, M, r, 0, gluon, None, {})
+        return _Plan(shape, whole, M, r, 0, gluon, None, {})
     parts, splits = parts_of(M, N, r, carried, tiles), 1
     rows, columns, *_ = tile("gradients", M, r, drops, carried, tiles)
     blocks = (ceil_div(K, columns) + ceil_div(N, columns)) * ceil_div(r, _rank_block(r))
@@ -390,7 +401,7 @@ def _plan_backward(
     sums = ceil_div(parts * M * r, 16) * 16  # aligned
     counters = sums + (splits * r * (K + N) if splits > 1 else 0)
     size = counters + (blocks if splits > 1 else 0)
-    return _Plan(shape, M, r, parts, gluon, tiles, {}, False, splits, sums, counters, size)
+    return _Plan(shape, whole, M, r, parts, gluon, tiles, {}, False, splits, sums, counters, size)
 
 
 def _product(

@@ -39,7 +39,10 @@ def product(
     number, factor = as_scale(scaling, rows)
     given = rows, words, scales, biases, bias, lora_A, lora_B, factor
     key = product, rows.get_device(), save_h, bits, group_size, *map(kind, given)
-    launches = prepared.get(key) or prepared.keep(key, {})
+    launches = prepared.get(key)
+    if launches is None:
+        low_rank.check_fit(rows, lora_A, lora_B, (scales.shape[0], scales.shape[1] * group_size))
+        launches = prepared.keep(key, {})
     out = rows.new_empty((rows.shape[0], scales.shape[0]))
     found, parts, h, saved = None, 1, None, None
     if lora_A is not None:
