@@ -111,9 +111,9 @@ def lora_delta_stacked(
     """`lora_delta` for stacked adapters, as `lora_linear_stacked` is `lora_linear`."""
     if way is None:
         way = route(x)
-    scaling, *options = call_options(x, way, scaling, dropout_p, ranks)
+    scaling, seed, dropout_p, ranks = call_options(x, way, scaling, dropout_p, ranks)
     inputs = (y, x, lora_A, lora_B, scaling)
-    return _operator.call(way, caller, inputs, *options, False, checked=checked)
+    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
 
 
 class _LoRADelta(Adapted):
@@ -236,8 +236,14 @@ class _LoRADelta(Adapted):
         _, _, need_A, need_B, need_scaling = needs
         need_h = need_B or need_scaling
         results = kernel(y, x, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
-        operands = savable(x) if need_A else None, lora_A, lora_B
-        return _LoRADelta.kept(results, operands, need_h, scaling, seed, dropout_p, ranks)
+        saved = (
+            savable(x) if need_A else None,
+            lora_A,
+            lora_B,
+            results[1] if need_h else None,
+            scaling if isinstance(scaling, Tensor) else None,
+        )
+        return results, saved, (None if saved[4] is scaling else scaling, seed, dropout_p, ranks)
 
 
 _operator = _LoRADelta()

@@ -1,4 +1,4 @@
-"""What lora_linear, lora_linear_quantized and lora_delta keep of a call for its backward, and give to that."""
+"""What lora_linear, lora_linear_quantized and lora_delta give to their backward, of what they kept of a call."""
 
 from __future__ import annotations
 
@@ -16,18 +16,12 @@ from .arguments import as_scaling
 
 class Adapted(dispatch.Operator):
     """An operator with adapters. Its backward's arguments are the gradient, ``operands``, of which x is the first and
-    the adapters are the last, scaling, h, seed, dropout_p, ranks, others and needs. Of a call by the portable kernel,
-    scaling and seed may be numbers."""
+    the adapters are the last, scaling, h, seed, dropout_p, ranks, others and needs. `record` saves the operands, h, and
+    a scaling that is a tensor, or None; the rest is a scaling that is none, or None, and what comes after h. Of a call
+    by the portable kernel, scaling and seed may be numbers."""
 
     operands: int  # how many of them
     patch = "patch_peft"
-
-    @staticmethod
-    def kept(results: Any, operands: tuple[Any, ...], need_h: bool, scaling: float | Tensor, *options: Any) -> Any:
-        """What `record` returns."""
-        is_tensor = isinstance(scaling, Tensor)
-        saved = *operands, results[1] if need_h else None, scaling if is_tensor else None
-        return results, saved, (None if is_tensor else scaling, *options)
 
     @staticmethod
     def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...torch_private import dispatch_modes
-from ..dispatch import BY_PORTABLE, Floats, Ints, Maybe, Route, Seed
+from ..dispatch import BY_DISPATCHER, BY_PORTABLE, Floats, Ints, Maybe, Route, Seed
 from ..dropout import draw_seed
 from ..rows import DTYPES, DTYPES_TEXT, HALF, wide_dtype
 
@@ -35,8 +35,10 @@ def call_options(
     """Scaling, a fresh seed if anything drops, probabilities and ranks of a call. A portable kernel takes numbers as
     they are."""
     portable = way is BY_PORTABLE
-    if not (portable and type(scaling) is float):
+    if type(scaling) is not float or way is BY_DISPATCHER:
         scaling = as_scaling(scaling, x)
+    elif not portable:  # no mode watches, no compiler
+        scaling = _cached_scalar(scaling, wide_dtype(x.dtype))
     return (scaling, draw_seed(x, portable), dropout_p, ranks) if any(dropout_p) else (scaling, None, (), ())
 
 

@@ -124,9 +124,9 @@ def lora_linear_stacked(
     """
     if way is None:
         way = route(x)
-    scaling, *options = call_options(x, way, scaling, dropout_p, ranks)
+    scaling, seed, dropout_p, ranks = call_options(x, way, scaling, dropout_p, ranks)
     inputs = (x, weight, bias, lora_A, lora_B, scaling)
-    return _operator.call(way, caller, inputs, *options, False, checked=checked)
+    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, False, checked=checked)
 
 
 _refuse = functools.partial(dispatch.refuse, "lora_linear")
@@ -268,9 +268,15 @@ class _LoRALinear(Adapted):
         need_x, need_weight, _, need_A, need_B, need_scaling = needs
         need_h = need_B or need_scaling
         results = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
-        saved_x = savable(x) if need_A or need_weight else None
-        operands = saved_x, weight if need_x else None, lora_A, lora_B
-        return _LoRALinear.kept(results, operands, need_h, scaling, seed, dropout_p, ranks)
+        saved = (
+            savable(x) if need_A or need_weight else None,
+            weight if need_x else None,
+            lora_A,
+            lora_B,
+            results[1] if need_h else None,
+            scaling if isinstance(scaling, Tensor) else None,
+        )
+        return results, saved, (None if saved[5] is scaling else scaling, seed, dropout_p, ranks)
 
 
 _operator = _LoRALinear()

@@ -143,10 +143,10 @@ def lora_linear_quantized_stacked(
     """`lora_linear_quantized` for stacked adapters, as `lora_linear_stacked` is `lora_linear`."""
     if way is None:
         way = route(x)
-    scaling, *options = call_options(x, way, scaling, dropout_p, ranks)
+    scaling, seed, dropout_p, ranks = call_options(x, way, scaling, dropout_p, ranks)
     *tensors, bits, group_size = packed
     inputs = (x, *tensors, bias, lora_A, lora_B, scaling)
-    return _operator.call(way, caller, inputs, *options, bits, group_size, False, checked=checked)
+    return _operator.call(way, caller, inputs, seed, dropout_p, ranks, bits, group_size, False, checked=checked)
 
 
 class _Quantized(Adapted):
@@ -294,8 +294,10 @@ class _Quantized(Adapted):
         need_A, need_B, need_scaling = needs[5:]
         need_h = lora_A is not None and (need_B or need_scaling)
         results = kernel(x, *arguments[:-1], need_h)
-        operands = savable(x) if need_A else None, *packed, lora_A, lora_B
-        return _Quantized.kept(results, operands, need_h, scaling, *options)
+        is_tensor = isinstance(scaling, Tensor)
+        adapter = lora_A, lora_B, results[1] if need_h else None, scaling if is_tensor else None
+        saved = savable(x) if need_A else None, *packed, *adapter
+        return results, saved, (None if is_tensor else scaling, *options)
 
     @staticmethod
     def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
