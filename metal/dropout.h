@@ -1,4 +1,4 @@
-// Dropout from a seed: the mask that torch_fused_lora/ops/dropout.py defines, drawn again wherever it is needed.
+// Dropout from a seed: the mask that torch_fused_lora/ops/dropout/ defines, drawn again wherever it is needed.
 #pragma once
 
 #include "operands.h"

@@ -52,7 +52,7 @@ def f64(x: Tensor) -> Tensor:
 
 
 def masks(rows: int, cols: int, dropout_p: tuple[float, ...], ranks: tuple[int, ...], r: int):
-    """(ranks of an adapter, what multiplies its side of an M x K matrix), as ops/dropout.py defines it."""
+    """(ranks of an adapter, what multiplies its side of an M x K matrix), as ops/dropout/ defines it."""
     if not dropout_p:
         return [(slice(0, r), 1.0)]
     found, begin = [], 0

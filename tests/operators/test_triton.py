@@ -701,7 +701,12 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
         def run(self, *arguments):
             notes.append(("launched", current[0], arguments[:3], arguments[9:]))
 
-    driver = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda device: 7)
+    target = SimpleNamespace(backend="cuda")
+    driver = SimpleNamespace(
+        get_current_device=lambda: current[0],
+        get_current_stream=lambda device: 7,
+        get_current_target=lambda: target,
+    )
     monkeypatch.setattr(launcher, "JITFunction", Kernel)
     monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=driver))
     monkeypatch.setattr(launcher.torch, "get_device_module", lambda _: SimpleNamespace(device=Device))
@@ -741,6 +746,11 @@ def test_a_launcher_compiles_once_for_a_key_and_launches_on_the_tensors_device(m
     call(x, None, "a", "k")
     assert notes == [*expected, ("compiled", 0, grid, (x, None, 5, 9))]
     assert current == [0]
+    hooked[0], target.backend = False, "hip"  # Triton launches, every time
+    notes.clear()
+    for _ in range(2):
+        call(x, None, "a", "another")
+    assert [how for how, *_ in notes] == ["compiled"] * 2
 
 
 def test_a_bias_of_any_stride_over_packed_words():

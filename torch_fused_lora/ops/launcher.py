@@ -71,7 +71,7 @@ def _bind(compiled: Any, grid: Grid, arguments: tuple[Any, ...], _: tuple[Any, .
 
 
 class Launcher:
-    """A Triton kernel, whose launches are prepared once for what decides them.
+    """A Triton kernel, whose launches are prepared once for what decides them; on other makers' GPUs Triton makes each.
 
     Its first arguments are the tensors, then come numbers that differ from call to call, for which it specialises no
     code. ``prepare(*tensors, *options)`` returns the grid, the other arguments, and how to compile it. Where the kernel
@@ -113,7 +113,9 @@ class Launcher:
             with torch.get_device_module(tensors[0].device).device(index):
                 self(tensors, numbers, options, launches)
         elif launch is None or _hooked():
-            launches[self] = self._bind(*self._compile(tensors, numbers, options))
+            compiled = self._compile(tensors, numbers, options)
+            if active.get_current_target().backend == "cuda":  # only NVIDIA's launches are known
+                launches[self] = self._bind(*compiled)
         else:  # a pointer, since of a tensor Triton would ask the driver
             pointers = [None if t is None else t.data_ptr() for t in tensors]
             launch(active.get_current_stream(index), pointers, numbers)

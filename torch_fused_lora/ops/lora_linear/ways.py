@@ -135,9 +135,8 @@ def choose(
                 fits = lora_A.shape[1] % 8 == 0  # tiles begin at whole counters of 8 elements
             elif tuned:
                 fits = tuned != 2
-            elif (
-                dtype is x_dtype and count > FEW
-            ):  # torch's own calls take less of the host's time, which a graph saves
+            elif dtype is x_dtype and count > FEW:
+                # Torch's own calls take less of the host's time, which a graph saves.
                 fits = _is_captured(x) or (size >= LARGE and _carries(x))
             else:
                 fits = True
