@@ -108,7 +108,7 @@ EDITS = [
     Edit("operands.h", "level_row += rows;", ""),
     Edit("operands.h", "data += next_level;", ""),
     # dropout.h
-    Edit("dropout.h", "round < 10", "round < 9"),
+    Edit("dropout.h", "round < 7", "round < 6"),
     Edit("dropout.h", "high.y ^ counter.y ^ key.x", "high.x ^ counter.y ^ key.x"),
     Edit("dropout.h", "uint(counter >> 32)", "0u"),
     Edit("dropout.h", "rotate(words[i], 16u) >=", "words[i] >="),

@@ -16,6 +16,7 @@ from tests import ROOT
 from tests.budget import examples
 from tests.emulator import metal_on_cpu
 from tests.kernels.launch_plan import Kernels, assemble
+from tests.mutation import EDITS, METAL
 from tests.reference import MIXED, Exact
 from torch_fused_lora.ops.dropout.operator import gpu_mask, philox
 
@@ -373,3 +374,8 @@ def test_no_columns_of_x():
     y = start(3, 40, F32)
     Kernels().delta(y, torch.empty(3, 0), torch.empty(8, 0), torch.randn(40, 8), 1.0)
     assert torch.equal(y, start(3, 40, F32))
+
+
+def test_every_mutation_applies_to_the_kernels_as_they_stand():
+    for edit in EDITS:
+        assert edit.apply(source := (METAL / edit.file).read_text()) != source, edit
