@@ -216,7 +216,7 @@ EDITS = [
     Edit(DECODE, "(slice.x * LANES + lane) * RUNS", "lane * RUNS"),
     Edit(DECODE, "step = slice.y * LANES * RUNS", "step = LANES * RUNS"),
     Edit(DECODE, "across<WIDE>(run * RUN)", "across<WIDE>(0)"),
-    Edit(DECODE, "w[j] = R::decode(held[j], run)", "w[j] = R::decode(held[j], 0)"),
+    Edit(DECODE, "w[j] = rows.decode(held[j], run)", "w[j] = rows.decode(held[j], 0)"),
     Edit(DECODE, "sums[j * M + m] = sum", "sums[j + m] = sum"),
     Edit(DECODE, "if (lane == 0)", "if (true)"),
     Edit(DECODE, "up ? 0 : group * DECODE_W_ROWS", "0"),
