@@ -7,7 +7,7 @@ nn.Module.__getattr__ takes a microsecond a name, and tests nothing twice.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners import lora
@@ -25,17 +25,9 @@ from .torch_private import has_global_hook
 
 # lora_A, lora_B, the bias of lora_B's module, scaling, probability of dropout
 Adapter: TypeAlias = tuple[Tensor, Tensor, Maybe, Any, float]
-
-
-class Call(NamedTuple):
-    """A call that the operators compute. ``base``: the weight, N x K or `Packed`, and bias of a plain base, or None for
-    one that has to be called. ``cast``: whether x goes to the adapters' dtype first."""
-
-    way: Route
-    base: tuple[Any, Maybe] | None
-    adapters: list[Adapter]
-    cast: bool
-
+# A call that the operators compute: its way; the weight, N x K or `Packed`, and bias of a plain base, or None for one
+# that has to be called; the adapters; and whether x goes to their dtype first.
+Call: TypeAlias = tuple[Route, tuple[Any, Maybe] | None, list[Adapter], bool]
 
 DISABLED = "adapters are disabled"
 MERGED = "adapters are merged"
@@ -48,7 +40,8 @@ PASSING = frozenset((DISABLED, MERGED, TRACED, INACTIVE, ARGUMENTS, GLOBAL_HOOKS
 HOOKS = "hooks or a replaced forward"
 SUBCLASS = "a tensor subclass"
 
-_LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
+# Read faster.
+_LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR, _PARAMETER = nn.Linear, nn.Dropout, nn.Identity, lora.Linear, nn.Parameter
 _STRIDED, _FLOAT32 = torch.strided, torch.float32
 _AUTOCAST = frozenset((*HALF, torch.float32))  # what autocast casts
 
@@ -56,61 +49,63 @@ _AUTOCAST = frozenset((*HALF, torch.float32))  # what autocast casts
 def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
     """What a patched layer's call with x is; or why PEFT's own forward has to run. ``hooks_run``: what is `around` the
     adapters' modules runs already."""
-    if layer._disable_adapters:
+    fields = layer.__dict__
+    if fields["_disable_adapters"]:
         return DISABLED
-    if layer.merged_adapters:
+    if fields["merged_adapters"]:
         return MERGED
     if has_global_hook():
         return GLOBAL_HOOKS
-    if not isinstance(x, Tensor) or x.layout is not _STRIDED:
+    if not isinstance(x, Tensor):
         return NO_TENSOR
     way = route(x)
     if way is BY_TORCH:
         return TRACED
+    if way is BY_DISPATCHER and x.layout is not _STRIDED:
+        return NO_TENSOR
     kind = type(layer)
     if called() != _OWN or kind._original.forward is not kind._forward:
         reason = "a function is replaced" if torch.compiler.is_dynamo_compiling() else why_replaced_for(layer)
         if reason:
             return reason
-    modules = layer._modules
+    modules, dtype = fields["_modules"], x.dtype
     base = plain_base(modules["base_layer"])
-    dtype = x.dtype
+    all_A, all_B = modules["lora_A"].__dict__["_modules"], modules["lora_B"].__dict__["_modules"]
+    all_dropouts = modules["lora_dropout"].__dict__["_modules"]
     autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
-    all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-    all_dropouts = modules["lora_dropout"]._modules
     adapters: list[Adapter] = []
     adapter_dtype = None
     for name in layer.active_adapters:
         if name not in all_A:
             continue
-        adapter = adapter_of(layer, name, all_A[name], all_B[name], all_dropouts[name], hooks_run)
+        adapter = adapter_of(fields, name, all_A[name], all_B[name], all_dropouts[name], hooks_run)
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
+        dtype_A, dtype_B = adapter[0].dtype, adapter[1].dtype
         if adapter_dtype is None:
-            adapter_dtype = adapter[0].dtype
-        elif adapter[0].dtype is not adapter_dtype and not autocast:
+            adapter_dtype = dtype_A
+        elif dtype_A is not adapter_dtype and not autocast:
             return "adapters of several dtypes"
-        if adapter[1].dtype is not adapter_dtype and not autocast:
-            return f"lora_A is {adapter_dtype}, lora_B {adapter[1].dtype}"
-    if not adapters:
+        if dtype_B is not adapter_dtype and not autocast:
+            return f"lora_A is {adapter_dtype}, lora_B {dtype_B}"
+    if adapter_dtype is None:
         return INACTIVE
-    if base is not None and linear4bit.is_one(type(modules["base_layer"])):  # it may round what goes in and comes out
-        computed_in = modules["base_layer"].compute_dtype or dtype
+    if base is not None and type(base[0]) is Packed and linear4bit.is_one(type(modules["base_layer"])):
+        computed_in = modules["base_layer"].compute_dtype or dtype  # it may round what goes in and comes out
         if computed_in is not dtype or (autocast and dtype is not torch.get_autocast_dtype(x.device.type)):
             base = None
     if autocast:
         others = {dtype, *(weight.dtype for adapter in adapters for weight in adapter[:2])} - _AUTOCAST
-        return f"{others.pop()} under autocast" if others else Call(way, base, adapters, False)
-    if adapter_dtype is dtype:
-        cast = False
-    elif not layer.cast_input_dtype_enabled or adapter_dtype not in DTYPES or dtype not in DTYPES:
-        return f"x is {dtype}, adapters are {adapter_dtype}, and PEFT does not cast"
-    else:
+        return f"{others.pop()} under autocast" if others else (way, base, adapters, False)
+    cast = False
+    if adapter_dtype is not dtype:
+        if not fields["cast_input_dtype_enabled"] or adapter_dtype not in DTYPES or dtype not in DTYPES:
+            return f"x is {dtype}, adapters are {adapter_dtype}, and PEFT does not cast"
         cast = adapter_dtype is not _FLOAT32 or dtype not in HALF  # else the operators convert what they read
     if cast or (base is not None and type(base[0]) is not Packed and base[0].dtype is not dtype):
         base = None
-    return Call(way, base, adapters, cast)
+    return way, base, adapters, cast
 
 
 def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> str | None:
@@ -130,18 +125,19 @@ def takes(y: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, autocast: bool) -> 
     return None
 
 
-def plain_base(base: Any) -> tuple[Any, Any] | None:
+def plain_base(base: Any) -> tuple[Any, Maybe] | None:
     """The weight and bias of a base that is nothing but a product; None where it has to be called."""
     kind = type(base)
     if kind is not _LINEAR and kind is not Conv1D and kind is not QuantLinear:
         read = bytes_of(base)
         return None if read is None or isinstance(read, str) else (read.packed, read.bias)
-    found = _weight_and_bias(base)
+    found = _weight_and_bias(base.__dict__, False)
     if isinstance(found, str):
         return None
-    if kind is QuantLinear:
-        return base.packed, found[1]
-    return found if kind is _LINEAR else (found[0].t(), found[1])
+    if kind is _LINEAR:
+        return found
+    weight, bias = found
+    return (base.packed, bias) if kind is QuantLinear else (weight.t(), bias)
 
 
 def bytes_of(base: Any) -> linear4bit.Read | str | None:
@@ -151,41 +147,44 @@ def bytes_of(base: Any) -> linear4bit.Read | str | None:
     return HOOKS if _is_hooked(base.__dict__, False) else linear4bit.read(base)
 
 
-def adapter_of(layer: Any, name: str, A: nn.Module, B: nn.Module, dropout: nn.Module, hooks_run: bool) -> Adapter | str:
-    """An adapter of a layer; or why it cannot be fused."""
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+def adapter_of(
+    fields: dict[str, Any], name: str, A: nn.Module, B: nn.Module, dropout: nn.Module, hooks_run: bool
+) -> Adapter | str:
+    """An adapter of a layer with these fields; or why it cannot be fused."""
+    if name in fields["lora_variant"]:
+        return f"adapter {name!r} is a {type(fields['lora_variant'][name]).__name__}, not plain LoRA"
     if type(A) is not _LINEAR or type(B) is not _LINEAR:
         return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
-    p = 0.0
+    p, of_dropout = 0.0, dropout.__dict__
     if type(dropout) is not _IDENTITY:
-        if type(dropout) is not _DROPOUT or dropout.p >= 1:
+        if type(dropout) is not _DROPOUT or of_dropout["p"] >= 1:
             return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
-        p = dropout.p if dropout.training else 0.0
-    of_A, of_B = _weight_and_bias(A, hooks_run), _weight_and_bias(B, hooks_run)
+        p = of_dropout["p"] if of_dropout["training"] else 0.0
+    of_A, of_B = _weight_and_bias(A.__dict__, hooks_run), _weight_and_bias(B.__dict__, hooks_run)
     if isinstance(of_A, str) or isinstance(of_B, str):
         return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
-    if _is_hooked(dropout.__dict__, hooks_run):
+    if _is_hooked(of_dropout, hooks_run):
         return f"adapter {name!r} has {HOOKS}"
-    scaling = layer.scaling[name]
+    (lora_A, bias_A), (lora_B, bias_B), scaling = of_A, of_B, fields["scaling"][name]
+    if bias_A is not None:
+        return f"adapter {name!r} has a bias in lora_A"
     if isinstance(scaling, Tensor) and scaling.dim():
         return f"adapter {name!r} has a scaling of shape {tuple(scaling.shape)}"
-    return of_A[0], of_B[0], of_B[1], scaling, p
+    return lora_A, lora_B, bias_B, scaling, p
 
 
-def _weight_and_bias(module: nn.Module, hooks_run: bool = False) -> tuple[Any, Any] | str:
-    """A module's weight and bias, None for none; or why reading them would not do what calling the module does.
+def _weight_and_bias(fields: dict[str, Any], hooks_run: bool) -> tuple[Any, Any] | str:
+    """The weight and bias, None for none, of a module with these fields; or why reading them would not do what calling
+    the module does.
 
     FSDP1 puts plain views of its flat parameter in the parameters' place."""
-    fields = module.__dict__
     parameters = fields["_parameters"]
-    weight = parameters.get("weight")
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None:
         weight = fields.get("weight")
-    bias = parameters.get("bias")
     if bias is None:
         bias = fields.get("bias")
-    if type(weight) not in OWN_TYPES or type(bias) not in OWN_TYPES:
+    if (type(weight) is not _PARAMETER and type(weight) not in OWN_TYPES) or type(bias) not in OWN_TYPES:
         name, value = ("bias", bias) if type(weight) in OWN_TYPES else ("weight", weight)
         return f"a {name} that is a {type(value).__qualname__}, {SUBCLASS}"
     if weight is not None and weight.layout is not _STRIDED:
@@ -193,9 +192,9 @@ def _weight_and_bias(module: nn.Module, hooks_run: bool = False) -> tuple[Any, A
     return HOOKS if _is_hooked(fields, hooks_run) else (weight, bias)
 
 
-def _is_hooked(fields: dict[str, Any], hooks_run: bool) -> bool:
+def _is_hooked(fields: dict[str, Any], hooks_run: bool) -> Any:
     """Whether somebody wants to see a module called, or replaced its forward."""
-    return bool(
+    return (
         fields["_forward_hooks"]
         or fields["_forward_pre_hooks"]
         or fields["_backward_hooks"]

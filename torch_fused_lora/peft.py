@@ -58,12 +58,13 @@ class Fused(Patched):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self._copy_input and torch.is_grad_enabled():
             x = x.clone()
-        if call.base is None:
+        way, base, adapters, _ = call
+        if base is None:
             return _over_any_base(self, x, call)
-        if call.way is not BY_DISPATCHER or not torch.compiler.is_compiling():
-            self._calls.fused += 1
-        way, adapters, name = call.way, call.adapters, self._patched_name
-        weight, bias = call.base
+        fields = self.__dict__
+        if way is not BY_DISPATCHER or not torch.compiler.is_compiling():
+            fields["_calls"].fused += 1
+        (weight, bias), name = base, fields["_patched_name"]
         stacked = lora_linear_quantized_stacked if type(weight) is Packed else lora_linear_stacked
         if len(adapters) == 1:
             lora_A, lora_B, lora_bias, scaling, p = adapters[0]
@@ -124,8 +125,9 @@ def _between_hooks(layer: Any, x: Tensor, reason: str) -> Tensor | str:
         call = decide.decide(layer, rows, hooks_run=True)
         if isinstance(call, str):
             return call
-        adapters = [(hooks.alias(A), hooks.alias(B), *rest) for A, B, *rest in call.adapters]
-        return _over_any_base(layer, x, call._replace(base=None, adapters=adapters))
+        way, _, adapters, cast = call
+        aliases = [(hooks.alias(A), hooks.alias(B), *rest) for A, B, *rest in adapters]
+        return _over_any_base(layer, x, (way, None, aliases, cast))
 
 
 def _by_modules(layer: Any, y: Any, x: Tensor) -> Any:
@@ -254,7 +256,7 @@ def _why_not(layer: Any) -> str | None:
 def _why_not_adapter(layer: Any, name: str) -> str | None:
     modules = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     known_hooks = all(hooks.around(module) is not None for module in modules)
-    found = decide.adapter_of(layer, name, *modules, known_hooks)
+    found = decide.adapter_of(layer.__dict__, name, *modules, known_hooks)
     # FSDP2's weights are a subclass's between calls, plain ones within.
     return found if isinstance(found, str) and decide.SUBCLASS not in found else None
 

@@ -368,7 +368,12 @@ def add_other_dropout(model):
     model.base_model.model.first.lora_dropout["default"] = nn.Dropout1d(0.5)
 
 
-@pytest.mark.parametrize("change", [add_hook, add_variant, add_other_dropout])
+def add_bias(model):
+    lora_A = model.base_model.model.first.lora_A["default"]
+    lora_A.bias = nn.Parameter(torch.ones(lora_A.out_features))
+
+
+@pytest.mark.parametrize("change", [add_hook, add_variant, add_other_dropout, add_bias])
 def test_what_is_unsupported_after_the_patch_runs_pefts_own_forward(change, fused_calls):
     model, x = build(target_modules=["first"]).eval(), inputs()
     tfl.patch_peft(model)
