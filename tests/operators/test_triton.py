@@ -309,9 +309,9 @@ for other in ((130, *many[1:]), (70, 128, *many[2:]), (*many[:2], 192, *many[3:]
     assert forward["expand"][1:] == default[many][0]["expand"][1:], other
     assert (5, 4, 3) not in (forward["product"], backward["product"])
 halves = (*many[:4], half, half)
-assert run(*halves) == ({}, {})  # torch's own calls
-assert tune(halves, False, "lora_linear.way=1") is None
 assert run(*halves)[0]["expand"] == default[many][0]["expand"]
+assert tune(halves, False, "lora_linear.way=2") is tune(halves, True, "lora_linear.way=2") is None
+assert run(*halves) == ({}, {})  # torch's own calls
 torch.use_deterministic_algorithms(True)
 assert {shape: run(*shape) for shape in (many, few)} == default
 torch.use_deterministic_algorithms(False)
@@ -548,25 +548,20 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
     ("shape", "dtype", "adapter_dtype", "drops", "capability", "expected"),
     [
         ((16, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.BY_TRITON),
-        ((17, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),  # torch's own calls cost the host less
+        ((17, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.BY_TRITON),
         ((17, 4096, 4096), BFLOAT16, FLOAT32, False, (8, 0), ways.BY_TRITON),
         ((17, 4096, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BY_TRITON),
         ((17, 4092, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.WHOLE),  # half a counter
         ((17, 4096, 4096), FLOAT16, FLOAT32, False, (7, 5), ways.WHOLE),
-        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (9, 0), ways.BY_TRITON),  # carried
-        ((4096, 4096, 4088), BFLOAT16, BFLOAT16, False, (9, 0), ways.WHOLE),
-        ((4096, 4096, 4096), FLOAT16, FLOAT16, False, (9, 0), ways.WHOLE),
-        ((4096, 4096, 4096), BFLOAT16, BFLOAT16, False, (8, 0), ways.WHOLE),
+        ((17, 4096, 4096), FLOAT16, FLOAT16, False, (7, 5), ways.WHOLE),
+        ((4096, 4096, 4096), FLOAT16, FLOAT16, False, (8, 0), ways.BY_TRITON),
+        ((0, 4096, 4096), FLOAT16, FLOAT16, False, (8, 0), ways.WHOLE),  # no grid is empty
         ((4096, 4096, 4096), FLOAT32, FLOAT32, False, (9, 0), ways.WHOLE),
         ((64, 4096, 4096), FLOAT32, BFLOAT16, False, (9, 0), ways.WHOLE),  # the gradient of a wider y
         ((8192, 4092, 4096), FLOAT16, FLOAT16, True, (8, 0), ways.BLOCKS),
     ],
 )
-@pytest.mark.parametrize("captured", [False, True])
-def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype, drops, capability, expected, captured):
-    if captured and dtype is adapter_dtype is not FLOAT32 and not drops:  # there the host's time is no reason
-        expected = ways.BY_TRITON
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+def test_which_way_rows_take_on_a_card(monkeypatch, shape, dtype, adapter_dtype, drops, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     untuned = SimpleNamespace(of=lambda *_: SimpleNamespace(way=0))
     monkeypatch.setattr(ways, "tuned_layers", lambda _: untuned)

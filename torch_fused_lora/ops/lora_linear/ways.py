@@ -15,7 +15,6 @@ from ..dispatch import device_type_of
 from ..rows import HALF, count_rows
 
 FEW = 16  # rows that are never split into blocks
-LARGE = 2**36  # multiplications of a base product that keeps a card busier than its host
 
 
 class Way(enum.Enum):
@@ -32,10 +31,9 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
-    meet adapters in Triton kernels: with float32 adapters, with dropout, up to `FEW` of them, and all in a CUDA graph's
-    capture. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on Hopper; of half
-    adapters, without dropout, from `LARGE` on. ``follows``: whether a layer that is torch's own calls as they are is
-    left to autograd: in a whole step that takes less of the host's time than a node of ours."""
+    meet adapters in Triton kernels. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on
+    Hopper. ``follows``: whether a layer that is torch's own calls as they are is left to autograd: in a whole step that
+    takes less of the host's time than a node of ours."""
 
     block: int
     triton: bool = False
@@ -126,24 +124,13 @@ def choose(
     """The way for the rows of x, and the adapters in the dtype in which rows meet them: their own, but float32 for half
     adapters where aten calls drop, and on a CPU that does not multiply halves, or adds them to a wider sum. ``drops``:
     how many adapters drop, each with a mask of its own. ``sum_dtype``: what is added to, unless it is as the rows."""
-    x_dtype, dtype, count = x.dtype, lora_A.dtype, count_rows(x)
-    if x_dtype in HALF:
-        limits, size = limits_of(device_type_of(x)), count * lora_A.shape[1] * lora_B.shape[0]
-        if limits.triton and size > 0 and has_kernels(index := x.get_device()):  # no grid is empty
-            tuned = 0 if drops else tuned_layers(index).of(backward, x, lora_A, lora_B).way
-            if drops:
-                fits = lora_A.shape[1] % 8 == 0  # tiles begin at whole counters of 8 elements
-            elif tuned:
-                fits = tuned != 2
-            elif dtype is x_dtype and count > FEW:
-                # Torch's own calls take less of the host's time, which a graph saves.
-                fits = _is_captured(x) or (size >= LARGE and _carries(x))
-            else:
-                fits = True
-            if fits:
-                return BY_TRITON, lora_A, lora_B
-    elif dtype is x_dtype and not drops:
-        return WHOLE, lora_A, lora_B
+    x_dtype, dtype = x.dtype, lora_A.dtype
+    if x_dtype not in HALF:
+        if dtype is x_dtype and not drops:
+            return WHOLE, lora_A, lora_B
+    elif limits_of(device_type_of(x)).triton and _is_triton_s(x, lora_A, lora_B, drops, backward):
+        return BY_TRITON, lora_A, lora_B
+    count = count_rows(x)
     is_block = drops <= 1 and (count <= FEW or count <= block_rows(lora_A, lora_B))
     if dtype in HALF:
         stays = dtype is x_dtype and not drops
@@ -157,6 +144,15 @@ def choose(
     return BLOCKS, lora_A, lora_B
 
 
+def _is_triton_s(x: Tensor, lora_A: Tensor, lora_B: Tensor, drops: int, backward: bool) -> bool:
+    """Whether Triton's kernels take half rows, on a device where they do: no grid is empty, masks begin at whole
+    counters of 8 elements, and another way may be tuned."""
+    K = lora_A.shape[1]
+    if not (x.numel() and K and lora_B.shape[0] and has_kernels(index := x.get_device())):
+        return False
+    return K % 8 == 0 if drops else tuned_layers(index).of(backward, x, lora_A, lora_B).way != 2
+
+
 @functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor, by what torch says of it, has instructions that multiply halves of a dtype."""
@@ -166,10 +162,6 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 def _are_packed(lora_A: Tensor, lora_B: Tensor) -> bool:
     return lora_A.is_contiguous() and lora_B.is_contiguous()
-
-
-def _is_captured(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def autograd_follows(x: Tensor) -> bool:
