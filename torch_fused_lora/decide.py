@@ -40,8 +40,7 @@ PASSING = frozenset((DISABLED, MERGED, TRACED, INACTIVE, ARGUMENTS, GLOBAL_HOOKS
 HOOKS = "hooks or a replaced forward"
 SUBCLASS = "a tensor subclass"
 
-# Read faster.
-_LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR, _PARAMETER = nn.Linear, nn.Dropout, nn.Identity, lora.Linear, nn.Parameter
+_LINEAR, _DROPOUT, _IDENTITY, _LORA_LINEAR = nn.Linear, nn.Dropout, nn.Identity, lora.Linear  # read faster
 _STRIDED, _FLOAT32 = torch.strided, torch.float32
 _AUTOCAST = frozenset((*HALF, torch.float32))  # what autocast casts
 
@@ -70,15 +69,13 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
             return reason
     modules, dtype = fields["_modules"], x.dtype
     base = plain_base(modules["base_layer"])
-    all_A, all_B = modules["lora_A"].__dict__["_modules"], modules["lora_B"].__dict__["_modules"]
-    all_dropouts = modules["lora_dropout"].__dict__["_modules"]
     autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
     adapters: list[Adapter] = []
     adapter_dtype = None
     for name in layer.active_adapters:
-        if name not in all_A:
+        adapter = adapter_of(fields, name, hooks_run)
+        if adapter is None:
             continue
-        adapter = adapter_of(fields, name, all_A[name], all_B[name], all_dropouts[name], hooks_run)
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
@@ -131,7 +128,7 @@ def plain_base(base: Any) -> tuple[Any, Maybe] | None:
     if kind is not _LINEAR and kind is not Conv1D and kind is not QuantLinear:
         read = bytes_of(base)
         return None if read is None or isinstance(read, str) else (read.packed, read.bias)
-    found = _weight_and_bias(base.__dict__, False)
+    found = _read(base.__dict__, False)
     if isinstance(found, str):
         return None
     if kind is _LINEAR:
@@ -144,13 +141,16 @@ def bytes_of(base: Any) -> linear4bit.Read | str | None:
     """What is read of a base of bitsandbytes', or why it has to be called; None for any other base."""
     if not linear4bit.is_one(type(base)):
         return None
-    return HOOKS if _is_hooked(base.__dict__, False) else linear4bit.read(base)
+    return HOOKS if _read(base.__dict__, False) is HOOKS else linear4bit.read(base)
 
 
-def adapter_of(
-    fields: dict[str, Any], name: str, A: nn.Module, B: nn.Module, dropout: nn.Module, hooks_run: bool
-) -> Adapter | str:
-    """An adapter of a layer with these fields; or why it cannot be fused."""
+def adapter_of(fields: dict[str, Any], name: str, hooks_run: bool) -> Adapter | str | None:
+    """An adapter of a layer with these fields; or why it cannot be fused; None if it is not the layer's."""
+    modules = fields["_modules"]
+    A = modules["lora_A"].__dict__["_modules"].get(name)
+    if A is None:
+        return None
+    B, dropout = modules["lora_B"].__dict__["_modules"][name], modules["lora_dropout"].__dict__["_modules"][name]
     if name in fields["lora_variant"]:
         return f"adapter {name!r} is a {type(fields['lora_variant'][name]).__name__}, not plain LoRA"
     if type(A) is not _LINEAR or type(B) is not _LINEAR:
@@ -160,11 +160,9 @@ def adapter_of(
         if type(dropout) is not _DROPOUT or of_dropout["p"] >= 1:
             return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
         p = of_dropout["p"] if of_dropout["training"] else 0.0
-    of_A, of_B = _weight_and_bias(A.__dict__, hooks_run), _weight_and_bias(B.__dict__, hooks_run)
-    if isinstance(of_A, str) or isinstance(of_B, str):
-        return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
-    if _is_hooked(of_dropout, hooks_run):
-        return f"adapter {name!r} has {HOOKS}"
+    of_A, of_B, nothing = _read(A.__dict__, hooks_run), _read(B.__dict__, hooks_run), _read(of_dropout, hooks_run)
+    if isinstance(of_A, str) or isinstance(of_B, str) or isinstance(nothing, str):
+        return f"adapter {name!r} has {next(found for found in (of_A, of_B, nothing) if isinstance(found, str))}"
     (lora_A, bias_A), (lora_B, bias_B), scaling = of_A, of_B, fields["scaling"][name]
     if bias_A is not None:
         return f"adapter {name!r} has a bias in lora_A"
@@ -173,34 +171,31 @@ def adapter_of(
     return lora_A, lora_B, bias_B, scaling, p
 
 
-def _weight_and_bias(fields: dict[str, Any], hooks_run: bool) -> tuple[Any, Any] | str:
+def _read(fields: dict[str, Any], hooks_run: bool) -> tuple[Any, Any] | str:
     """The weight and bias, None for none, of a module with these fields; or why reading them would not do what calling
-    the module does.
+    the module does: somebody wants to see that, or replaced its forward.
 
     FSDP1 puts plain views of its flat parameter in the parameters' place."""
+    if (
+        fields["_forward_hooks"]
+        or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"]
+        or fields["_backward_pre_hooks"]
+        or ("forward" in fields and not hooks_run)
+    ):
+        return HOOKS
     parameters = fields["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None:
         weight = fields.get("weight")
     if bias is None:
         bias = fields.get("bias")
-    if (type(weight) is not _PARAMETER and type(weight) not in OWN_TYPES) or type(bias) not in OWN_TYPES:
+    if type(weight) not in OWN_TYPES or type(bias) not in OWN_TYPES:
         name, value = ("bias", bias) if type(weight) in OWN_TYPES else ("weight", weight)
         return f"a {name} that is a {type(value).__qualname__}, {SUBCLASS}"
     if weight is not None and weight.layout is not _STRIDED:
         return f"a weight whose layout is {weight.layout}"
-    return HOOKS if _is_hooked(fields, hooks_run) else (weight, bias)
-
-
-def _is_hooked(fields: dict[str, Any], hooks_run: bool) -> Any:
-    """Whether somebody wants to see a module called, or replaced its forward."""
-    return (
-        fields["_forward_hooks"]
-        or fields["_forward_pre_hooks"]
-        or fields["_backward_hooks"]
-        or fields["_backward_pre_hooks"]
-        or ("forward" in fields and not hooks_run)
-    )
+    return weight, bias
 
 
 # ------------------------------------------------------------------------------------- what is replaced for the process

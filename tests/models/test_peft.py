@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -483,6 +485,30 @@ def test_compiled_without_a_graph_break(backend):
     model.train()
     compiled(x).sum().backward()
     assert model.base_model.model.first.lora_A["default"].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_compiles_to_the_kernels_of_stock(dtype, dropout):
+    """What inductor makes of a training step and of inference launches what it launches of stock's."""
+
+    def launched(model):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True)
+        x = inputs().to(dtype).requires_grad_()
+        _, training = run_and_get_code(lambda: compiled(x).float().pow(2).mean().backward())
+        _, inference = run_and_get_code(torch.no_grad()(lambda: compiled(x)))
+        return [
+            sorted(re.findall(r" (extern_kernels\.\w+|cpp_fused_\w+?)(?:_\d+)?\(", code))
+            for code in training + inference
+        ]
+
+    model = build(lora_dropout=dropout).to(dtype)
+    stock = launched(model)
+    assert len(stock) == 3  # forward, backward, inference
+    assert all("extern_kernels.addmm" in kernels or "extern_kernels.mm" in kernels for kernels in stock)
+    tfl.patch_peft(model)
+    assert launched(model) == stock
 
 
 def test_importing_the_package_imports_neither_peft_nor_transformers():

@@ -31,7 +31,6 @@ from ..dispatch import (
     Pair,
     Route,
     Saved,
-    Seed,
     are_plain,
     define,
     implement,
@@ -228,22 +227,14 @@ class _LoRADelta(Adapted):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float | Tensor,
-        seed: Seed,
-        dropout_p: Floats,
-        ranks: Ints,
-        _: bool,
+        *options: Any,
     ) -> tuple[Any, tuple[Maybe, ...], Any]:
         _, _, need_A, need_B, need_scaling = needs
-        need_h = need_B or need_scaling
-        results = kernel(y, x, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
-        saved = (
-            savable(x) if need_A else None,
-            lora_A,
-            lora_B,
-            results[1] if need_h else None,
-            scaling if isinstance(scaling, Tensor) else None,
-        )
-        return results, saved, (None if saved[4] is scaling else scaling, seed, dropout_p, ranks)
+        need_h, options = need_B or need_scaling, options[:-1]
+        results = kernel(y, x, lora_A, lora_B, scaling, *options, need_h)
+        tensor, number = (scaling, None) if isinstance(scaling, Tensor) else (None, scaling)
+        saved = savable(x) if need_A else None, lora_A, lora_B, results[1] if need_h else None, tensor
+        return results, saved, (number, options)
 
 
 _operator = _LoRADelta()

@@ -17,21 +17,19 @@ from .arguments import as_scaling
 class Adapted(dispatch.Operator):
     """An operator with adapters. Its backward's arguments are the gradient, ``operands``, of which x is the first and
     the adapters are the last, scaling, h, seed, dropout_p, ranks, others and needs. `record` saves the operands, h, and
-    a scaling that is a tensor, or None; the rest is a scaling that is none, or None, and what comes after h. Of a call
-    by the portable kernel, scaling and seed may be numbers."""
+    a scaling that is a tensor, or None; the rest is a scaling that is none, or None, and a tuple of what comes after h
+    but for needs. Of a call by the portable kernel, scaling and seed may be numbers."""
 
     operands: int  # how many of them
     patch = "patch_peft"
 
     @staticmethod
     def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
-        x, *others, h, saved_scaling = saved
-        scaling, seed, dropout_p, ranks, *options = rest
-        if anew and x is not None and h is not None:
-            h = differentiable.low_rank(x, others[-2], seed, dropout_p, ranks)
-        if saved_scaling is not None:
-            scaling = saved_scaling
-        return x, *others, scaling, h, seed, dropout_p, ranks, *options, needs
+        operands, h, saved_scaling = saved[:-2], saved[-2], saved[-1]
+        scaling, options = rest
+        if anew and operands[0] is not None and h is not None:
+            h = differentiable.low_rank(operands[0], operands[-2], *options[:3])
+        return *operands, scaling if saved_scaling is None else saved_scaling, h, *options, needs
 
     def gradients(self, grad: Tensor, arguments: tuple[Any, ...], needs: Flags) -> Sequence[Maybe]:
         operands, (scaling, h, seed, *options) = arguments[: self.operands], arguments[self.operands :]

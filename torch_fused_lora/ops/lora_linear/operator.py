@@ -260,23 +260,15 @@ class _LoRALinear(Adapted):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float | Tensor,
-        seed: Seed,
-        dropout_p: Floats,
-        ranks: Ints,
-        _: bool,
+        *options: Any,
     ) -> tuple[Any, tuple[Maybe, ...], Any]:
         need_x, need_weight, _, need_A, need_B, need_scaling = needs
-        need_h = need_B or need_scaling
-        results = kernel(x, weight, bias, lora_A, lora_B, scaling, seed, dropout_p, ranks, need_h)
-        saved = (
-            savable(x) if need_A or need_weight else None,
-            weight if need_x else None,
-            lora_A,
-            lora_B,
-            results[1] if need_h else None,
-            scaling if isinstance(scaling, Tensor) else None,
-        )
-        return results, saved, (None if saved[5] is scaling else scaling, seed, dropout_p, ranks)
+        need_h, options = need_B or need_scaling, options[:-1]
+        results = kernel(x, weight, bias, lora_A, lora_B, scaling, *options, need_h)
+        tensor, number = (scaling, None) if isinstance(scaling, Tensor) else (None, scaling)
+        kept_x, kept_weight = savable(x) if need_A or need_weight else None, weight if need_x else None
+        saved = kept_x, kept_weight, lora_A, lora_B, results[1] if need_h else None, tensor
+        return results, saved, (number, options)
 
 
 _operator = _LoRALinear()

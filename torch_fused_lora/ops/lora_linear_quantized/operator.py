@@ -287,17 +287,17 @@ class _Quantized(Adapted):
         kernel: Callable[..., Any], needs: Flags, x: Tensor, *arguments: Any
     ) -> tuple[Any, tuple[Maybe, ...], Any]:
         *packed, _, lora_A, lora_B, scaling = arguments[:7]
-        *options, _ = arguments[7:]
+        options = arguments[7:-1]
         for name, value, need in zip(("weight", "scales", "biases"), packed, needs[1:4], strict=True):
             if need:
                 dispatch.refuse("lora_linear_quantized", name, value, "one that asks for no gradient")
         need_A, need_B, need_scaling = needs[5:]
         need_h = lora_A is not None and (need_B or need_scaling)
         results = kernel(x, *arguments[:-1], need_h)
-        is_tensor = isinstance(scaling, Tensor)
-        adapter = lora_A, lora_B, results[1] if need_h else None, scaling if is_tensor else None
+        tensor, number = (scaling, None) if isinstance(scaling, Tensor) else (None, scaling)
+        adapter = lora_A, lora_B, results[1] if need_h else None, tensor
         saved = savable(x) if need_A else None, *packed, *adapter
-        return results, saved, (None if is_tensor else scaling, *options)
+        return results, saved, (number, options)
 
     @staticmethod
     def restore(saved: Any, rest: Any, needs: Flags, anew: bool) -> tuple[Any, ...]:
