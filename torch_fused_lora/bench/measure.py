@@ -165,8 +165,10 @@ def run(case: Case, direction: str, device: torch.device, seconds: float, min_ro
         for name, layer in layers(case, device).items():
             steps.setdefault(name, []).append(_step(layer, x, direction))
     saved = {name: saved_bytes(first) for name, (first, *_) in steps.items()} if direction != "forward" else {}
-    on_card = device.type == "cuda"
-    peaks = {name: peak_bytes(first, device) for name, (first, *_) in steps.items()} if on_card else {}
+    on_card, peaks = device.type == "cuda", {}
+    for name, (first, *_) in steps.items() if on_card else ():
+        first()  # which allocates cuBLAS's workspace, once
+        peaks[name] = peak_bytes(first, device)
     in_turn = {name: _captured(own) if on_card else own[0] for name, own in steps.items()}
     times = interleaved(in_turn, device, seconds, min_rounds)
     return Result(
