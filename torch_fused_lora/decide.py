@@ -48,10 +48,9 @@ _AUTOCAST = frozenset((*HALF, torch.float32))  # what autocast casts
 def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
     """What a patched layer's call with x is; or why PEFT's own forward has to run. ``hooks_run``: what is `around` the
     adapters' modules runs already."""
-    fields = layer.__dict__
-    if fields["_disable_adapters"]:
+    if layer._disable_adapters:
         return DISABLED
-    if fields["merged_adapters"]:
+    if layer.merged_adapters:
         return MERGED
     if has_global_hook():
         return GLOBAL_HOOKS
@@ -67,13 +66,13 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
         reason = "a function is replaced" if torch.compiler.is_dynamo_compiling() else why_replaced_for(layer)
         if reason:
             return reason
-    modules, dtype = fields["_modules"], x.dtype
-    base = plain_base(modules["base_layer"])
+    base_layer, dtype = layer.__dict__["_modules"]["base_layer"], x.dtype
+    base = plain_base(base_layer)
     autocast = way is BY_DISPATCHER and autocast_enabled(x.device.type)
     adapters: list[Adapter] = []
     adapter_dtype = None
     for name in layer.active_adapters:
-        adapter = adapter_of(fields, name, hooks_run)
+        adapter = adapter_of(layer, name, hooks_run)
         if adapter is None:
             continue
         if isinstance(adapter, str):
@@ -88,8 +87,8 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
             return f"lora_A is {adapter_dtype}, lora_B {dtype_B}"
     if adapter_dtype is None:
         return INACTIVE
-    if base is not None and type(base[0]) is Packed and linear4bit.is_one(type(modules["base_layer"])):
-        computed_in = modules["base_layer"].compute_dtype or dtype  # it may round what goes in and comes out
+    if base is not None and type(base[0]) is Packed and linear4bit.is_one(type(base_layer)):
+        computed_in = base_layer.compute_dtype or dtype  # it may round what goes in and comes out
         if computed_in is not dtype or (autocast and dtype is not torch.get_autocast_dtype(x.device.type)):
             base = None
     if autocast:
@@ -97,7 +96,7 @@ def decide(layer: Any, x: Tensor, hooks_run: bool = False) -> Call | str:
         return f"{others.pop()} under autocast" if others else (way, base, adapters, False)
     cast = False
     if adapter_dtype is not dtype:
-        if not fields["cast_input_dtype_enabled"] or adapter_dtype not in DTYPES or dtype not in DTYPES:
+        if not layer.cast_input_dtype_enabled or adapter_dtype not in DTYPES or dtype not in DTYPES:
             return f"x is {dtype}, adapters are {adapter_dtype}, and PEFT does not cast"
         cast = adapter_dtype is not _FLOAT32 or dtype not in HALF  # else the operators convert what they read
     if cast or (base is not None and type(base[0]) is not Packed and base[0].dtype is not dtype):
@@ -128,7 +127,7 @@ def plain_base(base: Any) -> tuple[Any, Maybe] | None:
     if kind is not _LINEAR and kind is not Conv1D and kind is not QuantLinear:
         read = bytes_of(base)
         return None if read is None or isinstance(read, str) else (read.packed, read.bias)
-    found = _read(base.__dict__, False)
+    found = _weight_and_bias(base.__dict__, False)
     if isinstance(found, str):
         return None
     if kind is _LINEAR:
@@ -141,18 +140,18 @@ def bytes_of(base: Any) -> linear4bit.Read | str | None:
     """What is read of a base of bitsandbytes', or why it has to be called; None for any other base."""
     if not linear4bit.is_one(type(base)):
         return None
-    return HOOKS if _read(base.__dict__, False) is HOOKS else linear4bit.read(base)
+    return HOOKS if _is_hooked(base.__dict__, False) else linear4bit.read(base)
 
 
-def adapter_of(fields: dict[str, Any], name: str, hooks_run: bool) -> Adapter | str | None:
-    """An adapter of a layer with these fields; or why it cannot be fused; None if it is not the layer's."""
-    modules = fields["_modules"]
+def adapter_of(layer: Any, name: str, hooks_run: bool) -> Adapter | str | None:
+    """An adapter of a layer; or why it cannot be fused; None if it is not the layer's."""
+    modules = layer.__dict__["_modules"]
     A = modules["lora_A"].__dict__["_modules"].get(name)
     if A is None:
         return None
     B, dropout = modules["lora_B"].__dict__["_modules"][name], modules["lora_dropout"].__dict__["_modules"][name]
-    if name in fields["lora_variant"]:
-        return f"adapter {name!r} is a {type(fields['lora_variant'][name]).__name__}, not plain LoRA"
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
     if type(A) is not _LINEAR or type(B) is not _LINEAR:
         return f"adapter {name!r} is made of {type(A).__qualname__} and {type(B).__qualname__}, not of nn.Linear"
     p, of_dropout = 0.0, dropout.__dict__
@@ -160,10 +159,12 @@ def adapter_of(fields: dict[str, Any], name: str, hooks_run: bool) -> Adapter | 
         if type(dropout) is not _DROPOUT or of_dropout["p"] >= 1:
             return f"adapter {name!r} has {dropout} for dropout, not nn.Dropout with p < 1"
         p = of_dropout["p"] if of_dropout["training"] else 0.0
-    of_A, of_B, nothing = _read(A.__dict__, hooks_run), _read(B.__dict__, hooks_run), _read(of_dropout, hooks_run)
-    if isinstance(of_A, str) or isinstance(of_B, str) or isinstance(nothing, str):
-        return f"adapter {name!r} has {next(found for found in (of_A, of_B, nothing) if isinstance(found, str))}"
-    (lora_A, bias_A), (lora_B, bias_B), scaling = of_A, of_B, fields["scaling"][name]
+    of_A, of_B = _weight_and_bias(A.__dict__, hooks_run), _weight_and_bias(B.__dict__, hooks_run)
+    if isinstance(of_A, str) or isinstance(of_B, str):
+        return f"adapter {name!r} has {of_A if isinstance(of_A, str) else of_B}"
+    if _is_hooked(of_dropout, hooks_run):
+        return f"adapter {name!r} has {HOOKS}"
+    (lora_A, bias_A), (lora_B, bias_B), scaling = of_A, of_B, layer.scaling[name]
     if bias_A is not None:
         return f"adapter {name!r} has a bias in lora_A"
     if isinstance(scaling, Tensor) and scaling.dim():
@@ -171,19 +172,11 @@ def adapter_of(fields: dict[str, Any], name: str, hooks_run: bool) -> Adapter | 
     return lora_A, lora_B, bias_B, scaling, p
 
 
-def _read(fields: dict[str, Any], hooks_run: bool) -> tuple[Any, Any] | str:
+def _weight_and_bias(fields: dict[str, Any], hooks_run: bool) -> tuple[Any, Any] | str:
     """The weight and bias, None for none, of a module with these fields; or why reading them would not do what calling
-    the module does: somebody wants to see that, or replaced its forward.
+    the module does.
 
     FSDP1 puts plain views of its flat parameter in the parameters' place."""
-    if (
-        fields["_forward_hooks"]
-        or fields["_forward_pre_hooks"]
-        or fields["_backward_hooks"]
-        or fields["_backward_pre_hooks"]
-        or ("forward" in fields and not hooks_run)
-    ):
-        return HOOKS
     parameters = fields["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None:
@@ -195,7 +188,18 @@ def _read(fields: dict[str, Any], hooks_run: bool) -> tuple[Any, Any] | str:
         return f"a {name} that is a {type(value).__qualname__}, {SUBCLASS}"
     if weight is not None and weight.layout is not _STRIDED:
         return f"a weight whose layout is {weight.layout}"
-    return weight, bias
+    return HOOKS if _is_hooked(fields, hooks_run) else (weight, bias)
+
+
+def _is_hooked(fields: dict[str, Any], hooks_run: bool) -> bool:
+    """Whether somebody wants to see a module called, or replaced its forward."""
+    return bool(
+        fields["_forward_hooks"]
+        or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"]
+        or fields["_backward_pre_hooks"]
+        or ("forward" in fields and not hooks_run)
+    )
 
 
 # ------------------------------------------------------------------------------------- what is replaced for the process

@@ -256,7 +256,7 @@ def _why_not(layer: Any) -> str | None:
 def _why_not_adapter(layer: Any, name: str) -> str | None:
     modules = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     known_hooks = all(hooks.around(module) is not None for module in modules)
-    found = decide.adapter_of(layer.__dict__, name, known_hooks)
+    found = decide.adapter_of(layer, name, known_hooks)
     # FSDP2's weights are a subclass's between calls, plain ones within.
     return found if isinstance(found, str) and decide.SUBCLASS not in found else None
 

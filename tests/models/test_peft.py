@@ -154,6 +154,21 @@ def test_a_scaling_of_several_elements(shape, fused_calls):
     assert_same_step(model, inputs(), fused_calls, expected_calls=0)
 
 
+def test_a_scaling_that_is_trained(fused_calls):
+    """As a module's parameter, it is none of the fields of the layer itself."""
+    model, x = build(target_modules=["first"]), inputs()
+    layer = model.base_model.model.first
+    del layer.scaling
+    layer.scaling = nn.ParameterDict({"default": torch.tensor(0.7)})
+    y = model(x)
+    expected = y.detach(), *torch.autograd.grad(y.sum(), list(layer.scaling.parameters()))
+    assert tfl.patch_peft(model).patched
+    y = model(x)
+    assert len(fused_calls) == 1
+    found = y.detach(), *torch.autograd.grad(y.sum(), list(layer.scaling.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
 def test_tensor_scaling_gets_its_gradient():
     model, x = build(), inputs()
     scaling = nn.Parameter(torch.tensor(0.75))

@@ -187,7 +187,7 @@ assert "aten.mm" in products and "aten.bmm" not in products, set(products)
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_what_does_not_fit_is_refused(rows):
-    """However few its rows are, by whoever knows dtypes and layouts to fit."""
+    """However few its rows are, by whoever knows dtypes and layouts to fit; so is an adapter on another device."""
     interpret(
         f"M = {rows}"
         + """
@@ -199,17 +199,20 @@ K, N, r = 128, 72, 5
 for call, wrongs in (
     (lora_linear_stacked, (0, 1, 2, 3)), (lora_delta_stacked, (0, 2, 3)), (lora_linear_quantized_stacked, (0, 2, 3))
 ):
-    for wrong in wrongs:
+    for wrong in (*wrongs, "lora_A", "lora_B"):
         shapes = [[M, K], [N, K], [r, K], [N, r]]
-        shapes[wrong][-1] += 8
+        if not isinstance(wrong, str):
+            shapes[wrong][-1] += 8
         x, W, A, B = (torch.randn(s) for s in shapes)
+        A, B = A.to("meta" if wrong == "lora_A" else "cpu"), B.to("meta" if wrong == "lora_B" else "cpu")
         x, y = x.half(), torch.randn(M, N).half()
         base = {lora_linear_stacked: (x, W.half(), None), lora_delta_stacked: (y, x)}
         base[lora_linear_quantized_stacked] = x, quantize(torch.randn(N, K), 4, 64), None
         try:
             call(*base[call], A, B, 0.5, checked=True)
         except ValueError as error:
-            assert f"{call.__name__[:-8]}: " in str(error), error
+            expected = f"{wrong}: expected x's device" if isinstance(wrong, str) else ""
+            assert f"{call.__name__[:-8]}: " in str(error) and expected in str(error).replace("y's", "x's"), error
         else:
             raise AssertionError((call, shapes))
 """

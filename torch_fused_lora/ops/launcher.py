@@ -19,8 +19,8 @@ Launches: TypeAlias = dict[Any, Any]  # of one kind of call, by launcher; severa
 
 
 class Prepared(dict[tuple[Hashable, ...], Any]):
-    """What is prepared for a kind of call. The key says all that it depends on: the device, the `kind` of each tensor
-    that is given, and options."""
+    """What is prepared for a kind of call. The key says all that it depends on: the `kind` of each tensor that is
+    given, and options."""
 
     def keep(self, key: tuple[Hashable, ...], what: Any) -> Any:
         if len(self) >= PREPARED:
@@ -33,8 +33,10 @@ prepared = Prepared()
 
 
 def kind(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
-    """What of a tensor decides how a kernel reads it."""
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15)
+    """What of a tensor decides how a kernel reads it, and whether it can."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15, tensor.get_device()
 
 
 def _hooked() -> bool:

@@ -117,7 +117,7 @@ def mask(
         bits = out.view(torch.int8) if dtype is torch.bool else out
         key_tensor, low, high = key_words(seed)
         options = first % 8, first >= 2**31  # a number of 64 bits is another kernel's
-        key = mask, out.get_device(), kind(bits), kind(key_tensor), options
+        key = mask, kind(bits), kind(key_tensor), options
         launches = prepared.get(key)
         if launches is None:
             launches = prepared.keep(key, {})

@@ -77,7 +77,8 @@ def lora_linear(
     Returns:
         (..., N) in x's dtype. The base product is rounded to x's dtype first; the low-rank term is formed in
         float32 (float64 for float64) where the adapters are float32, added, and the sum is rounded again, as
-        PEFT does. On mps, up to eight rows without dropout are rounded once, base and low-rank term together.
+        PEFT does. Where one kernel makes base and low-rank term together (mps, up to eight rows without dropout;
+        CUDA, half rows), their sum is rounded once.
 
     Differentiable twice in every tensor argument, scaling included; saves x itself, the small tensors and one
     (M, r) product for backward, never a mask. Under autocast all operands are cast to its dtype, as in PEFT.

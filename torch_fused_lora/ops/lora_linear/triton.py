@@ -200,10 +200,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``x Wᵀ + b + scaling · h Bᵀ`` for half x (..., K), `by_rows`; h = dropout(x) Aᵀ (M, r), of the adapters' dtype,
     if asked."""
-    device, scale = x.get_device(), as_scale(scaling, x)
-    tuned = None if dropouts.each else tuned_layers(device).of(False, x, A, B)
+    scale = as_scale(scaling, x)
+    tuned = None if dropouts.each else tuned_layers(x.get_device()).of(False, x, A, B)
     key = (
-        *(forward, device, save_h, tuned, dropouts.kind()),
+        *(forward, save_h, tuned, dropouts.kind()),
         *(kind(x), kind(weight), kind(bias), kind(A), kind(B), kind(scale[1])),
     )
     plan = prepared.get(key) or prepared.keep(key, _plan_forward(x, weight, bias, A, B, tuned))
@@ -218,7 +218,7 @@ def forward(
 
 def _plan_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, tuned: Any) -> _Plan:
     """``tuned``: None where x is dropped."""
-    check_fit(x, A, B, weight.shape)
+    check_fit(x, A, B, weight.shape, weight)
     shape, whole, x = (*x.shape[:-1], B.shape[0]), bias is None and folds(x), flat(x)
     (M, K), (N, r) = x.shape, B.shape
     way, tiles = tuned or (0, None)
@@ -230,9 +230,13 @@ def _plan_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: 
     return _Plan(shape, whole, M, r, parts, gluon, tiles, {}, one_pass)
 
 
-def check_fit(x: Tensor, A: Any, B: Any, shape: tuple[int, ...]) -> None:
-    """Raise RuntimeError, as torch's products do, for operands that fit no base of this shape: the kernels do not."""
+def check_fit(x: Tensor, A: Any, B: Any, shape: tuple[int, ...], of_base: Tensor) -> None:
+    """Raise RuntimeError, as torch's products do, for operands that fit no base of this shape, or are not all on one
+    device: the kernels do not."""
     N, K = shape
+    devices = {t.device for t in (x, A, B, of_base) if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"operands on several devices: {sorted(map(str, devices))}")
     if x.shape[-1] != K or (A is not None and (A.shape != (B.shape[1], K) or B.shape[0] != N)):
         shapes = [tuple(t.shape) for t in (x, A, B) if t is not None]
         raise RuntimeError(f"operands of shapes {shapes} do not fit a base of shape {(N, K)}")
@@ -274,13 +278,13 @@ def add_delta_(
     h = dropout(x) Aᵀ (M, r) in the adapters' dtype, if it is to be saved."""
     scale = as_scale(scaling, x)
     tensors = kind(y), kind(x), kind(A), kind(B), kind(scale[1])
-    key = add_delta_, x.get_device(), save_h, dropouts.kind(), *tensors
+    key = add_delta_, save_h, dropouts.kind(), *tensors
     plan = prepared.get(key) or prepared.keep(key, _plan_delta(y, x, A, B))
     return _add_delta_(plan, y, x, A, B, scale, dropouts, save_h)
 
 
 def _plan_delta(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> _Plan:
-    check_fit(x, A, B, (y.shape[-1], x.shape[-1]))
+    check_fit(x, A, B, (y.shape[-1], x.shape[-1]), y)
     (M, K), r = flat(x).shape, A.shape[0]
     return _Plan((), False, M, r, parts_of(M, K, r), None, None, {})
 
@@ -337,10 +341,10 @@ def backward(
     base makes dY W of a ``weight`` that this takes; zᵀ dropout(x), of the adapters' dtype; and dYᵀ h, times s and of
     the adapters' dtype if ``scale_h``, else float32. None where not needed, or where a tensor is not given. ``grad``
     and x are `by_rows`, and what ``base`` makes is contiguous."""
-    device, scale, each = grad.get_device(), as_scale(scaling, grad), dropouts.each
-    tuned = None if each else tuned_layers(device).of(True, grad, A, B)
+    scale, each = as_scale(scaling, grad), dropouts.each
+    tuned = None if each else tuned_layers(grad.get_device()).of(True, grad, A, B)
     key = (
-        *(backward, device, need_x, scale_h, base is None, tuned, dropouts.kind()),
+        *(backward, need_x, scale_h, base is None, tuned, dropouts.kind()),
         *(kind(grad), kind(weight), kind(x), kind(A), kind(B), kind(h), kind(scale[1])),
     )
     plan = prepared.get(key)

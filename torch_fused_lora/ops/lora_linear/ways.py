@@ -32,8 +32,8 @@ WHOLE, BLOCKS, BY_TRITON = Way  # read faster than an enumeration's members
 class Limits:
     """Of one device type. ``block``: elements that are converted or masked at a time. ``triton``: whether half rows
     meet adapters in Triton kernels. ``carrying``: from how many bfloat16 rows on the base product carries the rank, on
-    Hopper. ``follows``: whether a layer that is torch's own calls as they are is left to autograd: in a whole step that
-    takes less of the host's time than a node of ours."""
+    Hopper. ``follows``: whether a layer that is torch's own calls as they are is left to autograd: that takes less of
+    the host's time than a node of ours."""
 
     block: int
     triton: bool = False

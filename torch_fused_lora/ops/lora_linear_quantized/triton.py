@@ -38,10 +38,10 @@ def product(
     bias = None if bias is None else bias.contiguous()  # the kernel takes no stride of it
     number, factor = as_scale(scaling, rows)
     given = rows, words, scales, biases, bias, lora_A, lora_B, factor
-    key = product, rows.get_device(), save_h, bits, group_size, *map(kind, given)
+    key = product, save_h, bits, group_size, *map(kind, given)
     launches = prepared.get(key)
     if launches is None:
-        low_rank.check_fit(rows, lora_A, lora_B, (scales.shape[0], scales.shape[1] * group_size))
+        low_rank.check_fit(rows, lora_A, lora_B, (scales.shape[0], scales.shape[1] * group_size), words)
         launches = prepared.keep(key, {})
     out = rows.new_empty((rows.shape[0], scales.shape[0]))
     found, parts, h, saved = None, 1, None, None
@@ -58,7 +58,7 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     words, scales, biases, bits, group_size = _contiguous(packed)
     N, K = scales.shape[0], scales.shape[1] * group_size
     out = scales.new_empty((N, K), dtype=dtype)
-    key = dequantize, out.get_device(), dtype, bits, group_size, kind(words), kind(scales), kind(biases)
+    key = dequantize, dtype, bits, group_size, kind(words), kind(scales), kind(biases)
     launches = prepared.get(key) or prepared.keep(key, {})
     _launch_dequantize((out, words, scales, biases), (), (bits, group_size), launches)
     return out
