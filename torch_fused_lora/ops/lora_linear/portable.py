@@ -23,8 +23,6 @@ from ..dropout import keep_mask
 from ..rows import HALF, by_rows, cast, flat, packed, unflat
 from .ways import BY_TRITON, WHOLE, Way, autograd_follows, block_rows, choose, triton_kernels
 
-_NO_MASK: tuple[Maybe, float] = (None, 1.0)
-
 
 def forward(
     x: Tensor,
@@ -42,7 +40,7 @@ def forward(
 
     Returns (y, h), h None unless it is to be saved.
     """
-    chosen = way, A, B = choose(x, lora_A, lora_B, 0 if seed is None else len(dropout_p))
+    chosen = way, A, B = choose(x, lora_A, lora_B, _drops(seed, dropout_p))
     if way is BY_TRITON:
         dropouts = _dropouts(seed, dropout_p, ranks, A)
         y, h = triton_kernels().forward(by_rows(x), weight, bias, A, B, _number(scaling), dropouts, save_h)
@@ -84,8 +82,7 @@ def add_delta_(
     save_h: bool,
 ) -> Maybe:
     """``y += s h Bᵀ`` in place, y contiguous; returns h, None unless it is to be saved."""
-    drops = 0 if seed is None else len(dropout_p)
-    chosen = way, A, B = choose(x, lora_A, lora_B, drops, sum_dtype=y.dtype)
+    chosen = way, A, B = choose(x, lora_A, lora_B, _drops(seed, dropout_p), sum_dtype=y.dtype)
     if way is BY_TRITON:
         dropouts = _dropouts(seed, dropout_p, ranks, A)
         h = triton_kernels().add_delta_(y, by_rows(x), A, B, _number(scaling), dropouts, save_h)
@@ -109,7 +106,7 @@ def _add_delta_(
     scale = _number(scaling)
     if way is not WHOLE:
         return _add_delta_by_blocks_(y, x, A, B, scale, seed, dropout_p, ranks, save_h)
-    mask, kept = _NO_MASK if seed is None else _whole_mask(seed, dropout_p, x.shape[0], A)
+    mask, kept = _whole_mask(seed, dropout_p, x.shape[0], A)
     h = F.linear(_met(x, mask, A), A)
     _add_product_(y, h, B.t(), scale * kept)
     if save_h and mask is not None:
@@ -177,13 +174,12 @@ def low_rank_backward(
     grad_x: Saved = None
     grad_A: Saved = None
     grad_h: Saved = None
-    way, A, B = choose(grad, lora_A, lora_B, 0 if seed is None else len(dropout_p), backward=True)
+    way, A, B = choose(grad, lora_A, lora_B, _drops(seed, dropout_p), backward=True)
     scale, turn = _number(scaling), by_rows if way is BY_TRITON else flat
     grad, x = turn(grad), turn(x) if need_A else None
     if way is WHOLE:
         wide = _widened(grad, A)
-        draws = seed is not None and (need_x or need_A)
-        mask, kept = _whole_mask(seed, dropout_p, grad.shape[0], A) if draws else _NO_MASK
+        mask, kept = _whole_mask(seed, dropout_p, grad.shape[0], A) if need_x or need_A else (None, 1.0)
         if need_x or need_A:
             z = wide.mm(B)
         if need_A:
@@ -324,13 +320,17 @@ def _masks(groups: list[tuple[slice, float]], seed: Any, start: int, rows: int, 
 
 def _whole_mask(seed: Seed, dropout_p: Floats, rows: int, A: Tensor) -> tuple[Maybe, float]:
     """The mask of an adapter that is alone, and by what its products are multiplied."""
-    if not dropout_p[0]:
-        return _NO_MASK
+    if seed is None or not dropout_p[0]:
+        return None, 1.0
     return _mask(seed, 0, 0, rows, dropout_p[0], A), 1.0 / (1.0 - dropout_p[0])
 
 
 def _mask(seed: Any, stream: int, start: int, rows: int, p: float, A: Tensor) -> Tensor:
     return keep_mask(seed, stream, start, rows, A.shape[1], p, A.device, A.dtype)
+
+
+def _drops(seed: Seed, dropout_p: Floats) -> int:
+    return 0 if seed is None else len(dropout_p)
 
 
 def _met(x: Tensor, mask: Maybe, A: Tensor) -> Tensor:
